@@ -1,0 +1,287 @@
+"""The GVPO objective (arXiv 2504.19599): weights, loss and diagnostics, in pure torch.
+
+For a prompt x with k responses of sequence log-probability S_i under the policy and S'_i under the
+reference, rewards R_i and temperature β, the implicit reward is Rθ_i = β (S_i − S'_i), and
+
+    L(x) = 1/(2(k−1)) Σ_i d_i²,    d_i = (Rθ_i − mean Rθ) − (R_i − mean R)
+
+averaged over the G prompts of an optimizer step. Because Σ_i d_i = 0, ∂L/∂S_i = β d_i / ((k−1) G): the
+step is a log-likelihood step with fixed *weights* w_i = −∂L/∂S_i, and any split of −Σ w_i S_i into
+micro-batches, ranks and orders has exactly the same gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class GVPOLoss:
+    """What `gvpo_loss` returns.
+
+    Attributes:
+        loss: the mean of L(x) over the groups. Its gradient with respect to this rank's `policy_logps` is
+            −weights; with a `process_group` its value is that of the union of all ranks.
+        weights: w_i = −∂L/∂S_i for this rank's rows, without gradient.
+        metrics: diagnostics of the union of all ranks, each a 0-dimensional float64 tensor (reading one
+            with `.item()` is what synchronises a device):
+
+            - `loss`: mean of L(x) = ½ `implicit_reward_variance` − `covariance` + ½ `reward_variance`;
+            - `implicit_reward_variance`, `covariance`, `reward_variance`: group means of Var(Rθ),
+              Cov(Rθ, R) and Var(R), unbiased (k−1);
+            - `explained_variance`: 1 − Var(Rθ − R)/Var(R); 1 where the optimum is reached on these groups,
+              0 where θ is the reference, NaN if no group's rewards differ;
+            - `weight_abs_mean`, `weight_zero_fraction`: over the valid rows;
+            - `groups`, `groups_dropped`: groups that count in G, and groups with fewer than two valid rows;
+            - `kl`: mean of S − S' in nats per sequence, which estimates KL(π‖π_ref) without bias if the rows
+              were sampled from the policy.
+    """
+
+    loss: Float[Tensor, ""]
+    weights: Float[Tensor, "batch"]
+    metrics: dict[str, Float[Tensor, ""]]
+
+
+def gvpo_weights(
+    policy_logps: Float[Tensor, "batch"],
+    reference_logps: Float[Tensor, "batch"],
+    rewards: Float[Tensor, "batch"],
+    group_ids: Int[Tensor, "batch"],
+    *,
+    beta: float = 0.1,
+    mask: Bool[Tensor, "batch"] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, "batch"]:
+    """Weights w_i = −∂L/∂S_i = −β d_i / ((k−1) G) of each response's log-likelihood.
+
+    −(weights · policy_logps).sum() has exactly the gradient of `gvpo_loss`, however the rows are split.
+    A group whose rewards are all equal, scored where the policy is the reference, has weights of exactly 0.
+
+    Args:
+        policy_logps: S, sequence log-probabilities under the policy, in nats. No gradient is taken.
+        reference_logps: S', the same under the reference, in nats; one reference for all rows of a group.
+        rewards: R, in any unit; β is in that unit per nat.
+        group_ids: which prompt a row answers. Any integers, in any order, in groups of any size.
+        beta: β > 0, the temperature of the KL-constrained optimum π* ∝ π_ref exp(R/β).
+        mask: False drops a row: its group shrinks. Groups with fewer than two valid rows get weight 0 and
+            do not count in G.
+        process_group: if given, groups may be spread over its ranks in uneven row counts (a rank may have
+            none): the weights are those of the union of all rows, and G is global. A collective call.
+
+    Returns:
+        The weights of this rank's rows, in the dtype of `policy_logps`, computed in float64.
+
+    Raises:
+        ValueError: a non-finite log-probability or reward in a valid row, β ≤ 0, or arguments whose shape,
+            dtype or device do not fit. With a `process_group`, it is raised on every rank.
+    """
+    return _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)[0]
+
+
+def gvpo_loss(
+    policy_logps: Float[Tensor, "batch"],
+    reference_logps: Float[Tensor, "batch"],
+    rewards: Float[Tensor, "batch"],
+    group_ids: Int[Tensor, "batch"],
+    *,
+    beta: float = 0.1,
+    mask: Bool[Tensor, "batch"] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> GVPOLoss:
+    """The GVPO loss, its weights and its diagnostics; arguments and errors as for `gvpo_weights`.
+
+    Gradients flow to `policy_logps` only, and are those of this rank's rows: the gradient of the union is
+    their *sum* over ranks, so an engine that averages gradients over n ranks needs the loss times n.
+    """
+    weights, metrics = _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)
+    # A row that is masked out may hold anything, NaN too, and 0 · NaN is NaN.
+    scored = policy_logps if mask is None else policy_logps.masked_fill(~mask.bool(), 0.0)
+    linear = -(weights * scored).sum()
+    value = metrics["loss"].to(policy_logps)
+    return GVPOLoss(loss=linear - linear.detach() + value, weights=weights, metrics=metrics)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of all ranks in float64; `local` is where this rank's rows stand among them."""
+
+    policy: Float[Tensor, "rows"]
+    reference: Float[Tensor, "rows"]
+    rewards: Float[Tensor, "rows"]
+    group_ids: Int[Tensor, "rows"]
+    valid: Bool[Tensor, "rows"]
+    local: slice
+    first_row: list[int]  # of each rank
+
+
+def _solve(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    mask: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    problem = _find_problem(policy_logps, reference_logps, rewards, group_ids, beta, mask)
+    if process_group is None and problem:
+        raise ValueError(problem)
+    with torch.no_grad():
+        rows = _union(policy_logps, reference_logps, rewards, group_ids, mask, process_group, problem)
+        _check_finite(rows)
+        weights, metrics = _solve_union(rows, float(beta))
+        return weights[rows.local].to(device=policy_logps.device, dtype=policy_logps.dtype), metrics
+
+
+def _solve_union(rows: _Rows, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights and metrics of the whole step (DESIGN §2.2, §2.5)."""
+    ids, group = torch.unique(rows.group_ids, return_inverse=True)
+    n_ids = len(ids)
+
+    def per_group(x: Tensor) -> Tensor:
+        return x.new_zeros(n_ids).index_add_(0, group, x)
+
+    size = per_group(rows.valid.double())
+    kept_group = size >= 2
+    kept = rows.valid & kept_group[group]
+    n_groups = kept_group.sum().clamp(min=1)
+
+    def centred(x: Tensor) -> Tensor:
+        # Shifted by the group's maximum first: equal values then centre to exactly 0, not to 1e-17.
+        x = torch.where(kept, x, -torch.inf)
+        top = x.new_full((n_ids,), -torch.inf).scatter_reduce(0, group, x, "amax")
+        shifted = torch.where(kept, x - top[group], 0.0)
+        mean = per_group(shifted) / size.clamp(min=1)
+        return torch.where(kept, shifted - mean[group], 0.0)
+
+    implicit = centred(beta * (rows.policy - rows.reference))
+    reward = centred(rows.rewards)
+    residual = implicit - reward
+    share = torch.where(kept, 1 / ((size - 1).clamp(min=1)[group] * n_groups), 0.0)
+    # Centred terms that are both exactly 0 make a weight of exactly 0 (and not −0).
+    weights = torch.where(residual == 0, 0.0, -beta * residual * share)
+
+    n_valid, n_kept = rows.valid.sum().clamp(min=1), kept.sum().clamp(min=1)
+    residual_variance, reward_variance = (share * residual**2).sum(), (share * reward**2).sum()
+    log_ratio = torch.where(kept, rows.policy - rows.reference, 0.0)
+    metrics = {
+        "loss": residual_variance / 2,
+        "implicit_reward_variance": (share * implicit**2).sum(),
+        "covariance": (share * implicit * reward).sum(),
+        "reward_variance": reward_variance,
+        "explained_variance": torch.where(
+            reward_variance > 0, 1 - residual_variance / reward_variance, torch.nan
+        ),
+        "weight_abs_mean": weights.abs().sum() / n_valid,
+        "weight_zero_fraction": ((weights == 0) & rows.valid).sum() / n_valid.double(),
+        "groups": kept_group.sum().double(),
+        "groups_dropped": (~kept_group).sum().double(),
+        "kl": log_ratio.sum() / n_kept,
+    }
+    return weights, metrics
+
+
+def _union(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    mask: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+    problem: str | None,
+) -> _Rows:
+    """Gather the rows of all ranks, in rank order: a few numbers each, so that the union is computed as
+    one process would compute it."""
+    # MPS has no float64.
+    home = torch.device("cpu") if policy_logps.device.type == "mps" else policy_logps.device
+    n = 0 if problem else len(policy_logps)
+    if problem:
+        columns = torch.zeros(0, 5, dtype=torch.int64, device=home)
+    else:
+        valid = torch.ones_like(group_ids, dtype=torch.bool) if mask is None else mask.bool()
+        floats = [t.detach().to(home, torch.float64) for t in (policy_logps, reference_logps, rewards)]
+        # int64 carries the bits of the float64 columns, and ids beyond 2^53, in one message.
+        columns = torch.stack(
+            [*(f.view(torch.int64) for f in floats), group_ids.to(home, torch.int64), valid.to(home).long()],
+            dim=1,
+        )
+    first_row, local = [0], slice(0, n)
+    if process_group is not None:
+        world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+        counts = torch.zeros(world, dtype=torch.int64, device=home)
+        mine = torch.tensor([-1 if problem else n], device=home)
+        dist.all_gather(list(counts.split(1)), mine, group=process_group)
+        sizes = counts.tolist()
+        if problem or min(sizes) < 0:
+            raise ValueError(problem or f"The arguments are not valid on rank {sizes.index(min(sizes))}.")
+        width = max(sizes)
+        gathered = [columns.new_zeros(width, 5) for _ in sizes]
+        padded = torch.cat([columns, columns.new_zeros(width - n, 5)])
+        dist.all_gather(gathered, padded, group=process_group)
+        columns = torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+        first_row = [sum(sizes[:r]) for r in range(world)]
+        local = slice(first_row[rank], first_row[rank] + n)
+    policy, reference, reward = (c.contiguous().view(torch.float64) for c in columns[:, :3].unbind(1))
+    return _Rows(policy, reference, reward, columns[:, 3], columns[:, 4].bool(), local, first_row)
+
+
+def _find_problem(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    mask: Tensor | None,
+) -> str | None:
+    """What is wrong with the arguments of this rank, in one sentence, or None. Touches no device memory."""
+    if not (isinstance(beta, Real) and math.isfinite(beta) and beta > 0):
+        return f"beta must be a finite number above 0, got {beta!r}; the published setting is 0.1."
+    arguments = {
+        "policy_logps": policy_logps,
+        "reference_logps": reference_logps,
+        "rewards": rewards,
+        "group_ids": group_ids,
+        **({} if mask is None else {"mask": mask}),
+    }
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            return f"{name} must be a tensor, got {type(value).__name__}."
+        if value.dim() != 1 or value.shape != policy_logps.shape:
+            return (
+                f"{name} has shape {tuple(value.shape)}, but every argument needs the shape (batch,) of "
+                f"policy_logps, here {tuple(policy_logps.shape)}: one sequence log-probability a row."
+            )
+        if value.device != policy_logps.device:
+            return f"{name} is on {value.device} but policy_logps on {policy_logps.device}; move it there."
+    for name in ("policy_logps", "reference_logps"):
+        if not arguments[name].is_floating_point():
+            return f"{name} must be floating point (nats), got {arguments[name].dtype}."
+    if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
+        return f"group_ids must be integers, got {group_ids.dtype}."
+    return None
+
+
+def _check_finite(rows: _Rows) -> None:
+    columns = {"policy_logps": rows.policy, "reference_logps": rows.reference, "rewards": rows.rewards}
+    bad = torch.stack([~c.isfinite() & rows.valid for c in columns.values()])
+    if not bad.any():  # the one host synchronisation of the good case
+        return
+    argument, row = (int(i) for i in bad.nonzero()[0])
+    name = list(columns)[argument]
+    value = columns[name][row].item()
+    rank = sum(first <= row for first in rows.first_row) - 1
+    place = f"row {row - rows.first_row[rank]}" + (f" of rank {rank}" if len(rows.first_row) > 1 else "")
+    raise ValueError(
+        f"{name} is {value} in {place}: set mask to False there to leave the row out of its group, "
+        "or repair what made it."
+    )
