@@ -1,0 +1,81 @@
+"""Problems that are made rather than loaded: arithmetic and reasoning_gym's tasks."""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from gvpo.errors import InputError
+
+_ARITHMETIC_TEST = 1000
+DEFAULT_SIZE = 1000
+
+
+def arithmetic_rows(
+    *, split: str, seed: int, size: int | None = None, digits: int = 2, reverse: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Additions of two numbers of up to `digits` digits, as plain-text prompts.
+
+    The 10**(2·digits) pairs are divided once and for all: train and test never share a pair, whatever the
+    seed. With 2 digits, 1,000 pairs are for test and 9,000 for training.
+
+    Args:
+        split: "train" or "test".
+        seed: order in which the pairs come.
+        size: how many; None for every pair of the split.
+        digits: 1 to 3.
+        reverse: numbers padded with zeros and the sum written least significant digit first, which is the
+            form that a small model learns (`07+95=` → `201`).
+    """
+    if digits not in (1, 2, 3):
+        raise InputError(f"arithmetic has 1, 2 or 3 digits, not {digits}: choose one of these.")
+    pairs = list(range(10 ** (2 * digits)))
+    random.Random(0).shuffle(pairs)
+    held_out = min(_ARITHMETIC_TEST, len(pairs) // 5)
+    chosen = pairs[:held_out] if split == "test" else pairs[held_out:]
+    random.Random(seed).shuffle(chosen)
+    if size is not None and size > len(chosen):
+        raise InputError(
+            f"arithmetic with {digits} digits has {len(chosen)} problems for {split}, not {size}: ask for fewer."
+        )
+    for pair in chosen[:size]:
+        left, right = divmod(pair, 10**digits)
+        if reverse:
+            prompt, answer = f"{left:0{digits}d}+{right:0{digits}d}=", f"{left + right:0{digits + 1}d}"[::-1]
+        else:
+            prompt, answer = f"{left}+{right}=", str(left + right)
+        yield {"prompt": prompt, "answer": answer}
+
+
+def reasoning_gym_rows(task: str, *, split: str, seed: int, size: int | None) -> Iterator[dict[str, Any]]:
+    """Problems of one reasoning_gym task, with the whole entry kept for the task's own scorer.
+
+    Args:
+        task: its name in reasoning_gym, such as `gcd` or `countdown`.
+        split: test problems come from another seed than training problems.
+        seed: of the generator.
+        size: how many; None for 1,000.
+
+    Raises:
+        InputError: reasoning_gym is not installed or has no such task.
+    """
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise InputError("reasoning_gym is not installed: pip install 'gvpo[reasoning-gym]'.") from error
+    if task not in DATASETS:
+        raise InputError(f"reasoning_gym has no task {task!r}: choose one of {', '.join(sorted(DATASETS))}.")
+    # Far apart, so that no training seed that a person would choose meets a test seed.
+    generator_seed = seed if split == "train" else seed + 1_000_000_007
+    count = DEFAULT_SIZE if size is None else size
+    dataset = reasoning_gym.create_dataset(task, seed=generator_seed, size=count)
+    for index in range(count):
+        entry = dataset[index]
+        yield {
+            "question": entry["question"],
+            "answer": "" if entry["answer"] is None else str(entry["answer"]),
+            "task": task,
+            # The scorers read values from `metadata`; those JSON cannot hold are kept as text.
+            "entry": json.dumps(entry, default=str, sort_keys=True),
+        }

@@ -1,0 +1,272 @@
+"""Prompt data sets by name: rows with a prompt, a ground truth and what the reward needs."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gvpo.data.generated import arithmetic_rows, reasoning_gym_rows
+from gvpo.data.recipes import ANSWER_COLUMNS, QUESTION_COLUMNS, RECIPES, Recipe
+from gvpo.data.sources import Row, looks_like_file, read_file, read_hub
+from gvpo.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "test")
+_REASONING_GYM = "reasoning_gym:"
+_ARITHMETIC = {"arithmetic": False, "arithmetic:reversed": True}
+
+
+@dataclass
+class Prompts:
+    """Rows that became prompts, and the count of those that did not, by reason."""
+
+    recipe: Recipe
+    dropped: Counter[str] = field(default_factory=Counter)
+    seen: int = 0
+
+
+def load_prompts(
+    name: str,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    size: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    source: str | None = None,
+    system_prompt: str | None = None,
+    instruction: str | None = None,
+) -> "datasets.Dataset":
+    """A prompt data set for `GVPOTrainer`, from a name, a file or the Hub.
+
+    Args:
+        name: `gsm8k`, `math`, `math500`, `aime24`, `amc`, `minerva`, `olympiadbench`; `arithmetic` or
+            `arithmetic:reversed` (plain-text additions); `reasoning_gym:<task>`; a .jsonl or .parquet file; or
+            a Hub id. A known name may carry its own file, `gsm8k:path/to/train.jsonl`.
+        split: "train" or "test". A file is taken as it is: it *is* the split.
+        seed: of the generated problems and of the choice made by `size`.
+        size: how many prompts: so many drawn at random, in their order. None for all (generated tasks: all
+            pairs of `arithmetic`, 1,000 of a reasoning_gym task).
+        columns: for other column names, `{"prompt": theirs, "answer": theirs}`.
+        revision: commit, branch or tag on the Hub.
+        source: file or Hub id to read instead of the name's own.
+        system_prompt: first message of each conversation.
+        instruction: appended to each question after a space. None for the data set's own (the published
+            recipe's for GSM8K and MATH), "" for none. Prompts that are conversations already have none added.
+
+    Returns:
+        A `datasets.Dataset` with `prompt` (list of messages; for `arithmetic` a string), `answer` (the ground
+        truth) and `data_source`; for reasoning_gym also `task` and `entry`. Rows whose ground truth cannot be
+        parsed are left out, and their number is logged as a warning.
+
+    Raises:
+        InputError: unknown name, unreadable or empty source, missing columns, or no usable row.
+    """
+    import datasets
+
+    if split not in SPLITS:
+        raise InputError(f"the split is {split!r}: choose train or test.")
+    if size is not None and size < 1:
+        raise InputError(f"the size is {size}: ask for at least one prompt.")
+    if name in _ARITHMETIC:
+        rows = arithmetic_rows(split=split, seed=seed, size=size, reverse=_ARITHMETIC[name])
+        return datasets.Dataset.from_list([row | {"data_source": "arithmetic"} for row in rows])
+
+    prompts, converted = iterate_prompts(
+        name,
+        split=split,
+        seed=seed,
+        size=size,
+        columns=columns,
+        revision=revision,
+        source=source,
+        system_prompt=system_prompt,
+        instruction=instruction,
+    )
+    kept = ("prompt", "answer", "data_source", "task", "entry")
+    loaded = [{key: row[key] for key in kept if key in row} for row in converted]
+    if prompts.dropped:
+        logger.warning("%s: left out %s", name, describe_dropped(prompts))
+    if not loaded:
+        raise InputError(f"{name} has no usable row of {prompts.seen} ({describe_dropped(prompts)}).")
+    dataset = datasets.Dataset.from_list(loaded)
+    if size is not None and size < len(dataset):
+        chosen = sorted(dataset.shuffle(seed=seed)._indices["indices"][:size].to_pylist())
+        dataset = dataset.select(chosen)
+    return dataset
+
+
+def describe_dropped(prompts: Prompts) -> str:
+    """How many rows were dropped and why, in words."""
+    return ", ".join(f"{count} rows: {reason}" for reason, count in sorted(prompts.dropped.items()))
+
+
+def iterate_prompts(
+    name: str,
+    *,
+    split: str,
+    seed: int = 0,
+    size: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    source: str | None = None,
+    system_prompt: str | None = None,
+    instruction: str | None = None,
+) -> tuple[Prompts, Iterator[Row]]:
+    """The same rows one at a time, for data larger than memory; see `load_prompts` for the arguments.
+
+    Returns:
+        The tally, filled while the rows are consumed, and the rows: `prompt`, `answer`, `question`, `index`
+        (the row's number in the source, from 0), `data_source` and, for reasoning_gym, `task` and `entry`.
+    """
+    if name.startswith(_REASONING_GYM):
+        task = name.removeprefix(_REASONING_GYM)
+        recipe = Recipe(name, data_source=f"reasoning_gym/{task}", ability="reasoning", instruction="")
+        rows: Iterable[Row] = reasoning_gym_rows(task, split=split, seed=seed, size=size)
+        # The scorer decides what is right; the answer column is one right answer, taken as it is.
+        truths_as_they_are = True
+    else:
+        recipe, rows = open_source(name, split=split, source=source, revision=revision)
+        truths_as_they_are = False
+    prompts = Prompts(recipe)
+    return prompts, _convert(
+        rows,
+        prompts,
+        where=source or name,
+        columns=columns or {},
+        system_prompt=system_prompt,
+        instruction=recipe.instruction if instruction is None else instruction,
+        truths_as_they_are=truths_as_they_are,
+    )
+
+
+def open_source(
+    name: str, *, split: str, source: str | None, revision: str | None
+) -> tuple[Recipe, Iterator[Row]]:
+    """The recipe that a name stands for and its rows, from `source` where given."""
+    known, _, attached = name.partition(":")
+    if known in RECIPES:
+        recipe = RECIPES[known]
+        origin = source or attached or recipe.hub_id or ""
+    elif source is None and (looks_like_file(name) or "/" in name):
+        recipe, origin = Recipe(name, data_source=_source_name(name)), name
+    elif source is not None:
+        recipe, origin = Recipe(name, data_source=_source_name(name)), source
+    else:
+        names = [*RECIPES, *_ARITHMETIC, f"{_REASONING_GYM}<task>"]
+        raise InputError(
+            f"there is no data set {name!r}: choose one of {', '.join(names)}, a .jsonl or .parquet file, or "
+            "a Hub id such as openai/gsm8k."
+        )
+    if looks_like_file(origin):
+        return recipe, read_file(origin)
+    if split not in recipe.splits:
+        raise InputError(f"{name} has no {split} split: choose {' or '.join(recipe.splits)}.")
+    config = recipe.hub_config if origin == recipe.hub_id else None
+    return recipe, read_hub(origin, config=config, split=recipe.splits[split], revision=revision)
+
+
+def _source_name(name: str) -> str:
+    """A file's name without its folder, so that the same file gives the same rows wherever it lies."""
+    return Path(name).stem if looks_like_file(name) else name
+
+
+def _convert(
+    rows: Iterable[Row],
+    prompts: Prompts,
+    *,
+    where: str,
+    columns: Mapping[str, str],
+    system_prompt: str | None,
+    instruction: str,
+    truths_as_they_are: bool,
+) -> Iterator[Row]:
+    recipe = prompts.recipe
+    ids: dict[Any, int] = {}
+    question_column = answer_column = ""
+    for index, row in enumerate(rows):
+        prompts.seen += 1
+        if index == 0:
+            question_column = _column(row, columns, "prompt", recipe.question_columns, where)
+            answer_column = _column(row, columns, "answer", recipe.answer_columns, where)
+        for column in (question_column, answer_column):
+            if column not in row:
+                raise InputError(
+                    f"{where}, row {index + 1} has no column {column!r}, which row 1 has: give every row the "
+                    "same columns."
+                )
+        _refuse_duplicate_id(row, index, ids, where)
+        question = row[question_column]
+        prompt = _as_messages(question, system_prompt, instruction, f"{where}, row {index + 1}")
+        if prompt is None:
+            prompts.dropped["the question is empty"] += 1
+            continue
+        truth = row[answer_column] if truths_as_they_are else recipe.ground_truth(row[answer_column])
+        if truth is None:
+            prompts.dropped["the ground truth cannot be parsed"] += 1
+            continue
+        yield {
+            "prompt": prompt,
+            "answer": truth,
+            "question": question if isinstance(question, str) else prompt[-1]["content"],
+            "index": index,
+            "data_source": recipe.data_source,
+            **{key: row[key] for key in ("task", "entry") if truths_as_they_are},
+        }
+
+
+def _column(row: Row, columns: Mapping[str, str], ours: str, recognised: tuple[str, ...], where: str) -> str:
+    unknown = sorted(set(columns) - {"prompt", "answer"})
+    if unknown:
+        raise InputError(f"the column mapping names {unknown[0]!r}: it maps prompt and answer only.")
+    candidates = (columns[ours],) if ours in columns else recognised
+    for candidate in candidates:
+        if candidate in row:
+            return candidate
+    raise InputError(
+        f"{where} has no column {' or '.join(map(repr, candidates))} for the {ours} (it has "
+        f"{', '.join(map(repr, row)) or 'none'}): rename one, or map it with {ours}=COLUMN."
+    )
+
+
+def _refuse_duplicate_id(row: Row, index: int, ids: dict[Any, int], where: str) -> None:
+    identifier = row.get("id", row.get("unique_id"))
+    if not isinstance(identifier, str | int):
+        return
+    if identifier in ids:
+        raise InputError(
+            f"{where}, row {index + 1} repeats the id {identifier!r} of row {ids[identifier]}: remove one of "
+            "them."
+        )
+    ids[identifier] = index + 1
+
+
+def _as_messages(
+    question: Any, system_prompt: str | None, instruction: str, where: str
+) -> list[dict[str, str]] | None:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    if isinstance(question, list):
+        messages = [dict(message) for message in question if isinstance(message, Mapping)]
+        if len(messages) != len(question) or any({"role", "content"} - set(m) for m in messages):
+            raise InputError(
+                f"{where}: the prompt is a list but not of messages: give each message a role and a content."
+            )
+        if not messages:
+            return None
+        own_system = messages[0]["role"] == "system"
+        return [*([] if own_system else system), *messages]
+    if question is not None and not isinstance(question, str):
+        raise InputError(f"{where}: the question is a {type(question).__name__}: give text or messages.")
+    if not question or not question.strip():
+        return None
+    content = f"{question} {instruction}" if instruction else question
+    return [*system, {"role": "user", "content": content}]
+
+
+__all__ = ["ANSWER_COLUMNS", "QUESTION_COLUMNS", "Prompts", "iterate_prompts", "load_prompts"]

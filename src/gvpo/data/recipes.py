@@ -1,0 +1,137 @@
+"""What is particular to each data set: where it lives, its columns, its instruction, its ground truth.
+
+The instructions and the `data_source` names of GSM8K and MATH are those of the published recipe, which are
+verl's.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gvpo.rewards.extraction import boxed_contents
+
+HASH_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+BOXED_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
+
+QUESTION_COLUMNS = ("prompt", "question", "problem", "input", "query")
+ANSWER_COLUMNS = ("answer", "ground_truth", "final_answer", "target", "solution")
+
+
+def hash_answer(text: str) -> str | None:
+    """The number after `####` in a GSM8K solution, without thousands separators; None when there is none."""
+    found = re.search(r"####\s*(-?[\d.,]*\d)\s*$", text.strip())
+    return found.group(1).replace(",", "") if found else None
+
+
+def boxed_answer(text: str) -> str | None:
+    """The content of the last `\\boxed{}` of a MATH solution; None when there is none."""
+    boxes = boxed_contents(text)
+    return boxes[-1].strip() or None if boxes else None
+
+
+def any_answer(value: Any) -> str | None:
+    """A ground truth in whichever form it is written.
+
+    `#### 72` and `\\boxed{72}` are reduced to `72`, a whole float to an integer, `$72$` to `72`. A list stands
+    for answers each of which is right: one is taken as it is, several are kept as a JSON list.
+    """
+    if isinstance(value, list):
+        parts = list(dict.fromkeys(part for part in map(any_answer, value) if part))
+        if len(parts) > 1:
+            return json.dumps(parts, ensure_ascii=False)
+        return parts[0] if parts else None
+    if value is None or isinstance(value, bool | dict):
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    text = str(value).strip()
+    if "####" in text:
+        return hash_answer(text)
+    if "\\boxed" in text:
+        return boxed_answer(text)
+    single_formula = re.fullmatch(r"\$([^$]+)\$\.?", text)
+    return (single_formula.group(1).strip() if single_formula else text) or None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rows of one data set become prompts with ground truths.
+
+    Attributes:
+        name: what the user calls it.
+        hub_id: the Hub data set; None when there is none to load by default.
+        hub_config: its configuration.
+        data_source: what verl's reward function is told.
+        ability: verl's `ability` column.
+        instruction: appended to the question, after a space; empty for none.
+        question_columns, answer_columns: the recognised names, the first that a row has counts.
+        ground_truth: from the answer column's value to the ground truth; None when it cannot be parsed.
+        splits: Hub split by our split name.
+    """
+
+    name: str
+    hub_id: str | None = None
+    hub_config: str | None = None
+    data_source: str = ""
+    ability: str = "math"
+    instruction: str = BOXED_INSTRUCTION
+    question_columns: tuple[str, ...] = QUESTION_COLUMNS
+    answer_columns: tuple[str, ...] = ANSWER_COLUMNS
+    ground_truth: Callable[[Any], str | None] = any_answer
+    splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+
+
+def _gsm8k_truth(value: Any) -> str | None:
+    if isinstance(value, str) and "####" in value:
+        return hash_answer(value)
+    plain = any_answer(value)
+    return plain.replace(",", "") if plain and re.fullmatch(r"-?[\d.,]*\d", plain) else None
+
+
+_TEST_ONLY = {"test": "test"}
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="gsm8k",
+            hub_id="openai/gsm8k",
+            hub_config="main",
+            data_source="openai/gsm8k",
+            instruction=HASH_INSTRUCTION,
+            question_columns=("question", "prompt"),
+            answer_columns=("answer",),
+            ground_truth=_gsm8k_truth,
+        ),
+        Recipe(
+            name="math",
+            hub_id="DigitalLearningGmbH/MATH-lighteval",
+            data_source="DigitalLearningGmbH/MATH-lighteval",
+            question_columns=("problem", "question", "prompt"),
+            answer_columns=("answer", "solution"),
+        ),
+        Recipe(
+            name="math500",
+            hub_id="HuggingFaceH4/MATH-500",
+            data_source="HuggingFaceH4/MATH-500",
+            splits=_TEST_ONLY,
+        ),
+        Recipe(
+            name="aime24",
+            hub_id="HuggingFaceH4/aime_2024",
+            data_source="aime24",
+            splits={"test": "train"},
+        ),
+        Recipe(name="amc", hub_id="AI-MO/aimo-validation-amc", data_source="amc", splits={"test": "train"}),
+        Recipe(name="minerva", hub_id="math-ai/minervamath", data_source="minerva", splits=_TEST_ONLY),
+        Recipe(
+            name="olympiadbench",
+            hub_id="math-ai/olympiadbench",
+            data_source="olympiadbench",
+            answer_columns=("answer", "final_answer"),
+            splits=_TEST_ONLY,
+        ),
+    )
+}

@@ -1,0 +1,114 @@
+"""Rows from .jsonl and .parquet files and from the Hugging Face Hub, one at a time.
+
+Files are streamed, so a file larger than memory can be read. Whatever cannot be read is an `InputError` that
+names the file and the row (rows count from 1).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gvpo.errors import InputError
+
+Row = dict[str, Any]
+
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_BATCH_ROWS = 1024
+
+
+def looks_like_file(source: str) -> bool:
+    """Whether `source` names a local file rather than a Hub data set."""
+    return source.endswith(_SUFFIXES) or Path(source).is_file()
+
+
+def read_file(path: str | Path) -> Iterator[Row]:
+    """Rows of a local .jsonl or .parquet file, in order.
+
+    Raises:
+        InputError: the file is missing, empty, not UTF-8, of another type, or has a row that is not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: give a .jsonl or .parquet file that exists.")
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise InputError(f"{path} has no rows: give a file with at least one.")
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    if path.suffix not in _SUFFIXES:
+        raise InputError(f"{path} is neither .jsonl nor .parquet: convert it to one of these.")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                # A byte-order mark is what editors on Windows leave; everything else must be plain UTF-8.
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}, row {number}: byte {error.object[error.start]:#04x} is not UTF-8; "
+                    "save the file as UTF-8."
+                ) from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                raise InputError(
+                    f"{path}, row {number} is not JSON ({reason}): write one JSON object a line."
+                ) from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, row {number} is not a JSON object: write one object a line.")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as parquet ({reason}): write it again.") from error
+
+
+def read_hub(dataset: str, *, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
+    """Rows of a split of a Hub data set, streamed.
+
+    Raises:
+        InputError: the data set, configuration, split or revision cannot be loaded.
+    """
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=True)
+    except Exception as error:  # the Hub client raises a dozen unrelated types for "not there"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"the Hub data set {dataset!r} (split {split!r}) cannot be loaded ({reason}): check its name and "
+            "the network, or give a local .jsonl or .parquet file."
+        ) from error
+
+
+def hub_revision(dataset: str, revision: str | None) -> str:
+    """The commit that `revision` (default: the main branch) of a Hub data set stands for.
+
+    Raises:
+        InputError: the Hub cannot be asked, or knows no such data set or revision.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(dataset, revision=revision).sha)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"the revision of the Hub data set {dataset!r} cannot be resolved ({reason}): check its name and "
+            "the network, or give a local .jsonl or .parquet file."
+        ) from error

@@ -1,0 +1,291 @@
+"""Whether two answers are equal, as far as that can be told without computer algebra.
+
+`compare` settles numbers, words, letters and lists of numbers exactly and in microseconds; everything else is
+left to `gvpo.rewards.symbolic`, which runs in a worker process.
+"""
+
+import re
+from fractions import Fraction
+
+from gvpo.rewards.normalization import Quantity, clean, key, known_unit, quantity
+
+# As many decimals as Math-Verify compares floating-point answers to.
+_DECIMALS = 6
+_MAX_ELEMENTS = 64
+_BASE = re.compile(
+    r"(?P<digits>[0-9A-F][0-9A-F, ]*)(?:_\s*\{?\s*(?P<base>\d{1,2}|two|three|four|five|six|seven|eight|nine|ten|sixteen)\s*\}?|\s+(?:in\s+)?base[\s-]+(?P<base2>\d{1,2}))"
+)
+_BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
+               "nine": "9", "ten": "10", "sixteen": "16"}  # fmt: skip
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::\d\d)?\s*([ap])?\.?\s*(?:m\.?)?", re.IGNORECASE)
+_CHOICE = re.compile(r"[\[(]?\s*([A-Ha-h])\s*[\])]?")
+_CHOICE_WITH_VALUE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[).:])\s*(?P<value>\S.*)", re.DOTALL)
+_NAME = r"(?:\\?[A-Za-z]+(?:_\{?\w{1,8}\}?)?'{0,2}(?:\s*\([^()=]{1,20}\))?|[A-Za-z][A-Za-z ]{2,40})"
+_ASSIGNMENT = re.compile(rf"{_NAME}\s*(?:=|\\in(?![a-zA-Z])|\\approx|:)\s*(?P<value>[^=].*)", re.DOTALL)
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
+_DURATION = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(hours?|hrs?|h|minutes?|mins?|seconds?|secs?|dollars?|cents?)\b[\s,]*(?:and\s+)?",
+    re.IGNORECASE,
+)
+_SECONDS = {"h": 3600, "m": 60, "s": 1}
+
+
+def compare(truth: str, answer: str) -> bool | None:
+    """Whether `answer` equals `truth`; None when that takes computer algebra.
+
+    Args:
+        truth: the ground truth, as written.
+        answer: an extracted answer, as written.
+    """
+    return _compare(clean(truth), clean(answer))
+
+
+def _compare(truth: str, answer: str) -> bool | None:
+    if not truth or not answer:
+        return False
+    if key(truth) == key(answer):
+        return True
+    expected, given = quantity(truth), quantity(answer)
+    if expected and given:
+        return _quantities_equal(expected, given)
+    for settle in (_in_base, _clock, _choice, _duration):
+        verdict = settle(truth, answer)
+        if verdict is not None:
+            return verdict
+    if _is_words(truth):
+        return _words(truth) == _words(_after_name(answer)) if _is_words(_after_name(answer)) else None
+    listed = _lists(truth, answer)
+    if listed is not None:
+        return listed
+    value = _assigned(answer)
+    if value is not None and _assigned(truth) is None:
+        return _compare(truth, value)
+    value = _assigned(truth)
+    if value is not None and quantity(value) and given:
+        return _compare(value, answer)
+    if expected and _is_words(answer):
+        return False
+    return None
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+
+def _quantities_equal(truth: Quantity, answer: Quantity) -> bool:
+    units = known_unit(truth.unit), known_unit(answer.unit)
+    if truth.currency in ("$",) and not truth.unit:
+        units = "$", units[1]
+    if answer.currency in ("$",) and not answer.unit:
+        units = units[0], "$"
+    if units[0] and units[1] and units[0] != units[1]:
+        return False
+    return any(_close(a, b) for a in _readings(truth) for b in _readings(answer, truth))
+
+
+def _readings(number: Quantity, truth: Quantity | None = None) -> list[Fraction]:
+    """The values that a number may be meant as: "2 million" is 2 where millions are asked for."""
+    readings = [number.value * number.scale]
+    if number.scale != 1:
+        readings.append(number.value)
+    if number.percent and (truth is None or not truth.percent):
+        readings.append(number.value * number.scale / 100)
+    return readings
+
+
+def _close(truth: Fraction, answer: Fraction) -> bool:
+    if truth == answer:
+        return True
+    # Only numbers written with decimals can be roundings of each other.
+    exact = truth.denominator == 1 and answer.denominator == 1
+    return not exact and abs(truth - answer) < Fraction(1, 2 * 10**_DECIMALS)
+
+
+def _in_base(truth: str, answer: str) -> bool | None:
+    expected, given = _BASE.fullmatch(truth), _BASE.fullmatch(answer)
+    if expected is None and given is None:
+        return None
+
+    def parts(found: re.Match[str] | None, text: str) -> tuple[str, str]:
+        if found is None:
+            return re.sub(r"[ ,]", "", text), ""
+        base = found["base"] or found["base2"]
+        return re.sub(r"[ ,]", "", found["digits"]), _BASE_NAMES.get(base, base)
+
+    (digits, base), (given_digits, given_base) = parts(expected, truth), parts(given, answer)
+    if not re.fullmatch(r"[0-9A-F]+", given_digits) or not re.fullmatch(r"[0-9A-F]+", digits):
+        return None
+    return digits == given_digits and (not base or not given_base or base == given_base)
+
+
+def _clock(truth: str, answer: str) -> bool | None:
+    expected, given = _CLOCK.fullmatch(truth), _CLOCK.fullmatch(answer)
+    if not expected or not given:
+        return None
+    same = int(expected[1]) == int(given[1]) and expected[2] == given[2]
+    halves = {half.lower() for half in (expected[3], given[3]) if half}
+    return same and len(halves) <= 1
+
+
+def _duration(truth: str, answer: str) -> bool | None:
+    """ "2 hours 30 minutes" against 150 or 2.5, "3 dollars and 20 cents" against 3.20."""
+    expected = quantity(truth)
+    parts = _DURATION.findall(answer)
+    if not expected or len(parts) < 2 or _DURATION.sub("", answer).strip():
+        return None
+    units = [unit[0].lower() for _, unit in parts]
+    if units[:2] == ["d", "c"]:
+        return _close(expected.value, Fraction(parts[0][0]) + Fraction(parts[1][0]) / 100)
+    if any(unit not in _SECONDS for unit in units) or len(set(units)) < len(units):
+        return None
+    seconds = sum(Fraction(number) * _SECONDS[unit] for (number, _), unit in zip(parts, units, strict=True))
+    asked = known_unit(expected.unit)
+    return any(
+        _close(expected.value, seconds / size)
+        for unit, size in _SECONDS.items()
+        if asked in (None, _UNIT_OF[unit])
+    )
+
+
+_UNIT_OF = {"h": "h", "m": "min", "s": "s"}
+
+
+# --- Words --------------------------------------------------------------------------------------------------
+
+
+def _choice(truth: str, answer: str) -> bool | None:
+    """Multiple choice: "C" against "(C)", and "(C) 12" against "C" or 12."""
+    letter = _CHOICE.fullmatch(truth)
+    with_value = _CHOICE_WITH_VALUE.fullmatch(answer)
+    if with_value:
+        chosen = with_value[1] or with_value[2]
+        if letter:
+            return letter[1].upper() == chosen
+        return _compare(truth, with_value["value"])
+    # "a" alone may be a variable, "(C)" or "C" as a truth with a bracketed answer may not.
+    given = _CHOICE.fullmatch(answer)
+    if letter and given and (letter[1].isupper() or "(" in truth):
+        return letter[1].upper() == given[1].upper()
+    return None
+
+
+def _is_words(text: str) -> bool:
+    return bool(_WORDS.fullmatch(text)) and len(text.replace(" ", "")) > 1
+
+
+def _words(text: str) -> str:
+    words = re.sub(r"[^a-z]+", " ", text.lower()).strip()
+    return re.sub(r"^(?:the|a|an) ", "", words)
+
+
+def _after_name(answer: str) -> str:
+    value = _assigned(answer)
+    return answer if value is None else value
+
+
+def _assigned(text: str) -> str | None:
+    """The right side of "x = 5", "x \\in [2, 3]" or "Total cost: 5"; None without one, or with several."""
+    found = _ASSIGNMENT.fullmatch(text)
+    if found:
+        value = found["value"]
+        return None if re.search(r"[,;].*=", value) else value.rpartition("=")[2].strip() or None
+    left, equals, right = text.rpartition("=")
+    # A chain of arithmetic, "3 * 6 = 18": its last member is the answer.
+    if (
+        equals
+        and quantity(right.strip())
+        and re.fullmatch(r"[\d\s.,+*/×^()$%\\a-z{}=-]+", left)
+        and not re.search(r"(?<![\\a-z])[a-z](?![a-z])", re.sub(r"\\[a-z]+", " ", left))
+    ):
+        return right.strip()
+    return None
+
+
+# --- Lists --------------------------------------------------------------------------------------------------
+
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+def _lists(truth: str, answer: str) -> bool | None:
+    """Lists, sets and tuples of numbers or words. None for anything with other elements, and for intervals."""
+    expected, given = _elements(truth), _elements(answer)
+    if expected is None and given is None:
+        return None
+    number = quantity(truth)
+    if given is not None and number:
+        # Several answers where one is asked for.
+        values = [quantity(part) for part in given[1]]
+        return False if len(values) > 1 and all(values) else None
+    if expected is None or given is None:
+        return None
+    if expected[0] == given[0] == "" or {expected[0], given[0]} <= {"", "{"}:
+        ordered = False
+    elif {expected[0], given[0]} <= {"", "("}:
+        ordered = True
+    else:
+        return None
+    left, right = expected[1], [_after_name(part) for part in given[1]]
+    if not ordered and expected[0] != "{":
+        left = [_after_name(part) for part in left]
+    if not all(quantity(part) or _is_words(part) for part in [*left, *right]):
+        return None
+    if (not ordered and given[0] == "{") or expected[0] == "{":
+        right = _distinct(right)
+    if len(left) != len(right):
+        return False
+    if ordered:
+        return all(_compare(a, b) is True for a, b in zip(left, right, strict=True))
+    remaining = list(right)
+    for part in left:
+        match = next((other for other in remaining if _compare(part, other) is True), None)
+        if match is None:
+            return False
+        remaining.remove(match)
+    return True
+
+
+def _distinct(parts: list[str]) -> list[str]:
+    kept: list[str] = []
+    for part in parts:
+        if not any(_compare(part, other) is True for other in kept):
+            kept.append(part)
+    return kept
+
+
+def _elements(text: str) -> tuple[str, list[str]] | None:
+    """The bracket and the parts of a list; None when it is not one."""
+    text = text.replace(r"\{", "{").replace(r"\}", "}").strip()
+    text = re.sub(r"^(?:either|both)\s+", "", text)
+    bracket = ""
+    if len(text) > 1 and text[0] in "({" and text[-1] == _CLOSE[_OPEN.index(text[0])] and _encloses(text):
+        bracket, text = text[0], text[1:-1]
+    parts = _split(text)
+    if parts is None or len(parts) < 2 or not all(parts):
+        return None
+    return bracket, parts
+
+
+def _encloses(text: str) -> bool:
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth == 0:
+            return position == len(text) - 1
+    return False
+
+
+def _split(text: str) -> list[str] | None:
+    """Parts between commas, semicolons, "and" and "or" outside brackets; thousands separators do not split."""
+    if len(text) > 1_000:
+        return None
+    text = re.sub(r"\s*,?\s*\b(?:and|or)\b\s*(?:maybe|possibly)?\s*", ";", text)
+    separator = ";" if ";" in text and not re.search(r",\s", text) else ",;"
+    if separator == ";" and re.search(r",(?!\d{3}(?!\d))", text):
+        separator = ",;"
+    parts, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth == 0 and character in separator:
+            parts.append(text[start:position].strip())
+            start = position + 1
+    parts.append(text[start:].strip())
+    return parts if len(parts) <= _MAX_ELEMENTS else None

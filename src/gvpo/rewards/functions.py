@@ -1,0 +1,176 @@
+"""Reward functions in TRL's protocol, and verl's `compute_score`, from one implementation.
+
+A reward function is called with `prompts`, `completions` (texts, or lists of messages) and the data set's
+columns as keywords, and returns one float for each completion; None where it cannot tell.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gvpo.errors import InputError
+from gvpo.rewards.extraction import extract_answer
+from gvpo.rewards.verification import answers_equal, verify
+
+RewardFunction = Callable[..., list[float | None]]
+Completion = str | Sequence[Mapping[str, Any]]
+
+
+def completion_text(completion: Completion) -> str:
+    """The text of a completion: of its last assistant message, when it is a conversation."""
+    if isinstance(completion, str):
+        return completion
+    for message in reversed(completion):
+        if message.get("role", "assistant") == "assistant":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                return content
+            return "".join(part.get("text", "") for part in content)  # multimodal: a list of parts
+    return ""
+
+
+def _answers(answer: Sequence[Any] | None, count: int, name: str) -> Sequence[Any]:
+    if answer is None:
+        raise InputError(
+            f"the {name} reward needs the column 'answer': add the ground truths to the data set."
+        )
+    if len(answer) != count:
+        raise InputError(
+            f"the {name} reward got {count} completions and {len(answer)} answers: give one each."
+        )
+    return answer
+
+
+def accuracy(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    *,
+    answer: Sequence[Any] | None = None,
+    **_: Any,
+) -> list[float | None]:
+    """1 when the completion's final answer equals `answer`, else 0; None where there is no ground truth.
+
+    Raises:
+        InputError: the data set has no column `answer`.
+    """
+    answers = _answers(answer, len(completions), "accuracy")
+    known = [index for index, truth in enumerate(answers) if truth is not None and str(truth).strip()]
+    verdicts = verify([completion_text(completions[i]) for i in known], [str(answers[i]) for i in known])
+    rewards: list[float | None] = [None] * len(completions)
+    for index, verdict in zip(known, verdicts, strict=True):
+        rewards[index] = float(verdict.correct)
+    return rewards
+
+
+def exact(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    *,
+    answer: Sequence[Any] | None = None,
+    **_: Any,
+) -> list[float | None]:
+    """1 when the completion is `answer` to the letter, apart from white space around it, else 0.
+
+    Raises:
+        InputError: the data set has no column `answer`.
+    """
+    answers = _answers(answer, len(completions), "exact")
+    return [
+        None if truth is None else float(completion_text(completion).strip() == str(truth).strip())
+        for completion, truth in zip(completions, answers, strict=True)
+    ]
+
+
+def format(prompts: Sequence[Any], completions: Sequence[Completion], **_: Any) -> list[float | None]:
+    """1 when the completion says which its final answer is (`\\boxed{}`, `####`, "the answer is"), else 0."""
+    found = (extract_answer(completion_text(completion)) for completion in completions)
+    return [float(answer is not None and answer.explicit) for answer in found]
+
+
+def length(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    *,
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    max_length: int = 1024,
+    **_: Any,
+) -> list[float | None]:
+    """0 up to 80 % of `max_length`, from there down in a straight line to −1 at `max_length` and beyond.
+
+    Lengths are in tokens where the trainer passes `completion_ids`, as TRL does, else in words.
+    """
+    if completion_ids is not None:
+        sizes = [len(ids) for ids in completion_ids]
+    else:
+        sizes = [len(completion_text(completion).split()) for completion in completions]
+    free = 0.8 * max_length
+    return [-min(1.0, max(0.0, size - free) / (max_length - free)) for size in sizes]
+
+
+def reasoning_gym(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    *,
+    entry: Sequence[str] | None = None,
+    task: Sequence[str] | None = None,
+    **_: Any,
+) -> list[float | None]:
+    """The task's own score of the completion's final answer, 0 to 1.
+
+    Raises:
+        InputError: the columns `task` and `entry` are missing, or reasoning_gym is.
+    """
+    if entry is None or task is None:
+        raise InputError(
+            "the reasoning_gym reward needs the columns 'task' and 'entry': load the data set as "
+            "reasoning_gym:<task>."
+        )
+    return [
+        _score_entry(name, completion_text(completion), json.loads(text))
+        for completion, name, text in zip(completions, task, entry, strict=True)
+    ]
+
+
+def _score_entry(task: str, text: str, entry: dict[str, Any]) -> float:
+    try:
+        from reasoning_gym import get_score_answer_fn
+    except ImportError as error:
+        raise InputError("reasoning_gym is not installed: pip install 'gvpo[reasoning-gym]'.") from error
+    score = get_score_answer_fn(task)
+    found = extract_answer(text)
+    # Many tasks ask for grids or sequences, which only the scorer can read: it gets the text as well.
+    candidates = [text.strip()] if found is None else [found.text, text.strip()]
+    if found is not None and found.explicit:
+        candidates = [found.text]
+    return max(float(score(answer=candidate, entry=entry)) for candidate in candidates)
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> float:
+    """verl's custom reward function: 1.0 when `solution_str` arrives at `ground_truth`, else 0.0.
+
+    Args:
+        data_source: the row's `data_source`; `reasoning_gym/<task>` is scored by the task.
+        solution_str: the model's text.
+        ground_truth: the row's `reward_model.ground_truth`; the full solution of GSM8K or MATH will do.
+        extra_info: for reasoning_gym, `entry`.
+    """
+    from gvpo.data.recipes import any_answer
+
+    if str(data_source).startswith("reasoning_gym/"):
+        entry = (extra_info or {}).get("entry")
+        if entry is None:
+            raise InputError("a reasoning_gym row has no extra_info.entry: write the data with `gvpo data`.")
+        return _score_entry(str(data_source).partition("/")[2], solution_str, json.loads(entry))
+    truth = any_answer(ground_truth)
+    if truth is None:
+        return 0.0
+    return float(verify([solution_str], [truth])[0].correct)
+
+
+__all__ = ["accuracy", "answers_equal", "compute_score", "exact", "format", "length", "reasoning_gym"]

@@ -1,0 +1,188 @@
+"""Equality of expressions by Math-Verify, in a process of its own.
+
+Run as a script this file is a worker: it forks a child that answers requests on standard input until one
+takes too much processor time; the kernel then ends the child, however deep in C it is, and the next child is
+forked in milliseconds because everything is imported already. It imports nothing of gvpo, hence no torch.
+
+Protocol: a request is a 4-byte big-endian length and a JSON list of [truth, answer] pairs. For each pair, in
+order, comes one byte: `1` equal, `0` not, `!` the child died on it (the rest of the request is then void).
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import struct
+import sys
+from functools import lru_cache
+from typing import Any
+
+READY, EQUAL, UNEQUAL, DIED = b"R", b"1", b"0", b"!"
+MAX_LENGTH = 600
+_MAX_DEPTH = 24
+_MAX_DIGITS = 60
+
+
+def too_complex(text: str) -> bool:
+    """Whether an expression is beyond what a person writes as an answer: it is not handed to Math-Verify."""
+    if len(text) > MAX_LENGTH:
+        return True
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    if deepest > _MAX_DEPTH or text.count("^") + text.count("**") > 40:
+        return True
+    if re.search(rf"\d{{{_MAX_DIGITS},}}", text):
+        return True
+    # Powers of powers of numbers, powers with long exponents, and factorials of long numbers or of factorials.
+    return bool(
+        re.search(r"\d\s*\}?\)?\s*(?:\^|\*\*)\s*[{(]*\s*-?\d+\s*[)}]*\s*(?:\^|\*\*)", text)
+        or re.search(r"(?:\^|\*\*)\s*[{(\s]*-?[\d,.]{5,}", text)
+        or re.search(r"\d{4,}\s*[)}]*\s*!|!\s*[)}]*\s*!", text)
+        or re.search(r"\\(?:int|sum|prod|lim)(?![a-zA-Z])", text)
+    )
+
+
+def to_latex(text: str) -> str:
+    """Plain-text mathematics as LaTeX: `sqrt(2)/2`, `2*pi`, `x**2`, `<=`."""
+    text = text.replace("$", " ")
+    text = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(
+        r"(?<![\\a-zA-Z])(pi|theta|infty|sin|cos|tan|cot|sec|csc|log|ln)(?![a-zA-Z])", r"\\\1 ", text
+    )
+    text = re.sub(r"(?<![\\a-zA-Z])(?:inf|infinity|oo)(?![a-zA-Z])", r"\\infty ", text)
+    text = re.sub(r"(?<=[\w)}])\s+[uU]\s+(?=[(\[])", r" \\cup ", text)
+    text = text.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
+    text = re.sub(r"(?<=[^\\])\*", r"\\cdot ", text)
+    text = re.sub(r"\^\((-?[\w/]+)\)", r"^{\1}", text)
+    # Units in words and LaTeX's column vectors written as rows are no part of the value.
+    return re.sub(r"\s+(?:square\s+|cubic\s+)?(?:units?|degrees|radians)(?:\s*\^\s*\{?\d\}?)?\s*$", "", text)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> tuple[Any, ...]:
+    """Math-Verify's readings of one answer; empty when it has none."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+    from math_verify import parse as math_verify_parse
+
+    latex = to_latex(text)
+    # Its own time limit sends signals, which only a main thread may; the worker has a better one.
+    found = math_verify_parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
+    if not any(not isinstance(reading, str) for reading in found):
+        found = math_verify_parse(text, [ExprExtractionConfig()], parsing_timeout=None) or found
+        if re.search(r"[A-Za-z]{2,}", text):
+            # A number picked out of prose is not what was written.
+            found = [reading for reading in found if isinstance(reading, str)]
+    return tuple(found)
+
+
+def equal(truth: str, answer: str) -> bool:
+    """Whether Math-Verify finds the answer equal to the ground truth. May run for ever: call it in a worker."""
+    from math_verify import verify
+
+    expected, given = list(parse(truth)), list(parse(answer))
+    if not expected or not given:
+        return False
+    if _vacuous(expected, given):
+        return False
+    return bool(verify(expected, given, timeout_seconds=None, allow_set_relation_comp=True)) or _same_vector(
+        expected[0], given[0]
+    )
+
+
+def _vacuous(expected: list[Any], given: list[Any]) -> bool:
+    """Whether a side states nothing (`1 = 2`, a truth value): any two such would count as equal."""
+    return any(
+        not isinstance(side[0], str)
+        and str(side[0]) in ("True", "False", "nan", "zoo", "EmptySet")
+        and side[0] != other[0]
+        for side, other in ((expected, given), (given, expected))
+    )
+
+
+def _same_vector(expected: Any, given: Any) -> bool:
+    """A column vector against the same numbers as a tuple."""
+    from sympy import MatrixBase, Tuple
+
+    return (
+        isinstance(expected, MatrixBase)
+        and isinstance(given, Tuple)
+        and 1 in expected.shape
+        and list(expected.flat()) == list(given)
+    )
+
+
+# --- The worker process -------------------------------------------------------------------------------------
+
+
+def _read(stream: int, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        piece = os.read(stream, length - len(data))
+        if not piece:
+            return b""
+        data += piece
+    return data
+
+
+def _serve(seconds: float) -> None:
+    """Answer requests until standard input closes."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    while True:
+        header = _read(0, 4)
+        if not header:
+            return
+        pairs = json.loads(_read(0, struct.unpack(">I", header)[0]))
+        for truth, answer in pairs:
+            # Processor time, so that a busy machine does not turn right answers into wrong ones; wall time
+            # in case something sleeps. The default action of both signals ends the process.
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.setitimer(signal.ITIMER_REAL, 20 * seconds)
+            try:
+                verdict = EQUAL if equal(truth, answer) else UNEQUAL
+            except Exception:
+                verdict = UNEQUAL
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.write(1, verdict)
+
+
+def _limit_memory(megabytes: int) -> None:
+    import resource
+
+    limit = megabytes * 1024 * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(seconds: float, megabytes: int) -> None:
+    """Fork children that serve, one after the other, until standard input closes."""
+    logging.disable(logging.CRITICAL)
+    sys.setrecursionlimit(2_000)
+    for truth, answer in (
+        (r"\frac{1}{2}+x", "x+0.5"),
+        (r"\sqrt{2}", r"\frac{2}{\sqrt{2}}"),
+        ("[1,2)", "(3, 4)"),
+    ):
+        equal(truth, answer)  # imports and grammar tables, once for all children
+    os.write(1, READY)
+    while True:
+        child = os.fork()
+        if child == 0:
+            _limit_memory(megabytes)
+            try:
+                _serve(seconds)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            return
+        os.write(1, DIED)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))
