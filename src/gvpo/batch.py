@@ -1,0 +1,152 @@
+"""What goes into a step: the responses of its groups, and micro-batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass
+class GroupBatch:
+    """The responses of one optimizer step on this rank, in any order, groups whole over all ranks.
+
+    Attributes:
+        input_ids: prompt and completion, left-aligned; what pads a row on the right is never looked at.
+        lengths: tokens of each row without padding.
+        completion_mask: the tokens whose log-probabilities make up S (not the prompt, not tool output).
+        rewards: R, one a row.
+        group_ids: the prompt that a row answers; any integers.
+        valid: False drops a row from its group. None: all rows are valid.
+        reference_logps: S' in nats, or None where the policy *is* the reference (the first step after a
+            rollout with the rollout policy as the reference): then no scoring pass is needed.
+    """
+
+    input_ids: Int[Tensor, "batch length"]
+    lengths: Int[Tensor, "batch"]
+    completion_mask: Bool[Tensor, "batch length"]
+    rewards: Float[Tensor, "batch"]
+    group_ids: Int[Tensor, "batch"]
+    valid: Bool[Tensor, "batch"] | None = None
+    reference_logps: Float[Tensor, "batch"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        rewards: Sequence[float] | Tensor,
+        group_ids: Sequence[int] | Tensor,
+        *,
+        device: torch.device | str = "cpu",
+        **others: Any,
+    ) -> GroupBatch:
+        """From lists of token ids, one prompt and one completion a row."""
+        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        width = max(map(len, rows), default=0)
+        input_ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], dtype=torch.long)
+        starts = torch.tensor([len(p) for p in prompts], dtype=torch.long)
+        lengths = torch.tensor([len(r) for r in rows], dtype=torch.long)
+        at = torch.arange(width)
+        chosen = (at >= starts[:, None]) & (at < lengths[:, None])
+        return cls(
+            input_ids.view(len(rows), width).to(device),
+            lengths.to(device),
+            chosen.to(device),
+            torch.as_tensor(rewards, dtype=widest_float(torch.device(device))).to(device),
+            torch.as_tensor(group_ids).to(device),
+            **others,
+        )
+
+    @classmethod
+    def from_padded(
+        cls,
+        token_ids: Int[Tensor, "batch length"],
+        attention_mask: Int[Tensor, "batch length"],
+        completion_mask: Int[Tensor, "batch length"],
+        rewards: Float[Tensor, "batch"],
+        group_ids: Int[Tensor, "batch"],
+        **others: Any,
+    ) -> GroupBatch:
+        """From rows padded anywhere (left-padded prompts, say): tokens outside `attention_mask` go."""
+        seen = attention_mask.bool()
+        order = seen.byte().argsort(dim=1, descending=True, stable=True)
+        lengths = seen.sum(1)
+        width = int(lengths.max()) if len(lengths) else 0
+        order = order[:, :width]
+        chosen = (completion_mask.bool() & seen).gather(1, order)
+        return cls(token_ids.gather(1, order), lengths, chosen, rewards, group_ids, **others)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[GroupBatch]) -> GroupBatch:
+        """One batch of several of the same kind (all with reference log-probs, or none)."""
+        width = max(part.input_ids.shape[1] for part in parts)
+
+        def wide(x: Tensor) -> Tensor:
+            return nn.functional.pad(x, (0, width - x.shape[1]))
+
+        def cat(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            if any(v is None for v in values) and any(v is not None for v in values):
+                raise ValueError(f"{name} is given for some parts of the batch only.")
+            return None if values[0] is None else torch.cat(values)
+
+        return cls(
+            torch.cat([wide(part.input_ids) for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([wide(part.completion_mask) for part in parts]),
+            torch.cat([part.rewards for part in parts]),
+            torch.cat([part.group_ids for part in parts]),
+            cat("valid"),
+            cat("reference_logps"),
+        )
+
+
+@dataclass
+class MicroBatch:
+    """Some rows of a batch, trimmed to their longest."""
+
+    rows: list[int]
+    input_ids: Int[Tensor, "rows width"]
+    lengths: Int[Tensor, "rows"]
+    chosen: Bool[Tensor, "rows width"]
+
+    @classmethod
+    def of(cls, batch: GroupBatch, rows: list[int], lengths: Sequence[int]) -> MicroBatch:
+        device = batch.input_ids.device
+        if not rows:  # a filler of two tokens and weight 0, for ranks that have nothing to do
+            two = torch.tensor([2], device=device)
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            return cls([], ids, two, torch.tensor([[False, True]], device=device))
+        index = torch.tensor(rows, device=device)
+        width = max(2, max(lengths[row] for row in rows))
+        missing = max(0, width - batch.input_ids.shape[1])
+        input_ids = nn.functional.pad(batch.input_ids[index, :width], (0, missing))
+        chosen = nn.functional.pad(batch.completion_mask[index, :width], (0, missing)).clone()
+        chosen[:, 0] = False  # nothing comes before the first token to predict it from
+        return cls(rows, input_ids, batch.lengths[index], chosen)
+
+    def per_token(self, row_weights: Float[Tensor, "batch"]) -> Float[Tensor, "tokens"]:
+        if not self.rows:
+            return torch.zeros(1, dtype=row_weights.dtype, device=row_weights.device)
+        mine = row_weights[torch.tensor(self.rows, device=row_weights.device)]
+        return mine[:, None].expand(self.chosen.shape)[self.chosen]
+
+    def per_row(self, token_values: Float[Tensor, "tokens"]) -> Float[Tensor, "rows"]:
+        wide = widest_float(token_values.device)
+        spread = torch.zeros(self.chosen.shape, dtype=wide, device=token_values.device)
+        return spread.masked_scatter(self.chosen, token_values.to(wide)).sum(1)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

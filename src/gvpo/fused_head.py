@@ -1,0 +1,252 @@
+"""The language model head fused with a weighted log-likelihood: no logits are kept.
+
+GVPO's weights are known before the gradient pass (see `gvpo.objective`), so the head's gradients can be
+made inside its forward, one tile of logits at a time: nothing of the size (tokens × vocabulary) outlives
+its tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+TILE_BYTES = 48 << 20  # of float32 logits; see docs/performance.md
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From the head's linear output z to logits: softcap · tanh(scale · z / softcap) / temperature."""
+
+    temperature: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any, temperature: float) -> LogitTransform:
+        """Read the transform that a transformers configuration asks for, under its several names."""
+        text = config.get_text_config()
+        scale = next(
+            (
+                value
+                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+                if (value := getattr(text, name, None)) is not None
+            ),
+            None,
+        )
+        if scale is None and (divisor := getattr(text, "logits_scaling", None)) is not None:
+            scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
+        softcap = getattr(text, "final_logit_softcapping", None)
+        return cls(temperature, 1.0 if scale is None else scale, softcap)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Transform z in place; returns logits, and 1 − tanh² where the transform is not linear."""
+        if self.softcap is None:
+            return z.mul_(self.slope) if self.slope != 1.0 else z, None
+        z.mul_(self.scale / self.softcap).tanh_()
+        curvature = z.square().neg_().add_(1.0)
+        return z.mul_(self.softcap / self.temperature), curvature
+
+    @property
+    def slope(self) -> float:
+        return self.scale / self.temperature
+
+
+@dataclass
+class HeadGradient:
+    """Sums the head's gradient over the micro-batches of a step in one buffer, handed to autograd once.
+
+    Without it every micro-batch would add a (vocabulary × hidden) matrix to `.grad`. Exact as long as the
+    micro-batches of the step are scaled alike.
+    """
+
+    buffer: Tensor | None = None
+    last: bool = False
+
+
+@dataclass
+class _HeadGrads:
+    """Where the gradients of one call gather; None where no gradient is asked for."""
+
+    hidden: Float[Tensor, "tokens dim"] | None
+    weight: Float[Tensor, "vocab dim"] | None
+    bias: Float[Tensor, "vocab"] | None
+
+
+class WeightedNLL(torch.autograd.Function):
+    """−Σ_t weight_t log p_t over tokens whose weights are known, with gradients made in the forward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Float[Tensor, "tokens dim"],
+        weight: Float[Tensor, "vocab dim"],
+        bias: Float[Tensor, "vocab"] | None,
+        targets: Int[Tensor, "tokens"],
+        token_weights: Float[Tensor, "tokens"],
+        transform: LogitTransform,
+        tile_rows: int,
+        head_gradient: HeadGradient | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        compute = _compute_dtype(hidden)
+        exact = torch.promote_types(compute, torch.float32)
+        w, token_weights = weight.to(compute), token_weights.to(exact)
+        grads = _new_grads(ctx.needs_input_grad, hidden, weight, exact, head_gradient)
+        logps = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        entropy = torch.empty_like(logps)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), tile_rows):
+                rows = slice(start, start + tile_rows)
+                h, t, a = hidden[rows].to(compute), targets[rows], token_weights[rows]
+                z, curvature = transform(_linear(h, w, bias, exact))
+                target_logit, top = z.gather(1, t[:, None])[:, 0], z.amax(1)
+                e = z.sub_(top[:, None]).exp_()
+                total = e.sum(1)
+                log_total = top + total.log()
+                logps[rows] = target_logit - log_total
+                if curvature is None:
+                    expected = _add_linear_tile(grads, rows, e, total, h, w, bias, t, a, transform.slope)
+                    entropy[rows] = log_total - expected
+                else:
+                    p = e.div_(total[:, None])
+                    entropy[rows] = torch.special.entr(p).sum(1)
+                    _add_curved_tile(grads, rows, p, curvature.mul_(transform.slope), h, w, t, a)
+        grad_weight = grads.weight
+        if head_gradient is not None and grad_weight is not None:
+            head_gradient.buffer = grad_weight
+            grad_weight = grad_weight if head_gradient.last else None
+        ctx.save_for_backward(
+            None if grads.hidden is None else grads.hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(logps, entropy)
+        return -(logps * token_weights).sum(), logps, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = (None if g is None else g.mul_(grad_nll.to(g.dtype)) for g in ctx.saved_tensors)
+        return (*grads, None, None, None, None, None)
+
+
+def _new_grads(
+    needed: tuple[bool, ...],
+    hidden: Tensor,
+    weight: Tensor,
+    exact: torch.dtype,
+    head_gradient: HeadGradient | None,
+) -> _HeadGrads:
+    device = hidden.device
+    buffer = head_gradient.buffer if head_gradient is not None and needed[1] else None
+    if buffer is None and needed[1]:
+        buffer = torch.zeros(weight.shape, dtype=exact, device=device)
+    return _HeadGrads(
+        torch.empty(hidden.shape, dtype=exact, device=device) if needed[0] else None,
+        buffer,
+        torch.zeros(len(weight), dtype=exact, device=device) if needed[2] else None,
+    )
+
+
+def _add_linear_tile(
+    grads: _HeadGrads,
+    rows: slice,
+    e: Float[Tensor, "tile vocab"],
+    total: Float[Tensor, "tile"],
+    h: Float[Tensor, "tile dim"],
+    w: Float[Tensor, "vocab dim"],
+    bias: Float[Tensor, "vocab"] | None,
+    targets: Int[Tensor, "tile"],
+    a: Float[Tensor, "tile"],
+    slope: float,
+) -> Float[Tensor, "tile"]:
+    """Gradients a (p − onehot) slope of a tile whose logits are linear in h; returns Σ_v p_v logit_v.
+
+    With p = e / total, the dense part goes through matrix products of the unnormalised tile, and the
+    one-hot part is added in `dim` columns instead of `vocab`: no further pass over the tile.
+    """
+    exact = a.dtype
+    e, wide_h = e.to(h.dtype), h.to(exact)
+    summed_w = torch.mm(e, w).to(exact)  # Σ_v e_v w_v, which gives Σ_v e_v logit_v for free
+    expected = (summed_w * wide_h).sum(1)
+    if bias is not None:
+        expected += torch.mv(e.to(exact), bias.to(exact))
+    per_row = a * slope / total
+    if grads.hidden is not None:
+        grads.hidden[rows] = summed_w * per_row[:, None] - w[targets].to(exact) * (a * slope)[:, None]
+    if grads.weight is not None:
+        _add_product(grads.weight, e, wide_h * per_row[:, None])
+        grads.weight.index_add_(0, targets, wide_h * (-a * slope)[:, None])
+    if grads.bias is not None:
+        grads.bias += torch.mv(e.to(exact).t(), per_row)
+        grads.bias.index_add_(0, targets, -a * slope)
+    return expected * slope / total
+
+
+def _add_curved_tile(
+    grads: _HeadGrads,
+    rows: slice,
+    p: Float[Tensor, "tile vocab"],
+    slopes: Float[Tensor, "tile vocab"],
+    h: Float[Tensor, "tile dim"],
+    w: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, "tile"],
+    a: Float[Tensor, "tile"],
+) -> None:
+    """Gradients a (p − onehot) slope_v of a tile of soft-capped logits."""
+    g = p.mul_(a[:, None])
+    g[torch.arange(len(targets), device=g.device), targets] -= a
+    g.mul_(slopes)
+    if grads.bias is not None:
+        grads.bias += g.sum(0)
+    g = g.to(h.dtype)
+    if grads.hidden is not None:
+        grads.hidden[rows] = torch.mm(g, w).to(a.dtype)
+    if grads.weight is not None:
+        _add_product(grads.weight, g, h.to(a.dtype))
+
+
+@torch.no_grad()
+def chunked_logps(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    bias: Float[Tensor, "vocab"] | None,
+    targets: Int[Tensor, "tokens"],
+    transform: LogitTransform,
+    tile_rows: int,
+) -> Float[Tensor, "tokens"]:
+    """log p of the targets in nats, one tile of logits at a time, without gradient."""
+    compute = _compute_dtype(hidden)
+    exact = torch.promote_types(compute, torch.float32)
+    w = weight.to(compute)
+    logps = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(hidden), tile_rows):
+            rows = slice(start, start + tile_rows)
+            z, _ = transform(_linear(hidden[rows].to(compute), w, bias, exact))
+            target_logit = z.gather(1, targets[rows, None])[:, 0]
+            top = z.amax(1)
+            logps[rows] = target_logit - top - z.sub_(top[:, None]).exp_().sum(1).log()
+    return logps
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _linear(h: Tensor, w: Tensor, bias: Tensor | None, exact: torch.dtype) -> Tensor:
+    z = torch.mm(h, w.t()).to(exact)
+    return z if bias is None else z.add_(bias.to(exact))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ right, in low precision only where the machine multiplies that faster."""
+    if left.dtype != total.dtype and total.is_cuda:
+        total += torch.mm(left.t(), right.to(left.dtype))
+    else:
+        total.addmm_(left.to(total.dtype).t(), right)

@@ -1,0 +1,344 @@
+"""One exact GVPO optimizer step over any number of groups: score → weights → micro-batches → gradients.
+
+With the weights known, the step's loss is linear in the sequence log-probabilities, so its gradient does
+not depend on how rows are cut into micro-batches, put on ranks or ordered (see `gvpo.objective`). The cuts
+here are free to be what is cheapest: rows of like length together, each micro-batch trimmed to its own
+longest row, rows of weight 0 left out.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from gvpo.batch import GroupBatch, MicroBatch, widest_float
+from gvpo.fused_head import HeadGradient
+from gvpo.logprobs import TokenScorer, TokenScores
+from gvpo.objective import gvpo_loss
+from gvpo.packing import plan_micro_batches
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+DEFAULT_TOKEN_BUDGET = 16_384
+Result = TypeVar("Result")
+
+
+@dataclass
+class StepReport:
+    """What a step did.
+
+    Attributes:
+        loss: the GVPO loss of the step's groups (all ranks) before the update.
+        metrics: as `gvpo.objective.GVPOLoss.metrics`.
+        weights: w of this rank's rows.
+        policy_logps: S of this rank's rows in nats, or None on a free step.
+        micro_batches, tokens, useful_tokens: of this rank's gradient pass; `tokens` counts padding.
+        entropy: mean over this rank's weighted completion tokens, in nats; NaN if there is none.
+        retries: how often the step was made again with a smaller token budget, being out of memory.
+    """
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Float[Tensor, ""]]
+    weights: Float[Tensor, "batch"]
+    policy_logps: Float[Tensor, "batch"] | None
+    micro_batches: int = 0
+    tokens: int = 0
+    useful_tokens: int = 0
+    entropy: float = float("nan")
+    retries: int = 0
+
+
+class Backend:
+    """How gradients are made and shared: plain PyTorch, alone or under DDP or FSDP2.
+
+    Engines override it; `gvpo.trl` does so for accelerate.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        loss.backward()
+
+    def without_sync(self, model: nn.Module) -> AbstractContextManager:
+        """A context in which a backward does not share gradients among ranks."""
+        if isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        if isinstance(model, FSDPModule):
+            return _without_fsdp_sync(model)
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager:
+        """A context for forwards, such as autocast."""
+        return nullcontext()
+
+    def averaged_over(self, model: nn.Module) -> int:
+        """Over how many ranks the engine averages gradients: the loss is multiplied by it."""
+        if isinstance(model, DistributedDataParallel) or self.collective_forward(model):
+            return dist.get_world_size(self.process_group)
+        return 1
+
+    def collective_forward(self, model: nn.Module) -> bool:
+        """Whether each forward gathers parameters, so that ranks must run equally many (FSDP, ZeRO-3)."""
+        return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def _without_fsdp_sync(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+class GVPOStep:
+    """Adds the exact gradient of one GVPO step to the model's `.grad`; the optimizer step is the caller's.
+
+    Args:
+        model: the policy, a causal language model of transformers (or any module with `.logits`), bare or
+            wrapped in DDP, FSDP2 or PEFT.
+        beta: the implicit reward's temperature β > 0.
+        temperature: sampling temperature at which the policy is the model.
+        token_budget: padded tokens per micro-batch. What it is has no influence on the gradient. Halved
+            by itself, and the same step made again, when memory runs out.
+        backend: how gradients are shared; by default as the model is wrapped, in the default process group.
+        float32_head: compute the head's logits in float32.
+
+    Example:
+        >>> step = GVPOStep(model, beta=0.1)
+        >>> step(GroupBatch.from_tokens(prompts, completions, rewards, group_ids))
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        beta: float = 0.1,
+        temperature: float = 1.0,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        backend: Backend | None = None,
+        float32_head: bool = False,
+    ) -> None:
+        self.model = model
+        self.beta = beta
+        self.token_budget = token_budget
+        self.backend = backend or Backend(dist.group.WORLD if dist.is_initialized() else None)
+        self.scorer = TokenScorer(model, temperature, float32_head)
+        self._retry_is_safe = False
+        self._on_micro_batch: Callable[[int], None] = lambda index: None  # a seam for tests of failures
+
+    @property
+    def _bare(self) -> nn.Module:
+        # A forward through DDP would broadcast buffers, which only some ranks might do in a scoring pass.
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    @torch.no_grad()
+    def sequence_logps(self, batch: GroupBatch, rows: Sequence[int] | None = None) -> Float[Tensor, "batch"]:
+        """S in nats of the batch's rows under the model as it is, float64; 0 for rows left out.
+
+        The policy's own scoring pass, and how reference log-probs are made: under the rollout policy before
+        its first update, or under any fixed model.
+        """
+        self._decide_head(batch)
+        device, lengths = batch.input_ids.device, batch.lengths.tolist()
+        chosen_rows = range(len(batch)) if rows is None else rows
+
+        def score() -> Tensor:
+            out = torch.zeros(len(batch), dtype=widest_float(device), device=device)
+            plan = plan_micro_batches(lengths, chosen_rows, self.token_budget)
+            for index in range(self._equal_count(len(plan))):
+                micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
+                self._retry_is_safe &= not self._shares(last=False)
+                with self.backend.forward_context():
+                    scores = self.scorer(self._bare, micro.input_ids, micro.lengths, micro.chosen)
+                if micro.rows:
+                    out[torch.tensor(micro.rows, device=device)] = micro.per_row(scores.logps)
+            return out
+
+        return self._retrying(score, lengths)[0]
+
+    def __call__(self, batch: GroupBatch) -> StepReport:
+        """Accumulate the gradient of the GVPO loss of `batch` (on all ranks of the backend together).
+
+        If no group has two valid rows, no gradient is made: `.grad` stays as it was and an optimizer skips
+        the parameters. Where all weights are 0 instead, the gradient is made and is 0.
+
+        Raises:
+            ValueError: as `gvpo.objective.gvpo_loss`.
+            torch.OutOfMemoryError: a single row does not fit, or gradients were already (being) shared.
+        """
+        result, policy_logps = self._weigh(batch)
+        report = StepReport(result.loss.detach(), result.metrics, result.weights, policy_logps)
+        if result.metrics["groups"].item() == 0:
+            return report
+        self._decide_head(batch)
+        # Gradients that others left would be lost in a retry.
+        owned = all(p.grad is None for p in self.model.parameters())
+        lengths = batch.lengths.tolist()
+        report, retries = self._retrying(
+            lambda: self._accumulate(batch, lengths, report), lengths, safe=owned, clear_gradients=True
+        )
+        return replace(report, retries=retries)
+
+    def _accumulate(self, batch: GroupBatch, lengths: list[int], report: StepReport) -> StepReport:
+        """The gradient pass over the rows that have weight."""
+        weights = report.weights * self.backend.averaged_over(self.model)
+        plan = plan_micro_batches(lengths, weights.nonzero()[:, 0].tolist(), self.token_budget)
+        # At least one micro-batch, if of weight 0: ranks share gradients in the last one, and a gradient
+        # of 0 is not the same to an optimizer with momentum as none.
+        n_micro = self._equal_count(max(1, len(plan)))
+        head_gradient = HeadGradient()
+        tokens, entropies = 0, []
+        for index in range(n_micro):
+            micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
+            head_gradient.last = last = index == n_micro - 1
+            self._retry_is_safe &= not self._shares(last)
+            with nullcontext() if last else self.backend.without_sync(self.model):
+                scores = self._backward(micro, weights, head_gradient, last)
+            tokens += micro.input_ids.numel()
+            if micro.rows and scores.entropy is not None:
+                entropies.append(scores.entropy)
+            self._on_micro_batch(index)
+        return replace(
+            report,
+            micro_batches=n_micro,
+            tokens=tokens,
+            useful_tokens=sum(lengths[row] for rows in plan for row in rows),
+            entropy=torch.cat(entropies).mean().item() if entropies else float("nan"),
+        )
+
+    def _retrying(
+        self,
+        attempt: Callable[[], Result],
+        lengths: Sequence[int],
+        *,
+        safe: bool = True,
+        clear_gradients: bool = False,
+    ) -> tuple[Result, int]:
+        """Run `attempt`, again with half the token budget whenever it is safe to after running out of memory.
+
+        `attempt` clears `_retry_is_safe` when other ranks may wait for it in a collective.
+        """
+        rng = _rng_state(next(self.model.parameters()).device) if _has_dropout(self.model) else None
+        for retries in count():
+            self._retry_is_safe = safe
+            try:
+                return attempt(), retries
+            except RuntimeError as error:
+                fits_no_more = self.token_budget <= max(lengths)
+                if not _is_out_of_memory(error) or not self._retry_is_safe or fits_no_more:
+                    raise
+            # Out of the except block, so that the traceback no longer holds the failed pass's tensors.
+            self.token_budget = max(*lengths, self.token_budget // 2)
+            if clear_gradients:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if rng is not None:
+                _set_rng_state(rng)
+            warnings.warn(
+                f"Out of memory: made again with micro-batches of {self.token_budget} tokens.", stacklevel=4
+            )
+        raise AssertionError("unreachable")
+
+    def _weigh(self, batch: GroupBatch) -> tuple[Any, Tensor | None]:
+        if batch.reference_logps is None:
+            # θ is θ': Rθ = 0 whatever S is, and the weights need no forward (DESIGN §2.3).
+            policy = reference = torch.zeros(len(batch), device=batch.input_ids.device)
+            policy_logps = None
+        else:
+            reference = batch.reference_logps
+            policy = policy_logps = self.sequence_logps(batch, _rows_in_groups(batch))
+        result = gvpo_loss(
+            policy.to(widest_float(policy.device)),
+            reference,
+            batch.rewards,
+            batch.group_ids,
+            beta=self.beta,
+            mask=batch.valid,
+            process_group=self.backend.process_group,
+        )
+        return result, policy_logps
+
+    def _backward(
+        self, micro: MicroBatch, weights: Tensor, head_gradient: HeadGradient, last: bool
+    ) -> TokenScores:
+        with self.backend.forward_context():
+            scores = self.scorer(
+                self.model,
+                micro.input_ids,
+                micro.lengths,
+                micro.chosen,
+                micro.per_token(weights),
+                head_gradient,
+            )
+        assert scores.nll is not None
+        self.backend.backward(scores.nll, last=last)
+        return scores
+
+    def _decide_head(self, batch: GroupBatch) -> None:
+        """Let the scorer check its fused head once, and all ranks come to the same answer."""
+        if self.scorer.fused is not None:
+            return
+        micro = MicroBatch.of(batch, list(range(len(batch))), batch.lengths.tolist())
+        with self.backend.forward_context():
+            agrees = self.scorer.check(self._bare, micro.input_ids, micro.lengths, micro.chosen)
+        if self.backend.process_group is not None:
+            votes = torch.tensor(int(agrees), device=batch.input_ids.device)
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.backend.process_group)
+            self.scorer.fused = bool(votes.item())
+
+    def _equal_count(self, count: int) -> int:
+        if self.backend.process_group is None or not self.backend.collective_forward(self.model):
+            return count
+        most = torch.tensor(count, device=next(self.model.parameters()).device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.backend.process_group)
+        return int(most.item())
+
+    def _shares(self, last: bool) -> bool:
+        """Whether other ranks may be waiting in a collective while this micro-batch runs."""
+        group = self.backend.process_group
+        alone = group is None or dist.get_world_size(group) == 1
+        return not alone and (last or self.backend.collective_forward(self.model))
+
+
+def _rows_in_groups(batch: GroupBatch) -> list[int]:
+    """Rows that need a score: valid ones. (Whether a group has two is known only over all ranks.)"""
+    if batch.valid is None:
+        return list(range(len(batch)))
+    return batch.valid.nonzero()[:, 0].tolist()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    return model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+
+
+def _rng_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
+    return device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_rng_state(state: tuple[torch.device, Tensor, Tensor | None]) -> None:
+    device, cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)

@@ -1,0 +1,93 @@
+"""The step under DDP and FSDP2 on gloo ranks: the gradient of the union, in uneven shares."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gvpo.batch import GroupBatch
+from gvpo.step import GVPOStep
+from tests.gloo import run_ranks
+from tests.models import gradients, literal_gradient, random_batch, relative_error, tiny_model
+
+BETA = 0.4
+# Rows of rank 0 out of 20: even, cutting groups, nearly none, none.
+SHARES = [10, 7, 1, 0]
+
+
+def share_of(batch: GroupBatch, rank: int, first: int) -> GroupBatch:
+    rows = slice(0, first) if rank == 0 else slice(first, None)
+    parts = [batch.input_ids, batch.lengths, batch.completion_mask, batch.rewards, batch.group_ids]
+    share = GroupBatch(*(part[rows] for part in parts))
+    if batch.reference_logps is not None:
+        share.reference_logps = batch.reference_logps[rows]
+    return share
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def errors_of(rank: int, world: int, kind: str, head: str) -> list[float]:
+    """Relative errors of gradient and loss against literal autograd of the union in float64."""
+    errors = []
+    for first in SHARES:
+        for reference in (False, True):
+            batch = random_batch(groups=5, k=4, reference=reference, equal_groups=2)
+            expected, loss = literal_gradient(tiny_model(head).double(), batch, BETA)
+            model = tiny_model(head)
+            if kind == "ddp":
+                wrapped = DistributedDataParallel(model)
+            else:
+                mesh = init_device_mesh("cpu", (world,))
+                for layer in model.model.layers:
+                    fully_shard(layer, mesh=mesh)
+                wrapped = fully_shard(model, mesh=mesh)
+            step = GVPOStep(wrapped, beta=BETA, token_budget=60)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                report = step(share_of(batch, rank, first))
+            assert step.scorer.fused
+            got = {n: whole(g) for n, g in gradients(model).items()}
+            errors += [relative_error(got, expected), abs(report.loss.item() / loss - 1)]
+    return errors
+
+
+def out_of_memory_on_rank_one(rank: int, world: int) -> float:
+    """One rank runs out of memory before anything is shared: it retries alone, the update is the same."""
+    batch = random_batch(groups=8, k=4, reference=True)
+    expected, _ = literal_gradient(tiny_model().double(), batch, BETA)
+    model = tiny_model()
+    step = GVPOStep(DistributedDataParallel(model), beta=BETA, token_budget=128)
+    failures = [0] if rank == 1 else []
+
+    def fail(index: int) -> None:
+        if failures and index == failures[0]:
+            failures.pop()
+            raise torch.OutOfMemoryError("injected")
+
+    step._on_micro_batch = fail
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = step(share_of(batch, rank, 15))
+    assert report.retries == rank
+    dist.barrier()
+    return relative_error(gradients(model), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "head"), [("ddp", "llama"), ("fsdp2", "untied"), ("fsdp2", "llama")])
+def test_wrapped_models_get_the_gradient_of_the_union(kind, head):
+    for errors in run_ranks(errors_of, 2, kind, head):
+        assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_retries_alone():
+    for error in run_ranks(out_of_memory_on_rank_one, 2):
+        assert error < 1e-5

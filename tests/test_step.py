@@ -1,0 +1,244 @@
+"""The step against literal autograd of the formula, whatever the micro-batches."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gvpo.batch import GroupBatch
+from gvpo.step import GVPOStep
+from tests.models import (
+    gradients,
+    literal_gradient,
+    literal_logps,
+    random_batch,
+    relative_error,
+    tiny_model,
+)
+
+BETA = 0.4
+
+
+def double_gradient(model, batch, temperature=1.0):
+    """The reference: literal autograd in float64."""
+    twin = copy.deepcopy(model).double()
+    return literal_gradient(twin, batch, BETA, temperature)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+def test_any_token_budget_gives_the_gradient_of_the_formula(budget, reference):
+    model, batch = tiny_model(), random_batch(reference=reference)
+    expected, loss = double_gradient(model, batch)
+    report = GVPOStep(model, beta=BETA, token_budget=budget)(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+    assert report.loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "untied", "bias", "qwen2", "softcap", "scaled"])
+def test_every_kind_of_head(kind, fused):
+    model, batch = tiny_model(kind), random_batch(reference=True)
+    expected, _ = double_gradient(model, batch, temperature=0.7)
+    step = GVPOStep(model, beta=BETA, temperature=0.7, token_budget=120)
+    step.scorer.tile_bytes = 4 * 67 * 16  # several tiles
+    if not fused:
+        step.scorer.fused = False
+    step(batch)
+    assert step.scorer.fused is fused
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+def test_float64_models_stay_float64():
+    model, batch = tiny_model().double(), random_batch(reference=True)
+    expected, _ = literal_gradient(model, batch, BETA)
+    GVPOStep(model, beta=BETA, token_budget=60)(batch)
+    assert relative_error(gradients(model), expected) < 1e-12
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_lora_adapters_on_layers_and_on_the_head(targets):
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model("untied"), LoraConfig(r=4, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = random_batch(reference=True)
+    expected, _ = double_gradient(model, batch)
+    step = GVPOStep(model, beta=BETA, token_budget=100)
+    step(batch)
+    assert step.scorer.fused
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, batch = tiny_model(), random_batch(reference=True)
+    expected, _ = double_gradient(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    GVPOStep(model, beta=BETA, token_budget=100)(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+def test_bfloat16_autocast_stays_near_the_formula():
+    model, batch = tiny_model("untied"), random_batch(reference=True)
+    expected, _ = double_gradient(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        GVPOStep(model, beta=BETA, token_budget=100)(batch)
+    assert relative_error(gradients(model), expected) < 0.1
+
+
+def test_masked_rows_and_tool_tokens_stay_out():
+    model, batch = tiny_model(), random_batch(reference=True)
+    batch.valid = torch.arange(len(batch)) % 3 != 0
+    batch.completion_mask[:, 12:15] = False  # say, output of a tool
+    expected, _ = double_gradient(model, batch)
+    GVPOStep(model, beta=BETA, token_budget=100)(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+def test_rows_of_weight_zero_cost_nothing():
+    model, batch = tiny_model(), random_batch(groups=6, k=4, equal_groups=4)
+    report = GVPOStep(model, beta=BETA, token_budget=10_000)(batch)
+    useful = batch.lengths[report.weights != 0].sum().item()
+    assert int((report.weights != 0).sum()) == 8
+    assert report.useful_tokens == useful
+    assert report.policy_logps is None
+
+
+def test_equal_rewards_everywhere_make_a_gradient_of_zero():
+    model, batch = tiny_model(), random_batch(equal_groups=5)
+    report = GVPOStep(model, beta=BETA)(batch)
+    assert report.loss.item() == 0
+    assert all(g.eq(0).all() for g in gradients(model).values())
+
+
+def test_no_valid_group_makes_no_gradient():
+    model, batch = tiny_model(), random_batch()
+    batch.valid = torch.zeros(len(batch), dtype=torch.bool)
+    report = GVPOStep(model, beta=BETA)(batch)
+    assert report.metrics["groups"].item() == 0
+    assert not gradients(model)
+
+
+def test_sequence_logps_and_entropy():
+    model, batch = tiny_model("bias"), random_batch(equal_groups=0)
+    step = GVPOStep(model, beta=BETA, token_budget=90)
+    torch.testing.assert_close(
+        step.sequence_logps(batch), literal_logps(model, batch).detach().double(), rtol=1e-5, atol=1e-4
+    )
+    report = step(batch)
+    total, count = 0.0, 0
+    for i, length in enumerate(batch.lengths.tolist()):
+        logps = model(input_ids=batch.input_ids[i : i + 1, :length]).logits[0, :-1].log_softmax(-1)
+        chosen = batch.completion_mask[i, 1:length]
+        total += -(logps.exp() * logps).sum(-1)[chosen].sum().item()
+        count += int(chosen.sum())
+    assert report.entropy == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_completion_without_tokens_is_a_sequence_of_probability_one():
+    model = tiny_model()
+    batch = GroupBatch.from_tokens([[5, 6], [5, 6], [5]], [[7, 2], [], []], [1.0, 0.0, 0.5], [0, 0, 0])
+    step = GVPOStep(model, beta=BETA)
+    assert step.sequence_logps(batch)[1:].tolist() == [0, 0]
+    expected, _ = double_gradient(model, batch)
+    step(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+def test_padding_on_any_side_is_removed():
+    batch = random_batch()
+    width = batch.input_ids.shape[1]
+    rolled = GroupBatch.from_padded(
+        *(
+            torch.stack([row.roll(width - n) for row, n in zip(x, batch.lengths.tolist(), strict=True)])
+            for x in (
+                batch.input_ids,
+                torch.arange(width) < batch.lengths[:, None],
+                batch.completion_mask,
+            )
+        ),
+        batch.rewards,
+        batch.group_ids,
+    )
+    for name in ("input_ids", "lengths", "completion_mask"):
+        assert torch.equal(getattr(rolled, name), getattr(batch, name))
+
+
+def test_a_model_whose_head_cannot_be_fused_falls_back_and_says_so():
+    class Doubling(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    model = tiny_model("untied")
+    head = Doubling(32, 67, bias=False)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+    batch = random_batch(reference=True)
+    expected, _ = double_gradient(model, batch)
+    step = GVPOStep(model, beta=BETA, token_budget=100)
+    with pytest.warns(UserWarning, match="does not give this model's log-probabilities"):
+        step(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+def test_a_copy_of_a_prepared_model_runs_its_own_weights():
+    model, batch = tiny_model(), random_batch()
+    step = GVPOStep(model, beta=BETA)
+    before = step.sequence_logps(batch)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    twin_logps = GVPOStep(twin, beta=BETA).sequence_logps(batch)
+    torch.testing.assert_close(twin_logps, literal_logps(twin, batch).detach().double(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(step.sequence_logps(batch), before)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("fails_at", [[0], [2], [1, 1]])
+def test_out_of_memory_makes_the_same_step_again(fails_at, reference):
+    batch = random_batch(groups=8, reference=reference)
+    plain = tiny_model()
+    GVPOStep(plain, beta=BETA, token_budget=128)(batch)
+    model = tiny_model()
+    step = GVPOStep(model, beta=BETA, token_budget=128)
+    remaining = list(fails_at)
+
+    def fail(index):
+        if remaining and index == remaining[0]:
+            remaining.pop(0)
+            raise torch.OutOfMemoryError("injected")
+
+    step._on_micro_batch = fail
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = step(batch)
+    assert report.retries == len(fails_at)
+    assert step.token_budget == 128 // 2 ** len(fails_at)
+    assert relative_error(gradients(model), gradients(plain)) < 1e-6
+
+
+def test_out_of_memory_with_gradients_of_others_is_not_hidden():
+    model, batch = tiny_model(), random_batch()
+    literal_gradient(model, batch, BETA)
+    next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))
+    step = GVPOStep(model, beta=BETA, token_budget=128)
+
+    def fail(index):
+        raise torch.OutOfMemoryError("injected")
+
+    step._on_micro_batch = fail
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        step(batch)
+
+
+def test_other_errors_pass_through():
+    model, batch = tiny_model(), random_batch(reference=True)
+    batch.reference_logps[3] = float("nan")
+    with pytest.raises(ValueError, match="reference_logps is nan in row 3"):
+        GVPOStep(model, beta=BETA)(batch)
+    assert not gradients(model)
