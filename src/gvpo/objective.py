@@ -144,7 +144,7 @@ def _solve(
 
 
 def _solve_union(rows: _Rows, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights and metrics of the whole step (DESIGN §2.2, §2.5)."""
+    """Weights and metrics of the whole step (docs/theory.md, facts 2 and 5)."""
     ids, group = torch.unique(rows.group_ids, return_inverse=True)
     n_ids = len(ids)
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gvpo.batch import GroupBatch, MicroBatch, widest_float
 from gvpo.fused_head import HeadGradient
 from gvpo.logprobs import TokenScorer, TokenScores
-from gvpo.objective import gvpo_loss
+from gvpo.objective import GVPOLoss, gvpo_loss
 from gvpo.packing import plan_micro_batches
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class StepReport:
         weights: w of this rank's rows.
         policy_logps: S of this rank's rows in nats, or None on a free step.
         micro_batches, tokens, useful_tokens: of this rank's gradient pass; `tokens` counts padding.
-        entropy: mean over this rank's weighted completion tokens, in nats; NaN if there is none.
+        scored_tokens: completion tokens of this rank that have weight.
+        entropy: mean over those, in nats; NaN if there are none.
         retries: how often the step was made again with a smaller token budget, being out of memory.
     """
 
@@ -56,6 +57,7 @@ class StepReport:
     micro_batches: int = 0
     tokens: int = 0
     useful_tokens: int = 0
+    scored_tokens: int = 0
     entropy: float = float("nan")
     retries: int = 0
 
@@ -104,42 +106,33 @@ def _without_fsdp_sync(model: FSDPModule) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-class GVPOStep:
-    """Adds the exact gradient of one GVPO step to the model's `.grad`; the optimizer step is the caller's.
+class SequenceScorer:
+    """Scores sequences under a model, in micro-batches of a token budget.
 
     Args:
-        model: the policy, a causal language model of transformers (or any module with `.logits`), bare or
-            wrapped in DDP, FSDP2 or PEFT.
-        beta: the implicit reward's temperature β > 0.
+        model: a causal language model of transformers (or any module with `.logits`), bare or wrapped in
+            DDP, FSDP2 or PEFT.
         temperature: sampling temperature at which the policy is the model.
-        token_budget: padded tokens per micro-batch. What it is has no influence on the gradient. Halved
-            by itself, and the same step made again, when memory runs out.
-        backend: how gradients are shared; by default as the model is wrapped, in the default process group.
+        token_budget: padded tokens per micro-batch. What it is has no influence on the result. Halved by
+            itself, and the same work done again, when memory runs out.
+        backend: how ranks work together; by default as the model is wrapped, in the default process group.
         float32_head: compute the head's logits in float32.
-
-    Example:
-        >>> step = GVPOStep(model, beta=0.1)
-        >>> step(GroupBatch.from_tokens(prompts, completions, rewards, group_ids))
-        >>> optimizer.step()
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        beta: float = 0.1,
         temperature: float = 1.0,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         backend: Backend | None = None,
         float32_head: bool = False,
     ) -> None:
         self.model = model
-        self.beta = beta
         self.token_budget = token_budget
         self.backend = backend or Backend(dist.group.WORLD if dist.is_initialized() else None)
         self.scorer = TokenScorer(model, temperature, float32_head)
         self._retry_is_safe = False
-        self._on_micro_batch: Callable[[int], None] = lambda index: None  # a seam for tests of failures
 
     @property
     def _bare(self) -> nn.Module:
@@ -151,7 +144,7 @@ class GVPOStep:
         """S in nats of the batch's rows under the model as it is, float64; 0 for rows left out.
 
         The policy's own scoring pass, and how reference log-probs are made: under the rollout policy before
-        its first update, or under any fixed model.
+        its first update, or under a fixed model.
         """
         self._decide_head(batch)
         device, lengths = batch.input_ids.device, batch.lengths.tolist()
@@ -170,56 +163,6 @@ class GVPOStep:
             return out
 
         return self._retrying(score, lengths)[0]
-
-    def __call__(self, batch: GroupBatch) -> StepReport:
-        """Accumulate the gradient of the GVPO loss of `batch` (on all ranks of the backend together).
-
-        If no group has two valid rows, no gradient is made: `.grad` stays as it was and an optimizer skips
-        the parameters. Where all weights are 0 instead, the gradient is made and is 0.
-
-        Raises:
-            ValueError: as `gvpo.objective.gvpo_loss`.
-            torch.OutOfMemoryError: a single row does not fit, or gradients were already (being) shared.
-        """
-        result, policy_logps = self._weigh(batch)
-        report = StepReport(result.loss.detach(), result.metrics, result.weights, policy_logps)
-        if result.metrics["groups"].item() == 0:
-            return report
-        self._decide_head(batch)
-        # Gradients that others left would be lost in a retry.
-        owned = all(p.grad is None for p in self.model.parameters())
-        lengths = batch.lengths.tolist()
-        report, retries = self._retrying(
-            lambda: self._accumulate(batch, lengths, report), lengths, safe=owned, clear_gradients=True
-        )
-        return replace(report, retries=retries)
-
-    def _accumulate(self, batch: GroupBatch, lengths: list[int], report: StepReport) -> StepReport:
-        """The gradient pass over the rows that have weight."""
-        weights = report.weights * self.backend.averaged_over(self.model)
-        plan = plan_micro_batches(lengths, weights.nonzero()[:, 0].tolist(), self.token_budget)
-        # At least one micro-batch, if of weight 0: ranks share gradients in the last one, and a gradient
-        # of 0 is not the same to an optimizer with momentum as none.
-        n_micro = self._equal_count(max(1, len(plan)))
-        head_gradient = HeadGradient()
-        tokens, entropies = 0, []
-        for index in range(n_micro):
-            micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
-            head_gradient.last = last = index == n_micro - 1
-            self._retry_is_safe &= not self._shares(last)
-            with nullcontext() if last else self.backend.without_sync(self.model):
-                scores = self._backward(micro, weights, head_gradient, last)
-            tokens += micro.input_ids.numel()
-            if micro.rows and scores.entropy is not None:
-                entropies.append(scores.entropy)
-            self._on_micro_batch(index)
-        return replace(
-            report,
-            micro_batches=n_micro,
-            tokens=tokens,
-            useful_tokens=sum(lengths[row] for rows in plan for row in rows),
-            entropy=torch.cat(entropies).mean().item() if entropies else float("nan"),
-        )
 
     def _retrying(
         self,
@@ -257,41 +200,6 @@ class GVPOStep:
             )
         raise AssertionError("unreachable")
 
-    def _weigh(self, batch: GroupBatch) -> tuple[Any, Tensor | None]:
-        if batch.reference_logps is None:
-            # θ is θ': Rθ = 0 whatever S is, and the weights need no forward (DESIGN §2.3).
-            policy = reference = torch.zeros(len(batch), device=batch.input_ids.device)
-            policy_logps = None
-        else:
-            reference = batch.reference_logps
-            policy = policy_logps = self.sequence_logps(batch, _rows_in_groups(batch))
-        result = gvpo_loss(
-            policy.to(widest_float(policy.device)),
-            reference,
-            batch.rewards,
-            batch.group_ids,
-            beta=self.beta,
-            mask=batch.valid,
-            process_group=self.backend.process_group,
-        )
-        return result, policy_logps
-
-    def _backward(
-        self, micro: MicroBatch, weights: Tensor, head_gradient: HeadGradient, last: bool
-    ) -> TokenScores:
-        with self.backend.forward_context():
-            scores = self.scorer(
-                self.model,
-                micro.input_ids,
-                micro.lengths,
-                micro.chosen,
-                micro.per_token(weights),
-                head_gradient,
-            )
-        assert scores.nll is not None
-        self.backend.backward(scores.nll, last=last)
-        return scores
-
     def _decide_head(self, batch: GroupBatch) -> None:
         """Let the scorer check its fused head once, and all ranks come to the same answer."""
         if self.scorer.fused is not None:
@@ -316,6 +224,113 @@ class GVPOStep:
         group = self.backend.process_group
         alone = group is None or dist.get_world_size(group) == 1
         return not alone and (last or self.backend.collective_forward(self.model))
+
+
+class GVPOStep(SequenceScorer):
+    """Adds the exact gradient of one GVPO step to the model's `.grad`; the optimizer step is the caller's.
+
+    Args:
+        model: the policy; this and the other arguments as for `SequenceScorer`.
+        beta: the implicit reward's temperature β > 0.
+
+    Example:
+        >>> step = GVPOStep(model, beta=0.1)
+        >>> step(GroupBatch.from_tokens(prompts, completions, rewards, group_ids))
+        >>> optimizer.step()
+    """
+
+    def __init__(self, model: nn.Module, *, beta: float = 0.1, **others: Any) -> None:
+        super().__init__(model, **others)
+        self.beta = beta
+        self._on_micro_batch: Callable[[int], None] = lambda index: None  # a seam for tests of failures
+
+    @torch.no_grad()
+    def weigh(self, batch: GroupBatch) -> tuple[GVPOLoss, Float[Tensor, "batch"] | None]:
+        """Loss, weights and metrics of `batch` before any update; and S, if it had to be scored."""
+        if batch.reference_logps is None:
+            # θ is θ': Rθ = 0 whatever S is, and the weights need no forward (docs/theory.md, fact 3).
+            policy = reference = torch.zeros(len(batch), device=batch.input_ids.device)
+            policy_logps = None
+        else:
+            reference = batch.reference_logps
+            policy = policy_logps = self.sequence_logps(batch, _rows_in_groups(batch))
+        result = gvpo_loss(
+            policy.to(widest_float(policy.device)),
+            reference,
+            batch.rewards,
+            batch.group_ids,
+            beta=self.beta,
+            mask=batch.valid,
+            process_group=self.backend.process_group,
+        )
+        return result, policy_logps
+
+    def __call__(self, batch: GroupBatch) -> StepReport:
+        """Accumulate the gradient of the GVPO loss of `batch` (on all ranks of the backend together).
+
+        If no group has two valid rows, no gradient is made: `.grad` stays as it was and an optimizer skips
+        the parameters. Where all weights are 0 instead, the gradient is made and is 0.
+
+        Raises:
+            ValueError: as `gvpo.objective.gvpo_loss`.
+            torch.OutOfMemoryError: a single row does not fit, or gradients were already (being) shared.
+        """
+        result, policy_logps = self.weigh(batch)
+        report = StepReport(result.loss.detach(), result.metrics, result.weights, policy_logps)
+        if result.metrics["groups"].item() == 0:
+            return report
+        self._decide_head(batch)
+        # Gradients that others left would be lost in a retry.
+        owned = all(p.grad is None for p in self.model.parameters())
+        lengths = batch.lengths.tolist()
+        report, retries = self._retrying(
+            lambda: self._accumulate(batch, lengths, report), lengths, safe=owned, clear_gradients=True
+        )
+        return replace(report, retries=retries)
+
+    def _accumulate(self, batch: GroupBatch, lengths: list[int], report: StepReport) -> StepReport:
+        """The gradient pass over the rows that have weight."""
+        weights = report.weights * self.backend.averaged_over(self.model)
+        plan = plan_micro_batches(lengths, weights.nonzero()[:, 0].tolist(), self.token_budget)
+        # At least one micro-batch, if of weight 0: ranks share gradients in the last one, and a gradient
+        # of 0 is not the same to an optimizer with momentum as none.
+        n_micro = self._equal_count(max(1, len(plan)))
+        head_gradient = HeadGradient()
+        tokens, entropies = 0, []
+        for index in range(n_micro):
+            micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
+            head_gradient.last = last = index == n_micro - 1
+            self._retry_is_safe &= not self._shares(last)
+            with nullcontext() if last else self.backend.without_sync(self.model):
+                scores = self._backward(micro, weights, head_gradient, last)
+            tokens += micro.input_ids.numel()
+            if micro.rows and scores.entropy is not None:
+                entropies.append(scores.entropy)
+            self._on_micro_batch(index)
+        return replace(
+            report,
+            micro_batches=n_micro,
+            tokens=tokens,
+            useful_tokens=sum(lengths[row] for rows in plan for row in rows),
+            scored_tokens=sum(len(e) for e in entropies),
+            entropy=torch.cat(entropies).mean().item() if entropies else float("nan"),
+        )
+
+    def _backward(
+        self, micro: MicroBatch, weights: Tensor, head_gradient: HeadGradient, last: bool
+    ) -> TokenScores:
+        with self.backend.forward_context():
+            scores = self.scorer(
+                self.model,
+                micro.input_ids,
+                micro.lengths,
+                micro.chosen,
+                micro.per_token(weights),
+                head_gradient,
+            )
+        assert scores.nll is not None
+        self.backend.backward(scores.nll, last=last)
+        return scores
 
 
 def _rows_in_groups(batch: GroupBatch) -> list[int]:

@@ -1,0 +1,178 @@
+"""`GVPOConfig`: TRL's `GRPOConfig`, less what has no meaning in GVPO, plus the choice of the reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from gvpo.errors import InputError
+from trl import GRPOConfig
+
+_NO_RATIO = "GVPO has no probability ratio that could be clipped or corrected"
+_NO_BEHAVIOUR = "GVPO needs no behaviour probabilities, so nothing corrects for the inference engine's"
+_NO_ENTROPY = "GVPO's optimum fixes the policy's entropy through beta"
+_EXACT = "an update must not depend on how rows are cut into micro-batches"
+
+# Options of GRPO that GVPO gives no meaning to, and why. They are accepted at their default only.
+REFUSED: dict[str, str] = {
+    "epsilon": _NO_RATIO,
+    "epsilon_high": _NO_RATIO,
+    "delta": _NO_RATIO,
+    "importance_sampling_level": _NO_RATIO,
+    "use_bias_correction_kl": _NO_RATIO,
+    "sapo_temperature_neg": _NO_RATIO,
+    "sapo_temperature_pos": _NO_RATIO,
+    "vespo_k_pos": _NO_RATIO,
+    "vespo_lambda_pos": _NO_RATIO,
+    "vespo_k_neg": _NO_RATIO,
+    "vespo_lambda_neg": _NO_RATIO,
+    "off_policy_mask_threshold": "GVPO learns from off-policy responses instead of masking them",
+    "loss_type": "the loss is GVPO's",
+    "scale_rewards": "GVPO fits the rewards as they are; to scale them, scale beta",
+    "multi_objective_aggregation": "GVPO fits the weighted sum of the rewards as they are",
+    "top_entropy_quantile": "GVPO's weights belong to whole sequences, not to chosen tokens",
+    "entropy_coef": _NO_ENTROPY,
+    "use_adaptive_entropy": _NO_ENTROPY,
+    "entropy_coef_min": _NO_ENTROPY,
+    "entropy_coef_max": _NO_ENTROPY,
+    "entropy_coef_delta": _NO_ENTROPY,
+    "entropy_target": _NO_ENTROPY,
+    "router_aux_loss_coef": f"{_EXACT}, and a load-balancing loss does",
+    "sync_ref_model": "a group's reference must stay fixed; reference='rollout' follows the policy exactly",
+    "ref_model_mixup_alpha": "sync_ref_model has no meaning in GVPO",
+    "ref_model_sync_steps": "sync_ref_model has no meaning in GVPO",
+    "use_liger_kernel": "GVPO brings its own fused head, which Liger's forward would replace",
+    "vllm_importance_sampling_correction": _NO_BEHAVIOUR,
+    "vllm_importance_sampling_mode": _NO_BEHAVIOUR,
+    "vllm_importance_sampling_cap": _NO_BEHAVIOUR,
+    "vllm_importance_sampling_clip_max": _NO_BEHAVIOUR,
+    "vllm_importance_sampling_clip_min": _NO_BEHAVIOUR,
+}
+
+
+@dataclass
+class GVPOConfig(GRPOConfig):
+    """Training arguments of `GVPOTrainer`: those of `trl.GRPOConfig`, with the differences below.
+
+    `per_device_train_batch_size × gradient_accumulation_steps × processes` responses make an optimizer step,
+    as in TRL. How they are cut into micro-batches has no influence on the update.
+
+    Args:
+        beta: temperature of the implicit reward β·log(π/π_ref), in reward per nat; above 0. *Not* the KL
+            coefficient that `beta` is in GRPO.
+        reference: π_ref. "rollout" is the policy that sampled the responses; "initial" is the policy as
+            training starts (with LoRA, the base model without adapters: no second copy).
+        micro_batch_tokens: padded tokens per micro-batch of the update. Default:
+            `per_device_train_batch_size` times the longest row, which is what TRL would run at once.
+
+    Raises:
+        InputError: for options of GRPO that have no meaning here (each by name and with the reason), and
+            for settings under which an optimizer step would see a part of a group only.
+    """
+
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Temperature of the implicit reward beta*log(pi/pi_ref). Not a KL coefficient."},
+    )
+    reference: str = field(
+        default="rollout",
+        metadata={
+            "help": "The reference policy: 'rollout' (the policy that sampled) or 'initial' (the policy at "
+            "the start; with LoRA the base model without adapters).",
+            "choices": ["rollout", "initial"],
+        },
+    )
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Padded tokens per micro-batch of the update. It changes memory and speed, never the "
+            "update. Default: per_device_train_batch_size times the longest row."
+        },
+    )
+    loss_type: str = field(default="gvpo", metadata={"help": "The loss is GVPO's."})
+    scale_rewards: str = field(default="none", metadata={"help": "GVPO fits rewards as they are."})
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "GVPO needs no behaviour probabilities."}
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Dropout would make the policy differ from itself between two passes."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_gvpo()
+        super().__post_init__()
+        # TRL turns False into "none"; what is left over was meant.
+        self._refuse()
+        check_windows(
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+            self.steps_per_generation,
+            self.num_generations,
+            self.world_size,
+        )
+
+    def _check_gvpo(self) -> None:
+        if not (isinstance(self.beta, int | float) and math.isfinite(self.beta) and self.beta > 0):
+            raise InputError(
+                f"beta={self.beta!r}, but GVPO needs a finite beta above 0 (the published setting is 0.1): "
+                "it is the temperature of the implicit reward, not a KL coefficient that could be off."
+            )
+        if self.reference not in ("rollout", "initial"):
+            raise InputError(f"reference={self.reference!r} is unknown: use 'rollout' or 'initial'.")
+        if self.num_generations is None or self.num_generations < 2:
+            raise InputError(
+                f"num_generations={self.num_generations}, but GVPO fits the differences within a prompt's "
+                "group: sample 2 or more responses per prompt."
+            )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise InputError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 1 token.")
+        if str(getattr(self.optim, "value", self.optim)) in ("lomo", "adalomo"):
+            raise InputError(
+                f"optim={self.optim} updates parameters during the backward of each micro-batch, but {_EXACT}"
+                ": use another optimizer."
+            )
+
+    def _refuse(self) -> None:
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
+        for name, reason in REFUSED.items():
+            value = getattr(self, name, defaults.get(name))
+            if name == "router_aux_loss_coef" and value == 0:
+                continue
+            if name in defaults and value != defaults[name]:
+                raise InputError(
+                    f"{name}={value!r} has no meaning in GVPO ({reason}): remove it or leave it at "
+                    f"{defaults[name]!r}."
+                )
+
+    @property
+    def updates_per_rollout(self) -> float:
+        """Optimizer steps made with the responses of one generation."""
+        assert self.steps_per_generation is not None
+        return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
+
+
+def check_windows(
+    per_device: int, accumulation: int, steps_per_generation: int, num_generations: int, world_size: int
+) -> None:
+    """Raise an InputError if an optimizer step would see a part of a group only.
+
+    A generation's rows lie rank after rank, groups next to each other; each rank cuts its own rows into
+    `steps_per_generation` slices, and an optimizer step takes `accumulation` slices from every rank.
+    """
+    per_rank = per_device * steps_per_generation
+    # Where, within a generation, optimizer steps end; the pattern repeats after at most this many.
+    ends = {(n * accumulation) % steps_per_generation for n in range(1, steps_per_generation + 1)} - {0}
+    for end in ends:
+        for rank in range(world_size):
+            if (rank * per_rank + end * per_device) % num_generations:
+                raise InputError(
+                    f"An optimizer step would end inside a group of num_generations={num_generations}: with "
+                    f"per_device_train_batch_size={per_device}, gradient_accumulation_steps={accumulation}, "
+                    f"steps_per_generation={steps_per_generation} and {world_size} process(es), a step takes "
+                    f"{per_device * accumulation} rows of each process. Make "
+                    "per_device_train_batch_size × gradient_accumulation_steps a multiple of num_generations "
+                    "(and per_device_train_batch_size × steps_per_generation too if there are several "
+                    "processes)."
+                )

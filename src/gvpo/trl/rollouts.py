@@ -1,0 +1,90 @@
+"""Slices of a generation that wait for their optimizer step, and their place in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from gvpo.batch import GroupBatch
+
+_TENSORS = ("input_ids", "lengths", "completion_mask", "rewards", "group_ids", "valid", "reference_logps")
+
+
+@dataclass
+class Slice:
+    """The rows that one call of `training_step` brings; `policy_step` is the optimizer step they are from."""
+
+    batch: GroupBatch
+    policy_step: int
+
+
+def split(batch: GroupBatch, count: int) -> list[GroupBatch]:
+    """`count` slices of equal size, in order."""
+    size = len(batch) // count
+    parts = []
+    for start in range(0, size * count, size):
+        rows = slice(start, start + size)
+        values: list[Any] = [getattr(batch, name) for name in _TENSORS]
+        parts.append(GroupBatch(*[None if v is None else v[rows] for v in values]))
+    return parts
+
+
+def window_batch(slices: list[Slice], *, free: bool) -> GroupBatch:
+    """The batch of an optimizer step.
+
+    A slice that is used twice in one step makes groups of its own each time. On a `free` step (the policy
+    is still the one that sampled, and the reference) stored reference log-probs are not looked at.
+    """
+    parts: list[GroupBatch] = []
+    seen: dict[int, int] = {}
+    for item in slices:
+        batch = item.batch
+        uses = seen[id(item)] = seen.get(id(item), -1) + 1
+        parts.append(
+            GroupBatch(
+                batch.input_ids,
+                batch.lengths,
+                batch.completion_mask,
+                batch.rewards,
+                batch.group_ids * len(slices) + uses,
+                batch.valid,
+                None if free else batch.reference_logps,
+            )
+        )
+    return GroupBatch.concatenate(parts)
+
+
+def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> None:
+    """Write slices and a JSON state; the file appears whole or not at all."""
+    tensors = {
+        f"{i}.{name}": value.contiguous()
+        for i, item in enumerate(slices)
+        for name in _TENSORS
+        if (value := getattr(item.batch, name)) is not None
+    }
+    state = {**state, "policy_steps": [item.policy_step for item in slices]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    save_file(tensors, aside, metadata={"state": json.dumps(state)})
+    os.replace(aside, path)
+
+
+def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[str, Any]]:
+    """What `save_rollouts` wrote."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        state = json.loads(file.metadata()["state"])
+        names = set(file.keys())
+        slices = []
+        for i, policy_step in enumerate(state["policy_steps"]):
+            values: list[Any] = [
+                file.get_tensor(f"{i}.{name}") if f"{i}.{name}" in names else None for name in _TENSORS
+            ]
+            slices.append(Slice(GroupBatch(*values), policy_step))
+    return slices, state
