@@ -36,7 +36,8 @@ def arithmetic_rows(
     random.Random(seed).shuffle(chosen)
     if size is not None and size > len(chosen):
         raise InputError(
-            f"arithmetic with {digits} digits has {len(chosen)} problems for {split}, not {size}: ask for fewer."
+            f"arithmetic with {digits} digits has {len(chosen)} problems for {split}, not {size}: ask for "
+            "fewer."
         )
     for pair in chosen[:size]:
         left, right = divmod(pair, 10**digits)

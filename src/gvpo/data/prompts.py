@@ -47,8 +47,8 @@ def load_prompts(
 
     Args:
         name: `gsm8k`, `math`, `math500`, `aime24`, `amc`, `minerva`, `olympiadbench`; `arithmetic` or
-            `arithmetic:reversed` (plain-text additions); `reasoning_gym:<task>`; a .jsonl or .parquet file; or
-            a Hub id. A known name may carry its own file, `gsm8k:path/to/train.jsonl`.
+            `arithmetic:reversed` (plain-text additions); `reasoning_gym:<task>`; a .jsonl or .parquet file;
+            or a Hub id. A known name may carry its own file, `gsm8k:path/to/train.jsonl`.
         split: "train" or "test". A file is taken as it is: it *is* the split.
         seed: of the generated problems and of the choice made by `size`.
         size: how many prompts: so many drawn at random, in their order. None for all (generated tasks: all

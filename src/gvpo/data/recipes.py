@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gvpo.rewards.extraction import boxed_contents
+from gvpo.rewards.statements import boxed_contents
 
 HASH_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 BOXED_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -34,8 +34,8 @@ def boxed_answer(text: str) -> str | None:
 def any_answer(value: Any) -> str | None:
     """A ground truth in whichever form it is written.
 
-    `#### 72` and `\\boxed{72}` are reduced to `72`, a whole float to an integer, `$72$` to `72`. A list stands
-    for answers each of which is right: one is taken as it is, several are kept as a JSON list.
+    `#### 72` and `\\boxed{72}` are reduced to `72`, a whole float to an integer, `$72$` to `72`. A list
+    stands for answers each of which is right: one is taken as it is, several are kept as a JSON list.
     """
     if isinstance(value, list):
         parts = list(dict.fromkeys(part for part in map(any_answer, value) if part))

@@ -26,7 +26,7 @@ def read_file(path: str | Path) -> Iterator[Row]:
     """Rows of a local .jsonl or .parquet file, in order.
 
     Raises:
-        InputError: the file is missing, empty, not UTF-8, of another type, or has a row that is not an object.
+        InputError: the file is missing, empty, not UTF-8, of another type, or a row is no object.
     """
     path = Path(path)
     if not path.is_file():

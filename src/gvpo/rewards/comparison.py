@@ -8,12 +8,16 @@ import re
 from fractions import Fraction
 
 from gvpo.rewards.normalization import Quantity, clean, key, known_unit, quantity
+from gvpo.rewards.prose import QUANTITY
 
 # As many decimals as Math-Verify compares floating-point answers to.
 _DECIMALS = 6
 _MAX_ELEMENTS = 64
+_MAX_LENGTH = 400
+_BASE_WORDS = "two|three|four|five|six|seven|eight|nine|ten|sixteen"
 _BASE = re.compile(
-    r"(?P<digits>[0-9A-F][0-9A-F, ]*)(?:_\s*\{?\s*(?P<base>\d{1,2}|two|three|four|five|six|seven|eight|nine|ten|sixteen)\s*\}?|\s+(?:in\s+)?base[\s-]+(?P<base2>\d{1,2}))"
+    r"(?P<digits>[0-9A-F][0-9A-F, ]*)"
+    rf"(?:_\s*\{{?\s*(?P<base>\d{{1,2}}|{_BASE_WORDS})\s*\}}?|\s+(?:in\s+)?base[\s-]+(?P<base2>\d{{1,2}}))"
 )
 _BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
                "nine": "9", "ten": "10", "sixteen": "16"}  # fmt: skip
@@ -22,11 +26,13 @@ _CHOICE = re.compile(r"[\[(]?\s*([A-Ha-h])\s*[\])]?")
 _CHOICE_WITH_VALUE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[).:])\s*(?P<value>\S.*)", re.DOTALL)
 _NAME = r"(?:\\?[A-Za-z]+(?:_\{?\w{1,8}\}?)?'{0,2}(?:\s*\([^()=]{1,20}\))?|[A-Za-z][A-Za-z ]{2,40})"
 _ASSIGNMENT = re.compile(rf"{_NAME}\s*(?:=|\\in(?![a-zA-Z])|\\approx|:)\s*(?P<value>[^=].*)", re.DOTALL)
+_ARITHMETIC = re.compile(r"[\d\s.,+*/×^()$%\\a-z{}_=-]+")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _DURATION = re.compile(
     r"(\d+(?:\.\d+)?)\s*(hours?|hrs?|h|minutes?|mins?|seconds?|secs?|dollars?|cents?)\b[\s,]*(?:and\s+)?",
     re.IGNORECASE,
 )
+_RATIO = re.compile(r"(\d+)\s*(?::|\bto\b)\s*(\d+)")
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
 
 
@@ -45,13 +51,17 @@ def _compare(truth: str, answer: str) -> bool | None:
         return False
     if key(truth) == key(answer):
         return True
+    if max(len(truth), len(answer)) > _MAX_LENGTH:
+        return None
     expected, given = quantity(truth), quantity(answer)
     if expected and given:
         return _quantities_equal(expected, given)
-    for settle in (_in_base, _clock, _choice, _duration):
+    for settle in (_in_base, _clock, _ratio, _choice, _duration, _yes_or_no):
         verdict = settle(truth, answer)
         if verdict is not None:
             return verdict
+    if (given and (_is_words(truth) or _is_container(truth))) or (expected and _is_container(answer, "([")):
+        return False
     if _is_words(truth):
         return _words(truth) == _words(_after_name(answer)) if _is_words(_after_name(answer)) else None
     listed = _lists(truth, answer)
@@ -63,8 +73,8 @@ def _compare(truth: str, answer: str) -> bool | None:
     value = _assigned(truth)
     if value is not None and quantity(value) and given:
         return _compare(value, answer)
-    if expected and _is_words(answer):
-        return False
+    if expected:
+        return _in_prose(expected, answer)
     return None
 
 
@@ -77,6 +87,8 @@ def _quantities_equal(truth: Quantity, answer: Quantity) -> bool:
         units = "$", units[1]
     if answer.currency in ("$",) and not answer.unit:
         units = units[0], "$"
+    if units == ("$", "cent"):
+        return _close(truth.value * truth.scale, answer.value / 100)
     if units[0] and units[1] and units[0] != units[1]:
         return False
     return any(_close(a, b) for a in _readings(truth) for b in _readings(answer, truth))
@@ -97,7 +109,8 @@ def _close(truth: Fraction, answer: Fraction) -> bool:
         return True
     # Only numbers written with decimals can be roundings of each other.
     exact = truth.denominator == 1 and answer.denominator == 1
-    return not exact and abs(truth - answer) < Fraction(1, 2 * 10**_DECIMALS)
+    rounding = min(Fraction(1, 2 * 10**_DECIMALS), 2 * abs(truth) / 10**_DECIMALS)
+    return not exact and abs(truth - answer) < rounding
 
 
 def _in_base(truth: str, answer: str) -> bool | None:
@@ -111,9 +124,9 @@ def _in_base(truth: str, answer: str) -> bool | None:
         base = found["base"] or found["base2"]
         return re.sub(r"[ ,]", "", found["digits"]), _BASE_NAMES.get(base, base)
 
-    (digits, base), (given_digits, given_base) = parts(expected, truth), parts(given, answer)
-    if not re.fullmatch(r"[0-9A-F]+", given_digits) or not re.fullmatch(r"[0-9A-F]+", digits):
+    if given is None and not re.fullmatch(r"[0-9A-F, ]+", answer):
         return None
+    (digits, base), (given_digits, given_base) = parts(expected, truth), parts(given, answer)
     return digits == given_digits and (not base or not given_base or base == given_base)
 
 
@@ -124,6 +137,12 @@ def _clock(truth: str, answer: str) -> bool | None:
     same = int(expected[1]) == int(given[1]) and expected[2] == given[2]
     halves = {half.lower() for half in (expected[3], given[3]) if half}
     return same and len(halves) <= 1
+
+
+def _ratio(truth: str, answer: str) -> bool | None:
+    """ "5 to 3" against "5:3"."""
+    expected, given = _RATIO.fullmatch(truth), _RATIO.fullmatch(answer)
+    return expected.groups() == given.groups() if expected and given else None
 
 
 def _duration(truth: str, answer: str) -> bool | None:
@@ -137,7 +156,8 @@ def _duration(truth: str, answer: str) -> bool | None:
         return _close(expected.value, Fraction(parts[0][0]) + Fraction(parts[1][0]) / 100)
     if any(unit not in _SECONDS for unit in units) or len(set(units)) < len(units):
         return None
-    seconds = sum(Fraction(number) * _SECONDS[unit] for (number, _), unit in zip(parts, units, strict=True))
+    sizes = [Fraction(number) * _SECONDS[unit] for (number, _), unit in zip(parts, units, strict=True)]
+    seconds = sum(sizes, start=Fraction(0))
     asked = known_unit(expected.unit)
     return any(
         _close(expected.value, seconds / size)
@@ -168,6 +188,32 @@ def _choice(truth: str, answer: str) -> bool | None:
     return None
 
 
+def _yes_or_no(truth: str, answer: str) -> bool | None:
+    """ "Yes, it is" against "yes"."""
+    expected = truth.lower()
+    if expected not in ("yes", "no", "true", "false"):
+        return None
+    first = re.match(r"[a-z]+", answer.lower())
+    return bool(first) and first.group() == expected  # type: ignore[union-attr]
+
+
+def _in_prose(truth: Quantity, answer: str) -> bool | None:
+    """The number in "Natalia sold 72 clips" against 72; None for what is not prose."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", answer)
+    if re.search(r"[\\^_={}]", answer) or not words or _BOUND.match(answer):
+        return None
+    numbers = QUANTITY.findall(answer)
+    if len(numbers) != 1 or len(words) < 2:
+        return False if not numbers else None
+    given = quantity(clean(numbers[0]))
+    return given is not None and _quantities_equal(truth, given)
+
+
+_BOUND = re.compile(
+    r"(?:at least|at most|(?:more|less|greater|fewer|larger|smaller) than|between|over|under)\b", re.I
+)
+
+
 def _is_words(text: str) -> bool:
     return bool(_WORDS.fullmatch(text)) and len(text.replace(" ", "")) > 1
 
@@ -188,15 +234,12 @@ def _assigned(text: str) -> str | None:
     if found:
         value = found["value"]
         return None if re.search(r"[,;].*=", value) else value.rpartition("=")[2].strip() or None
-    left, equals, right = text.rpartition("=")
-    # A chain of arithmetic, "3 * 6 = 18": its last member is the answer.
-    if (
-        equals
-        and quantity(right.strip())
-        and re.fullmatch(r"[\d\s.,+*/×^()$%\\a-z{}=-]+", left)
-        and not re.search(r"(?<![\\a-z])[a-z](?![a-z])", re.sub(r"\\[a-z]+", " ", left))
-    ):
-        return right.strip()
+    left, equals, right = (part.strip() for part in text.rpartition("="))
+    # A chain of arithmetic, "3 * 6 = 18": its last member is the answer. With variables it is an equation.
+    if equals and (quantity(right) or _BASE.fullmatch(right)) and _ARITHMETIC.fullmatch(left):
+        commands = re.sub(r"\\[a-z]+", " ", left)
+        if not re.search(r"[a-z]", commands):
+            return right
     return None
 
 
@@ -206,15 +249,18 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 def _lists(truth: str, answer: str) -> bool | None:
-    """Lists, sets and tuples of numbers or words. None for anything with other elements, and for intervals."""
+    """Lists, sets and tuples of numbers or words. None for those with other elements, and for intervals."""
     expected, given = _elements(truth), _elements(answer)
     if expected is None and given is None:
         return None
-    number = quantity(truth)
-    if given is not None and number:
-        # Several answers where one is asked for.
-        values = [quantity(part) for part in given[1]]
-        return False if len(values) > 1 and all(values) else None
+    one_to_one = None
+    if given is not None and quantity(truth):
+        one_to_one = [_compare(truth, part) for part in given[1]]
+    elif expected is not None and quantity(answer):
+        one_to_one = [_compare(part, answer) for part in expected[1]]
+    if one_to_one is not None:
+        # Several answers where one is asked for; but "15.5, or 31/2" is one.
+        return True if all(one_to_one) else False if False in one_to_one else None
     if expected is None or given is None:
         return None
     if expected[0] == given[0] == "" or {expected[0], given[0]} <= {"", "{"}:
@@ -241,6 +287,14 @@ def _lists(truth: str, answer: str) -> bool | None:
             return False
         remaining.remove(match)
     return True
+
+
+def _is_container(text: str, brackets: str = _OPEN) -> bool:
+    """Whether this is a tuple, set or interval of two or more elements."""
+    if len(text) < 5 or text[0] not in brackets or text[-1] not in _CLOSE or not _encloses(text):
+        return False
+    parts = _split(text[1:-1])
+    return parts is not None and len(parts) > 1
 
 
 def _distinct(parts: list[str]) -> list[str]:
@@ -274,7 +328,7 @@ def _encloses(text: str) -> bool:
 
 
 def _split(text: str) -> list[str] | None:
-    """Parts between commas, semicolons, "and" and "or" outside brackets; thousands separators do not split."""
+    """Parts between commas, semicolons, "and" and "or" outside brackets, but not at thousands separators."""
     if len(text) > 1_000:
         return None
     text = re.sub(r"\s*,?\s*\b(?:and|or)\b\s*(?:maybe|possibly)?\s*", ";", text)

@@ -9,10 +9,12 @@ _CHARACTERS = str.maketrans(
         "−": "-", "–": "-", "—": "-", "＝": "=", "，": ",", "：": ":", "（": "(", "）": ")", "％": "%",
         "“": '"', "”": '"', "’": "'", "‘": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
         "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "×": r"\times ", "·": r"\cdot ", "÷": "/",
-        "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
+        "≤": r"\le ", "≥": r"\ge ",
+        "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
         "θ": r"\theta ", "°": r"^\circ ", "⁄": "/", "∅": r"\emptyset ",
-        "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅖": " 2/5", "⅗": " 3/5",
-        "⅘": " 4/5", "⅙": " 1/6", "⅚": " 5/6", "⅛": " 1/8", "⅜": " 3/8", "⅝": " 5/8", "⅞": " 7/8",
+        "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅖": " 2/5",
+        "⅗": " 3/5", "⅘": " 4/5", "⅙": " 1/6", "⅚": " 5/6", "⅛": " 1/8", "⅜": " 3/8", "⅝": " 5/8",
+        "⅞": " 7/8",
         "²": "^2", "³": "^3", "⁴": "^4", "⁵": "^5",
     }
 )  # fmt: skip
@@ -21,12 +23,15 @@ _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname|bold|emph)\s*\{([^{}]*)\}"
 )
 _SPACING = re.compile(
-    r"\\[!,]\s*|\\[;:> ]|\\q?quad\b|~|\\(?:displaystyle|textstyle|limits|hspace\{[^{}]*\}|phantom\{[^{}]*\})"
+    # not the second half of a row's end, "\\ "
+    r"(?<!\\)(?:\\[!,]\s*|\\[;:> ]|\\q?quad\b"
+    r"|\\(?:displaystyle|textstyle|limits|hspace\{[^{}]*\}|phantom\{[^{}]*\}))|~"
 )
 _SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])\s*\.?(?=\W|$)")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)\b)|\\degree\b|\\textdegree\b")
 _WRAPPERS = (
-    ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"),
+    ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("*", "*"),
+    ("_", "_"), ("`", "`"),
     ('"', '"'), ("'", "'"),
 )  # fmt: skip
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
@@ -41,6 +46,7 @@ def clean(answer: str) -> str:
     text = _SPACING.sub(lambda m: "" if m.group()[:2] in (r"\!", r"\,") else " ", text)
     text = text.replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%").replace(r"\#", "#")
     text = _strip(text)
+    text = re.sub(r"\\varnothing|\\\{\s*\\\}|\\phi(?![a-zA-Z])(?=$)", lambda _: r"\emptyset", text)
     for _ in range(3):
         boxed = _BOXED.fullmatch(text)
         if not boxed:
@@ -68,13 +74,13 @@ def _strip(text: str) -> str:
         text = re.sub(r"^[=:≈~]\s*", "", text)
         for left, right in _WRAPPERS:
             inner = text[len(left) : len(text) - len(right)]
-            if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
-                if left not in inner or left in "([":
-                    text = inner
+            wrapped = text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right)
+            if wrapped and left not in inner:
+                text = inner
         if text.count("$") == 1 and text.endswith("$") and len(text) > 1:
             text = text[:-1]
-        if text.count("**") == 1:
-            text = text.replace("**", "")
+        if text.count("**") == 1:  # one half of a pair that the extraction cut through
+            text = text.removeprefix("**").removesuffix("**")
     return text
 
 
@@ -117,8 +123,12 @@ _LETTER_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _DECIMAL = r"(?:\d{1,3}(?:[, ]\d{3})+(?!\d)(?:\.\d+)?|\d+\.\d*|\.\d+|\d+)"
 _BRACED = r"(?:\{\s*(?P<%s>-?\s*" + _DECIMAL + r")\s*\}|(?P<%s1>\d))"
 _FRACTION = r"\\frac\s*" + _BRACED % ("num", "num") + r"\s*" + _BRACED % ("den", "den")
+_HEDGES = (
+    "about|approximately|approx|probably|likely|roughly|around|exactly|only|just|a total of|a|an|the|"
+    r"\\approx|\\sim|≈|~|is|="
+)
 _QUANTITY = re.compile(
-    r"(?P<hedge>(?:about|approximately|approx|roughly|around|exactly|only|just|a total of|a|an|the|\\approx|\\sim|≈|~|is|=)\.?\s+)*"
+    rf"(?P<hedge>(?:{_HEDGES})\.?\s+)*"
     r"(?P<sign>[-+]\s*|(?:negative|minus)\s+)?"
     r"(?P<currency>(?:US|USD|AUD|CAD|EUR|GBP|Rs\.?|INR)?\s*(?:[$€£¥₹]|(?<=[A-Za-z.])\s)\s*)?"
     r"(?P<sign2>-\s*)?"
@@ -126,7 +136,8 @@ _QUANTITY = re.compile(
     r"(?:(?P<whole>\d+)(?:\s*|\s+and\s+|\s*-\s*|\s*\+\s*))?" + _FRACTION
     + r"|(?P<mixed>\d+)(?:\s+(?:and\s+)?|-)(?P<mnum>\d+)\s*/\s*(?P<mden>\d+)(?![\d.])"
     r"|\(?(?P<snum>" + _DECIMAL + r")\s*\)?\s*/\s*\(?(?P<sden>-?" + _DECIMAL + r")\)?"
-    r"|(?:(?P<mantissa>" + _DECIMAL + r")\s*(?:\\times|\\cdot|\*|x|X)\s*)?10\s*(?:\^|\*\*)\s*\{?\s*(?P<power>[-+]?\s*\d+)\s*\}?"
+    r"|(?:(?P<mantissa>" + _DECIMAL + r")\s*(?:\\times|\\cdot|\*|x|X)\s*)?"
+    r"10\s*(?:\^|\*\*)\s*\{?\s*(?P<power>[-+]?\s*\d+)\s*\}?"
     r"|(?P<decimal>" + _DECIMAL + r")(?:[eE](?P<exponent>[-+]?\d+))?"
     r")"
     r"\s*(?P<scale>(?:hundred|thousand|million|billion|trillion)s?\b|(?<=\d)[kKMB](?![A-Za-z]))?"
@@ -145,17 +156,16 @@ _NOT_UNITS = re.compile(
     r"over|equals?|is|are|not|if|when|where|remainder|base|squared root|root|to)\b",
     re.IGNORECASE,
 )
-_KNOWN_UNITS = {
-    "cm": "cm", "centimeter": "cm", "centimetre": "cm", "mm": "mm", "millimeter": "mm", "millimetre": "mm",
-    "m": "m", "meter": "m", "metre": "m", "km": "km", "kilometer": "km", "kilometre": "km",
-    "in": "in", "inch": "in", "inche": "in", "ft": "ft", "foot": "ft", "feet": "ft", "yd": "yd", "yard": "yd",
-    "mi": "mi", "mile": "mi", "g": "g", "gram": "g", "kg": "kg", "kilogram": "kg", "mg": "mg", "lb": "lb",
-    "pound": "lb", "oz": "oz", "ounce": "oz", "ton": "ton", "l": "L", "liter": "L", "litre": "L", "ml": "mL",
-    "milliliter": "mL", "s": "s", "sec": "s", "second": "s", "min": "min", "minute": "min", "h": "h", "hr": "h",
-    "hour": "h", "day": "day", "week": "week", "month": "month", "yr": "year", "year": "year",
-    "dollar": "$", "usd": "$", "buck": "$", "cent": "cent", "euro": "€", "degree": "degree", "deg": "degree",
-    "radian": "radian", "rad": "radian", "mph": "mph", "kmh": "km/h",
+_UNIT_NAMES = {
+    "cm": "cm centimeter centimetre", "mm": "mm millimeter millimetre", "m": "m meter metre",
+    "km": "km kilometer kilometre", "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard",
+    "mi": "mi mile", "g": "g gram", "kg": "kg kilogram", "mg": "mg milligram", "lb": "lb pound",
+    "oz": "oz ounce", "ton": "ton", "L": "l liter litre", "mL": "ml milliliter", "s": "s sec second",
+    "min": "min minute", "h": "h hr hour",
+    "day": "day", "week": "week", "month": "month", "year": "yr year", "$": "dollar usd buck", "cent": "cent",
+    "€": "euro", "degree": "degree deg", "radian": "radian rad", "mph": "mph", "km/h": "kmh",
 }  # fmt: skip
+_KNOWN_UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
 _ONE_LETTER_UNITS = frozenset("mgshLlNJWVAKCF")
 
 
@@ -226,6 +236,10 @@ def _unit(found: re.Match[str]) -> str | None:
     if "\\" in rest or not _UNIT.fullmatch(rest) or _NOT_UNITS.search(rest):
         return None
     words = re.findall(r"[A-Za-zµΩ]+", rest)
+    if words[0] in ("st", "nd", "rd", "th"):
+        words, rest = words[1:], rest[2:]
+        if not words:
+            return ""
     apart = rest[0] in " -/(" or found.string[found.start("unit") - 1] == " "
     if len(words) == 1 and len(words[0]) == 1 and not (apart and words[0] in _ONE_LETTER_UNITS):
         return None
@@ -256,19 +270,31 @@ def known_unit(unit: str) -> str | None:
 
 # --- Number words -------------------------------------------------------------------------------------------
 
-_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORDS = {word: index for index, word in enumerate(_ONES)} | {
-    word: 10 * index for index, word in enumerate(_TENS, start=2)
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: index for index, word in enumerate(_ONES.split())} | {
+    word: 10 * index for index, word in enumerate(_TENS.split(), start=2)
+}
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth"
+_DENOMINATORS = {part: index for index, part in enumerate(_PARTS.split(), start=2)} | {
+    "quarter": 4,
+    "halve": 2,
 }
 
 
 def _number_word(text: str) -> Quantity | None:
-    """A number from zero to ninety-nine in words, with its unit."""
-    found = re.match(r"(?:([a-z]+ty)[- ])?([a-z]+)\b", text.lower())
+    """A number from zero to ninety-nine, or a fraction such as "two thirds", in words, with its unit."""
+    found = re.match(r"(?:([a-z]+ty)[- ])?([a-z]+)\b(?:[- ]([a-z]+)\b)?", text.lower())
     if not found or len(text) > 60:
         return None
-    tens, ones = found.groups()
+    tens, ones, part = found.groups()
     if ones not in _WORDS or (tens and (tens not in _WORDS or _WORDS[ones] not in range(1, 10))):
         return None
-    return quantity(f"{_WORDS.get(tens or '', 0) + _WORDS[ones]}{text[found.end() :]}")
+    number = _WORDS.get(tens or "", 0) + _WORDS[ones]
+    denominator = _DENOMINATORS.get((part or "").removesuffix("s"))
+    if denominator:
+        return quantity(f"{number}/{denominator}{text[found.end() :]}")
+    return quantity(f"{number}{text[found.end(2) :]}")

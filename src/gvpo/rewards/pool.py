@@ -18,6 +18,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from gvpo.errors import InputError
@@ -28,21 +29,22 @@ Pair = tuple[str, str]
 DEFAULT_SECONDS = 1.0
 _CHUNK = 32
 _START_SECONDS = 120.0
+_END_SECONDS = 5.0
 _MEGABYTES = 2048
 _MAX_WORKERS = 8
 _MAX_FAILURES = 3
+_MIN_TOLERATED = 16
 
 
 class _Worker:
     """One worker process. Not thread-safe: the pool hands it to one thread at a time."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
         self.ready = False
         # -P keeps this package's folder off the worker's import path. A session of its own keeps Ctrl-C away
         # and lets one signal end the worker with its child.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(symbolic.__file__)), str(seconds), str(_MEGABYTES)],
+            [sys.executable, "-P", str(Path(symbolic.__file__)), str(_MEGABYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -50,8 +52,11 @@ class _Worker:
             start_new_session=True,
         )
 
-    def compare(self, pairs: Sequence[Pair], verdicts: list[bool]) -> None:
+    def compare(self, pairs: Sequence[Pair], seconds: float, verdicts: list[bool]) -> bool:
         """Append verdicts, up to the first pair that a child died on (which counts as unequal).
+
+        Returns:
+            Whether a child died.
 
         Raises:
             OSError: the worker itself is gone.
@@ -59,15 +64,16 @@ class _Worker:
         if not self.ready:
             self._expect(_START_SECONDS)
             self.ready = True
-        payload = json.dumps(pairs).encode()
+        payload = json.dumps([seconds, pairs]).encode()
         assert self.process.stdin is not None
         self.process.stdin.write(struct.pack(">I", len(payload)) + payload)
         for _ in pairs:
             # The worker limits itself; this deadline is for one that was stopped from outside.
-            byte = self._expect(40 * self.seconds + 10)
+            byte = self._expect(40 * seconds + 10)
             verdicts.append(byte == symbolic.EQUAL)
             if byte == symbolic.DIED:
-                return
+                return True
+        return False
 
     def _expect(self, seconds: float) -> bytes:
         assert self.process.stdout is not None
@@ -79,9 +85,13 @@ class _Worker:
 
     def close(self) -> None:
         """End the process and its child, whatever they do, and wait for it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.terminate()  # it ends its child first, so that none is left for others to bury
+        try:
+            self.process.wait(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self.forget()
 
     def forget(self) -> None:
@@ -97,7 +107,8 @@ class VerifierPool:
     Args:
         workers: how many processes at most; they start when first needed. None for one per available core,
             up to 8.
-        seconds: processor time that one comparison may take; one that takes longer counts as unequal.
+        seconds: processor time that one comparison may take; one that takes longer counts as unequal. A call
+            in which many do is under attack: what is left of it gets a tenth of that.
 
     Raises:
         InputError: Math-Verify is not installed.
@@ -121,25 +132,29 @@ class VerifierPool:
         """
         distinct = list(dict.fromkeys(pair for pair in pairs if not any(map(symbolic.too_complex, pair))))
         chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
+        deaths: list[Pair] = []
+        run = partial(self._compare_chunk, deaths=deaths, tolerated=max(_MIN_TOLERATED, len(distinct) // 100))
         if len(chunks) > 1 and self.workers > 1:
             with ThreadPoolExecutor(min(self.workers, len(chunks))) as threads:
-                results = list(threads.map(self._compare_chunk, chunks))
+                results = list(threads.map(run, chunks))
         else:
-            results = [self._compare_chunk(chunk) for chunk in chunks]
+            results = [run(chunk) for chunk in chunks]
         verdicts = dict(zip(distinct, (v for result in results for v in result), strict=True))
         return [verdicts.get(pair, False) for pair in pairs]
 
-    def _compare_chunk(self, chunk: Sequence[Pair]) -> list[bool]:
+    def _compare_chunk(self, chunk: Sequence[Pair], deaths: list[Pair], tolerated: int) -> list[bool]:
         verdicts: list[bool] = []
         failures = 0
         while len(verdicts) < len(chunk):
             worker = self._idle.get()
             try:
                 if worker is None:
-                    worker = _Worker(self.seconds)
+                    worker = _Worker()
                     with self._lock:
                         self._all.add(worker)
-                worker.compare(chunk[len(verdicts) :], verdicts)
+                seconds = self.seconds if len(deaths) <= tolerated else self.seconds / 10
+                if worker.compare(chunk[len(verdicts) :], seconds, verdicts):
+                    deaths.append(chunk[len(verdicts) - 1])
             except OSError as error:
                 self._discard(worker)
                 worker = None
@@ -148,9 +163,8 @@ class VerifierPool:
                     raise RuntimeError(
                         "the verification workers keep dying: is the machine out of memory?"
                     ) from error
-            except (
-                BaseException
-            ):  # Ctrl-C in the middle of an answer: its bytes would be read as the next one's
+            except BaseException:
+                # Ctrl-C in the middle of an answer: the rest would be read as the next one's.
                 self._discard(worker)
                 worker = None
                 raise
@@ -163,6 +177,11 @@ class VerifierPool:
             worker.close()
             with self._lock:
                 self._all.discard(worker)
+
+    def process_ids(self) -> list[int]:
+        """The worker processes that run now; each leads a process group of its own."""
+        with self._lock:
+            return [worker.process.pid for worker in self._all]
 
     def close(self) -> None:
         """End every worker. The pool may be used again: it starts new ones."""

@@ -98,8 +98,8 @@ def _load_one(name: str) -> RewardFunction:
         if known in REWARDS:
             return REWARDS[known]
         raise InputError(
-            f"there is no reward {name!r}: choose one of {', '.join(sorted(REWARDS))}, or give your own function "
-            "as module:function."
+            f"there is no reward {name!r}: choose one of {', '.join(sorted(REWARDS))}, or give your own "
+            "function as module:function."
         )
     return _import(known, argument, name)
 

@@ -4,8 +4,9 @@ Run as a script this file is a worker: it forks a child that answers requests on
 takes too much processor time; the kernel then ends the child, however deep in C it is, and the next child is
 forked in milliseconds because everything is imported already. It imports nothing of gvpo, hence no torch.
 
-Protocol: a request is a 4-byte big-endian length and a JSON list of [truth, answer] pairs. For each pair, in
-order, comes one byte: `1` equal, `0` not, `!` the child died on it (the rest of the request is then void).
+Protocol: a request is a 4-byte big-endian length and a JSON list, of the seconds that each comparison may
+take and of [truth, answer] pairs. For each pair, in order, comes one byte: `1` equal, `0` not, `!` the child
+died on it (the rest of the request is then void).
 """
 
 import json
@@ -15,8 +16,26 @@ import re
 import signal
 import struct
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+
+# Imports Math-Verify and fills its parser's tables, once for all children.
+_REHEARSAL = (
+    (r"\frac{1}{2}+x", "x+0.5"),
+    (r"11\sqrt2", r"-\frac{3\sqrt{3}}{4}"),
+    (r"\left[1,2\right)", r"(-\infty, 4] \cup (5,\infty)"),
+    ("x = 3", r"2 \le x < 5"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
+    (r"\begin{pmatrix} -2 \\ 1/3 \end{pmatrix}", "(1, -2, 3)"),
+    ("x^{2}-3x+1", "(x+1)(y-2)^3"),
+    (r"\{1, -2\}", "f(x) = 2x"),
+    (r"\frac{n(n+1)}{2}", r"\binom{n}{2}+2^{n-1}"),
+    (r"\sin x", r"\log_2 8+\pi"),
+    ("6 - 5i", "e^{2t}"),
+    (r"5x - 7y + 11z + 4 = 0", "a_1"),
+    (r"\lfloor \frac{m}{2} \rfloor", "n!"),
+)
 
 READY, EQUAL, UNEQUAL, DIED = b"R", b"1", b"0", b"!"
 MAX_LENGTH = 600
@@ -36,13 +55,25 @@ def too_complex(text: str) -> bool:
         return True
     if re.search(rf"\d{{{_MAX_DIGITS},}}", text):
         return True
-    # Powers of powers of numbers, powers with long exponents, and factorials of long numbers or of factorials.
+    # Powers of powers of numbers, powers with long exponents, factorials of long numbers or of factorials.
     return bool(
         re.search(r"\d\s*\}?\)?\s*(?:\^|\*\*)\s*[{(]*\s*-?\d+\s*[)}]*\s*(?:\^|\*\*)", text)
         or re.search(r"(?:\^|\*\*)\s*[{(\s]*-?[\d,.]{5,}", text)
         or re.search(r"\d{4,}\s*[)}]*\s*!|!\s*[)}]*\s*!", text)
+        or re.search(r"\)\s*(?:\^|\*\*)\s*[{(]*\s*\d{3,}", text)  # a sum to a power of hundreds
+        or re.search(r"(?:\^\s*\{?\s*\w+\s*){4,}", text)  # powers of powers of powers
+        or re.search(r"\\[dt]?binom\s*\{?[^{}]*\d{5,}", text)
         or re.search(r"\\(?:int|sum|prod|lim)(?![a-zA-Z])", text)
     )
+
+
+# Math-Verify's own removal of units takes single letters too, so that `6m` would equal 6.
+_UNITS = re.compile(
+    r"(?<=[\w)}\s])\s+(?:(?:square|cubic|sq)\s+)?"
+    r"(?:units?|degrees?|radians?|cm|mm|km|meters?|metres?|inch(?:es)?|in|feet|foot|ft|yards?|miles?|hours?|minutes?|"
+    r"seconds?|days?|weeks?|months?|years?|dollars?|cents?|grams?|kg|pounds?|lbs?|liters?|litres?|ways|people|mph|km/h)"
+    r"(?:\s*/\s*[a-z]{1,6}|\s+per\s+[a-z]{1,8})?(?:\s*\^\s*\{?\d\}?)?\s*$"
+)
 
 
 def to_latex(text: str) -> str:
@@ -58,8 +89,7 @@ def to_latex(text: str) -> str:
     text = text.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(r"(?<=[^\\])\*", r"\\cdot ", text)
     text = re.sub(r"\^\((-?[\w/]+)\)", r"^{\1}", text)
-    # Units in words and LaTeX's column vectors written as rows are no part of the value.
-    return re.sub(r"\s+(?:square\s+|cubic\s+)?(?:units?|degrees|radians)(?:\s*\^\s*\{?\d\}?)?\s*$", "", text)
+    return _UNITS.sub("", text)
 
 
 @lru_cache(maxsize=4096)
@@ -69,8 +99,10 @@ def parse(text: str) -> tuple[Any, ...]:
     from math_verify import parse as math_verify_parse
 
     latex = to_latex(text)
+    config = LatexExtractionConfig()
+    config = replace(config, normalization_config=replace(config.normalization_config, units=False))
     # Its own time limit sends signals, which only a main thread may; the worker has a better one.
-    found = math_verify_parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
+    found = math_verify_parse(f"${latex}$", [config], parsing_timeout=None)
     if not any(not isinstance(reading, str) for reading in found):
         found = math_verify_parse(text, [ExprExtractionConfig()], parsing_timeout=None) or found
         if re.search(r"[A-Za-z]{2,}", text):
@@ -80,16 +112,41 @@ def parse(text: str) -> tuple[Any, ...]:
 
 
 def equal(truth: str, answer: str) -> bool:
-    """Whether Math-Verify finds the answer equal to the ground truth. May run for ever: call it in a worker."""
+    """Whether Math-Verify finds the answer equal to the truth. May run for ever: call it in a worker."""
     from math_verify import verify
 
     expected, given = list(parse(truth)), list(parse(answer))
     if not expected or not given:
         return False
-    if _vacuous(expected, given):
+    if _vacuous(expected, given) or _differ_somewhere(expected[0], given[0]):
         return False
     return bool(verify(expected, given, timeout_seconds=None, allow_set_relation_comp=True)) or _same_vector(
         expected[0], given[0]
+    )
+
+
+def _differ_somewhere(expected: Any, given: Any) -> bool:
+    """Whether two expressions have clearly different values at a point: then no algebra can make them equal.
+
+    This is much faster than simplifying their difference, which is how Math-Verify finds out.
+    """
+    from sympy import Expr, Rational  # type: ignore[import-untyped]
+
+    if not (isinstance(expected, Expr) and isinstance(given, Expr)):
+        return False
+    symbols = sorted(expected.free_symbols | given.free_symbols, key=str)
+    if any(len(str(symbol)) > 1 and "_" not in str(symbol) for symbol in symbols):
+        return False  # a word, which Math-Verify compares by its letters
+    point = {symbol: Rational(7 + 3 * index, 5 + index) for index, symbol in enumerate(symbols)}
+    try:
+        left, right = (complex(side.subs(point).evalf(15)) for side in (expected, given))
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        return False
+    # Percentages may be meant as fractions, and floats are compared to six decimals: near misses are left
+    # alone. The absolute bound is for zeros that come out as rounding errors.
+    return all(
+        abs(left * scale - right) > max(1e-10, 1e-4 * max(abs(left * scale), abs(right)))
+        for scale in (1.0, 100.0, 0.01)
     )
 
 
@@ -105,7 +162,7 @@ def _vacuous(expected: list[Any], given: list[Any]) -> bool:
 
 def _same_vector(expected: Any, given: Any) -> bool:
     """A column vector against the same numbers as a tuple."""
-    from sympy import MatrixBase, Tuple
+    from sympy import MatrixBase, Tuple  # type: ignore[import-untyped]
 
     return (
         isinstance(expected, MatrixBase)
@@ -128,14 +185,14 @@ def _read(stream: int, length: int) -> bytes:
     return data
 
 
-def _serve(seconds: float) -> None:
+def _serve() -> None:
     """Answer requests until standard input closes."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     while True:
         header = _read(0, 4)
         if not header:
             return
-        pairs = json.loads(_read(0, struct.unpack(">I", header)[0]))
+        seconds, pairs = json.loads(_read(0, struct.unpack(">I", header)[0]))
         for truth, answer in pairs:
             # Processor time, so that a busy machine does not turn right answers into wrong ones; wall time
             # in case something sleeps. The default action of both signals ends the process.
@@ -158,26 +215,34 @@ def _limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main(seconds: float, megabytes: int) -> None:
+def main(megabytes: int) -> None:
     """Fork children that serve, one after the other, until standard input closes."""
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(2_000)
-    for truth, answer in (
-        (r"\frac{1}{2}+x", "x+0.5"),
-        (r"\sqrt{2}", r"\frac{2}{\sqrt{2}}"),
-        ("[1,2)", "(3, 4)"),
-    ):
-        equal(truth, answer)  # imports and grammar tables, once for all children
+    for truth, answer in _REHEARSAL:
+        equal(truth, answer)
+    child = 0
+
+    def end(signum: int, frame: object) -> None:
+        try:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        except OSError:  # it had just ended by itself
+            pass
+        os._exit(0)
+
     os.write(1, READY)
     while True:
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _limit_memory(megabytes)
             try:
-                _serve(seconds)
+                _serve()
             except BaseException:
                 os._exit(1)
             os._exit(0)
+        signal.signal(signal.SIGTERM, end)
         _, status = os.waitpid(child, 0)
         if status == 0:
             return
@@ -185,4 +250,4 @@ def main(seconds: float, megabytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))
