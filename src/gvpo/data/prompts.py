@@ -42,6 +42,7 @@ def load_prompts(
     source: str | None = None,
     system_prompt: str | None = None,
     instruction: str | None = None,
+    chat: bool = True,
 ) -> "datasets.Dataset":
     """A prompt data set for `GVPOTrainer`, from a name, a file or the Hub.
 
@@ -59,6 +60,7 @@ def load_prompts(
         system_prompt: first message of each conversation.
         instruction: appended to each question after a space. None for the data set's own (the published
             recipe's for GSM8K and MATH), "" for none. Prompts that are conversations already have none added.
+        chat: prompts as conversations; else as plain text, without an instruction unless one is given.
 
     Returns:
         A `datasets.Dataset` with `prompt` (list of messages; for `arithmetic` a string), `answer` (the ground
@@ -88,6 +90,7 @@ def load_prompts(
         source=source,
         system_prompt=system_prompt,
         instruction=instruction,
+        chat=chat,
     )
     kept = ("prompt", "answer", "data_source", "task", "entry")
     loaded = [{key: row[key] for key in kept if key in row} for row in converted]
@@ -118,6 +121,7 @@ def iterate_prompts(
     source: str | None = None,
     system_prompt: str | None = None,
     instruction: str | None = None,
+    chat: bool = True,
 ) -> tuple[Prompts, Iterator[Row]]:
     """The same rows one at a time, for data larger than memory; see `load_prompts` for the arguments.
 
@@ -141,7 +145,8 @@ def iterate_prompts(
         where=source or name,
         columns=columns or {},
         system_prompt=system_prompt,
-        instruction=recipe.instruction if instruction is None else instruction,
+        instruction=(recipe.instruction if chat else "") if instruction is None else instruction,
+        chat=chat,
         truths_as_they_are=truths_as_they_are,
     )
 
@@ -185,6 +190,7 @@ def _convert(
     columns: Mapping[str, str],
     system_prompt: str | None,
     instruction: str,
+    chat: bool,
     truths_as_they_are: bool,
 ) -> Iterator[Row]:
     recipe = prompts.recipe
@@ -212,7 +218,7 @@ def _convert(
             prompts.dropped["the ground truth cannot be parsed"] += 1
             continue
         yield {
-            "prompt": prompt,
+            "prompt": prompt if chat else prompt[-1]["content"],
             "answer": truth,
             "question": question if isinstance(question, str) else prompt[-1]["content"],
             "index": index,

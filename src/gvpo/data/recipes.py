@@ -52,7 +52,10 @@ def any_answer(value: Any) -> str | None:
     if "\\boxed" in text:
         return boxed_answer(text)
     single_formula = re.fullmatch(r"\$([^$]+)\$\.?", text)
-    return (single_formula.group(1).strip() if single_formula else text) or None
+    text = single_formula.group(1).strip() if single_formula else text
+    balanced = re.sub(r"\\[{}]", "", text)
+    # A formula cut in the middle cannot be parsed, and is not guessed at.
+    return text if text and balanced.count("{") == balanced.count("}") else None
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from gvpo.errors import InputError
 
 Row = dict[str, Any]
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet")
 _BATCH_ROWS = 1024
 
 
 def looks_like_file(source: str) -> bool:
     """Whether `source` names a local file rather than a Hub data set."""
-    return source.endswith(_SUFFIXES) or Path(source).is_file()
+    return source.endswith(SUFFIXES) or source.startswith(("/", "./", "../", "~")) or Path(source).is_file()
 
 
 def read_file(path: str | Path) -> Iterator[Row]:
@@ -41,7 +41,7 @@ def read_file(path: str | Path) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    if path.suffix not in _SUFFIXES:
+    if path.suffix not in SUFFIXES:
         raise InputError(f"{path} is neither .jsonl nor .parquet: convert it to one of these.")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

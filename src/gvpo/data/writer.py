@@ -1,0 +1,216 @@
+"""Prompt data sets on disk: one parquet a split that verl and TRL both read, and a manifest.
+
+The same input gives byte-identical files: no times, no paths, a fixed schema and fixed row groups.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gvpo import __version__
+from gvpo.data.prompts import SPLITS, iterate_prompts
+from gvpo.data.recipes import RECIPES
+from gvpo.data.sources import SUFFIXES, Row, hub_revision, looks_like_file
+from gvpo.errors import InputError
+
+MANIFEST = "manifest.json"
+_ROWS_PER_GROUP = 1024
+
+
+def write_dataset(
+    name: str,
+    output: str | Path,
+    *,
+    sources: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    system_prompt: str | None = None,
+    instruction: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int], None] = lambda split, rows: None,
+) -> dict[str, Any]:
+    """Write `train.parquet`, `test.parquet` (as far as there are such splits) and `manifest.json`.
+
+    Args:
+        name: a data set as `load_prompts` takes it, but `arithmetic`, which needs no files.
+        output: folder; files of these names in it are replaced once everything is written, and only then.
+        sources: local files, folders with train and test files, or one Hub id. Empty for the name's own.
+        columns, revision, system_prompt, instruction: as for `load_prompts`.
+        size, seed: of reasoning_gym's generated problems.
+        progress: called with the split and the number of its rows written so far.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: anything about the input or the output folder; nothing is left half-written.
+    """
+    if name.partition(":")[0] == "arithmetic":
+        raise InputError("arithmetic is made on the fly and needs no files: name it where data is asked for.")
+    origins = _origins(name, sources)
+    on_hub = [origin for origin in set(origins.values()) if origin and not looks_like_file(origin)]
+    commit = hub_revision(on_hub[0], revision) if on_hub else None
+    output = Path(output)
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
+    except OSError as error:
+        raise InputError(
+            f"the folder {output} cannot be written to ({error.strerror}): choose another."
+        ) from error
+    try:
+        manifest: dict[str, Any] = {"name": name, "gvpo": __version__, "splits": {}}
+        for split, origin in origins.items():
+            prompts, rows = iterate_prompts(
+                name,
+                split=split,
+                source=origin,
+                columns=columns,
+                revision=commit,
+                system_prompt=system_prompt,
+                instruction=instruction,
+                size=size,
+                seed=seed,
+            )
+            manifest["instruction"] = prompts.recipe.instruction if instruction is None else instruction
+            manifest["system_prompt"] = system_prompt
+            path = aside / f"{split}.parquet"
+            written = _write_parquet(path, _verl_rows(rows, prompts.recipe.ability, split), split, progress)
+            if not written:
+                raise InputError(
+                    f"{origin or name} has no usable row for {split}: of {prompts.seen} rows "
+                    f"{sum(prompts.dropped.values())} were dropped ({', '.join(prompts.dropped)})."
+                )
+            manifest["splits"][split] = {
+                **_provenance(origin, commit, seed),
+                "rows_read": prompts.seen,
+                "rows_written": written,
+                "rows_dropped": dict(sorted(prompts.dropped.items())),
+                "file": path.name,
+                "sha256": _sha256(path),
+            }
+        (aside / MANIFEST).write_text(
+            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        for file in sorted(aside.iterdir()):
+            os.replace(file, output / file.name)
+    finally:
+        shutil.rmtree(aside)
+        if new:
+            with suppress(OSError):  # not empty: all went well
+                output.rmdir()
+    return manifest
+
+
+def _origins(name: str, sources: Sequence[str]) -> dict[str, str | None]:
+    """What each split is read from; None for the generator of a task."""
+    if name.startswith("reasoning_gym:"):
+        if sources:
+            raise InputError("reasoning_gym makes its problems itself: leave --source out.")
+        return {"train": None, "test": None}
+    known, _, attached = name.partition(":")
+    if not sources and attached:
+        sources = [attached]
+    elif not sources and known not in RECIPES:
+        sources = [name]
+    if not sources:
+        recipe = RECIPES[known]
+        return dict.fromkeys(recipe.splits, recipe.hub_id)
+    files = [file for source in sources for file in _files(source)]
+    if not files:
+        splits = RECIPES[known].splits if known in RECIPES else {split: split for split in SPLITS}
+        return dict.fromkeys(splits, sources[0])
+    origins: dict[str, str | None] = {}
+    for file in files:
+        # A file named for neither split is for training, unless the set is for tests only.
+        alone = "train" if known not in RECIPES or "train" in RECIPES[known].splits else "test"
+        split = next((split for split in SPLITS if split in file.stem), alone)
+        if split in origins:
+            raise InputError(
+                f"both {origins[split]} and {file} are for {split}: name one of them for the other split."
+            )
+        origins[split] = str(file)
+    return {split: origins[split] for split in SPLITS if split in origins}
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        files = [path / f"{split}{suffix}" for split in SPLITS for suffix in SUFFIXES]
+        found = [file for file in files if file.is_file()]
+        if not found:
+            raise InputError(
+                f"{path} has no train or test file: it needs for example train.jsonl and test.jsonl."
+            )
+        return found
+    return [path] if looks_like_file(source) else []
+
+
+def _provenance(origin: str | None, commit: str | None, seed: int) -> dict[str, Any]:
+    if origin is None:
+        return {"source": f"reasoning_gym {version('reasoning_gym')}", "seed": seed}
+    if looks_like_file(origin):
+        return {"source": Path(origin).name, "source_sha256": _sha256(Path(origin))}
+    return {"source": origin, "revision": commit}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verl_rows(rows: Iterable[Row], ability: str, split: str) -> Iterator[Row]:
+    for row in rows:
+        extra = {"split": split, "index": row["index"], "question": row["question"]}
+        task: Row = {key: row[key] for key in ("task", "entry") if key in row}
+        yield {
+            "data_source": row["data_source"],
+            "prompt": row["prompt"],
+            "ability": ability,
+            "reward_model": {"style": "rule", "ground_truth": row["answer"]},
+            "extra_info": extra | task,
+            "answer": row["answer"],
+            **task,
+        }
+
+
+def _write_parquet(path: Path, rows: Iterator[Row], split: str, progress: Callable[[str, int], None]) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    first = next(rows, None)
+    if first is None:
+        return 0
+    text = pyarrow.string()
+    extra = [("split", text), ("index", pyarrow.int64()), ("question", text)]
+    task = [(key, text) for key in ("task", "entry") if key in first]
+    schema = pyarrow.schema(
+        [
+            ("data_source", text),
+            ("prompt", pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))),
+            ("ability", text),
+            ("reward_model", pyarrow.struct([("style", text), ("ground_truth", text)])),
+            ("extra_info", pyarrow.struct(extra + task)),
+            ("answer", text),
+            *task,
+        ]
+    )
+    written = 0
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as file:
+        group = [first, *islice(rows, _ROWS_PER_GROUP - 1)]
+        while group:
+            file.write_table(pyarrow.Table.from_pylist(group, schema=schema))
+            written += len(group)
+            progress(split, written)
+            group = list(islice(rows, _ROWS_PER_GROUP))
+    return written
