@@ -1,0 +1,302 @@
+"""An evaluation: sample, grade, summarise; killed and started again it goes on where it was."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from gvpo.errors import InputError
+from gvpo.evaluate.sampling import Completion, Sampler, SamplingOptions
+from gvpo.evaluate.statistics import bootstrap, majority_correct, paired_test, pass_at_k
+from gvpo.rewards.functions import RewardFunction
+from gvpo.run import RunDirectory
+
+if TYPE_CHECKING:
+    import datasets
+
+SAMPLES = "samples.parquet"
+_PARTS = "samples.parts"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that an evaluation's result depends on.
+
+    Attributes:
+        model, data, split, size, reward: by name.
+        samples: completions for each prompt.
+        sampling: how they are drawn.
+        batch_size: completions at a time; part of what fixes the random numbers.
+        chat: prompts as conversations.
+        system_prompt, instruction, chat_template: of the prompts.
+        backend: "transformers" or "vllm".
+    """
+
+    model: str
+    data: str
+    split: str = "test"
+    size: int | None = None
+    reward: str = "accuracy"
+    samples: int = 1
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    batch_size: int = 32
+    chat: bool = True
+    system_prompt: str | None = None
+    instruction: str | None = None
+    chat_template: str | None = None
+    backend: str = "transformers"
+    seed: int = 0
+
+
+def sample_all(
+    settings: Settings,
+    prompts: "datasets.Dataset",
+    run: RunDirectory,
+    make_sampler: Callable[[], Sampler],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Row]:
+    """Every sample of the evaluation, each batch on disk as soon as it is drawn.
+
+    Args:
+        settings: of the evaluation.
+        prompts: a data set of `load_prompts`.
+        run: its directory; what an earlier, interrupted call drew under the same settings is taken over.
+        make_sampler: loads the model; not called when everything is drawn already.
+        progress: called with the number of samples on disk.
+
+    Raises:
+        InputError: the directory holds an evaluation with other settings.
+    """
+    _start(run, settings, prompts)
+    complete = run.path / SAMPLES
+    if complete.exists():
+        return _read(complete)
+    parts = run.path / _PARTS
+    parts.mkdir(exist_ok=True)
+    jobs = [(index, number) for index in range(len(prompts)) for number in range(settings.samples)]
+    sampler: Sampler | None = None
+    files = []
+    for start in range(0, len(jobs), settings.batch_size):
+        batch = jobs[start : start + settings.batch_size]
+        file = parts / f"{start:09d}.parquet"
+        files.append(file)
+        if not file.exists():
+            sampler = sampler or make_sampler()
+            texts = [sampler.render(prompts[index]["prompt"]) for index, _ in batch]
+            drawn = sampler.sample(texts, _batch_seed(settings.seed, start))
+            _write(
+                [_row(prompts, job, text, one) for job, text, one in zip(batch, texts, drawn, strict=True)],
+                file,
+            )
+        progress(start + len(batch))
+    rows = [row for file in files for row in _read(file)]
+    _write(rows, complete)
+    for file in files:
+        file.unlink()
+    parts.rmdir()
+    return rows
+
+
+def _start(run: RunDirectory, settings: Settings, prompts: "datasets.Dataset") -> None:
+    # A file may have changed under the same name.
+    content = json.dumps([prompts["prompt"][:], prompts["answer"][:]])
+    config = {**asdict(settings), "prompts_sha256": hashlib.sha256(content.encode()).hexdigest()}
+    path = run.path / "config.yaml"
+    started = (run.path / SAMPLES).exists() or (run.path / _PARTS).exists()
+    if started and path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = [key for key in config if before.get(key) != config[key]]
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"{run.path} holds an evaluation with {key} {before.get(key)!r} instead of {config[key]!r}: "
+                "choose another --output, or remove it."
+            )
+    run.start(config, resumed=True)
+
+
+def _batch_seed(seed: int, start: int) -> int:
+    # Far apart for batches next to each other and for seeds next to each other.
+    return (seed * 1_000_003 + start * 7_919) % 2**31
+
+
+def _row(prompts: "datasets.Dataset", job: tuple[int, int], text: str, completion: Completion) -> Row:
+    index, number = job
+    source = prompts[index]
+    return {
+        "prompt_index": index,
+        "sample": number,
+        "prompt": text,
+        "answer": source["answer"],
+        "completion": completion.text,
+        "tokens": completion.tokens,
+        "truncated": completion.truncated,
+        **{key: source[key] for key in ("task", "entry") if key in source},
+    }
+
+
+def _write(rows: Sequence[Row], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    aside = path.with_name(f".{path.name}.partial")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), aside, compression="zstd")
+    os.replace(aside, path)
+
+
+def _read(path: Path) -> list[Row]:
+    import pyarrow.parquet
+
+    rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+# --- Grading ------------------------------------------------------------------------------------------------
+
+
+def grade(rows: list[Row], run: RunDirectory, reward_name: str, reward: RewardFunction) -> None:
+    """Add `extracted` and `reward` to every sample, in `rows` and in the run's samples.
+
+    Raises:
+        InputError: the reward cannot score a sample.
+    """
+    from gvpo.rewards.extraction import extract_answer
+
+    columns = {key: [row[key] for row in rows] for key in ("answer", "task", "entry") if key in rows[0]}
+    rewards = reward(
+        prompts=[row["prompt"] for row in rows], completions=[row["completion"] for row in rows], **columns
+    )
+    for row, score in zip(rows, rewards, strict=True):
+        if score is None:
+            raise InputError(
+                f"the reward {reward_name} cannot score prompt {row['prompt_index']} (counted from 0): remove "
+                "it from the data."
+            )
+        found = extract_answer(row["completion"])
+        if reward_name == "exact":
+            row["extracted"] = row["completion"].strip() or None
+        else:
+            row["extracted"] = found.text if found else None
+        row["reward"] = float(score)
+    _write(rows, run.path / SAMPLES)
+
+
+def _vote(row: Row) -> str | None:
+    """What makes two answers the same vote: the number, or the text whatever its spacing."""
+    from gvpo.rewards.normalization import clean, key, quantity
+
+    if row["extracted"] is None:
+        return None
+    text = clean(row["extracted"])
+    number = quantity(text)
+    return key(text) if number is None else f"{number.value * number.scale}{'%' * number.percent}"
+
+
+# --- Summary ------------------------------------------------------------------------------------------------
+
+
+def summarise(rows: Iterable[Row], samples: int, seed: int) -> dict[str, dict[str, float]]:
+    """Every figure with its 95 % bootstrap interval over prompts.
+
+    Returns:
+        `pass@1` (mean over samples; the same is called `avg@n` for n samples), `pass@k` and `maj@k` for
+        k = 2, 4, 8, … up to n, `truncated` and `unparsable` (shares of samples) and `tokens` (mean length),
+        each with `mean`, `low` and `high`.
+    """
+    prompts: dict[int, list[Row]] = {}
+    for row in rows:
+        prompts.setdefault(row["prompt_index"], []).append(row)
+    groups = list(prompts.values())
+    scores = [[row["reward"] for row in group] for group in groups]
+    right = [sum(score >= 1.0 for score in group) for group in scores]
+    values: dict[str, list[float]] = {"pass@1": [sum(group) / len(group) for group in scores]}
+    if samples > 1:
+        values[f"avg@{samples}"] = values["pass@1"]
+    sizes = sorted({2**power for power in range(1, samples.bit_length())} | ({samples} - {1}))
+    for k in sizes:
+        values[f"pass@{k}"] = [pass_at_k(samples, count, k) for count in right]
+    votes = [[_vote(row) for row in group] for group in groups]
+    for k in sizes:
+        values[f"maj@{k}"] = [
+            majority_correct(vote[:k], score[:k]) for vote, score in zip(votes, scores, strict=True)
+        ]
+    for name, share in (
+        ("truncated", lambda row: float(row["truncated"])),
+        ("unparsable", lambda row: float(row["extracted"] is None)),
+        ("tokens", lambda row: float(row["tokens"])),
+    ):
+        values[name] = [sum(map(share, group)) / len(group) for group in groups]
+    return {name: asdict(bootstrap(value, seed)) for name, value in values.items()}
+
+
+def compare(run: Path, other: Path, seed: int) -> dict[str, Any]:
+    """The paired test between two finished evaluations of the same prompts.
+
+    Raises:
+        InputError: one of them is not finished, or their prompts differ.
+    """
+    these, others = (_means(path) for path in (run, other))
+    if list(these) != list(others):
+        raise InputError(
+            f"{run} and {other} evaluated different prompts: compare runs on the same data and size."
+        )
+    result = asdict(paired_test(list(these.values()), list(others.values()), seed))
+    return {"run": run.name, "other": other.name, "prompts": len(these), **result}
+
+
+def _means(path: Path) -> dict[tuple[int, str], float]:
+    """Mean reward for each prompt, told apart by its place and its answer."""
+    if not (path / SAMPLES).is_file() or not (path / "summary.json").is_file():
+        raise InputError(f"{path} holds no finished evaluation: run gvpo eval --output {path} first.")
+    scores: dict[tuple[int, str], list[float]] = {}
+    for row in _read(path / SAMPLES):
+        scores.setdefault((row["prompt_index"], row["answer"]), []).append(row["reward"])
+    return {prompt: sum(values) / len(values) for prompt, values in scores.items()}
+
+
+def finish(run: RunDirectory, settings: Settings, rows: list[Row]) -> dict[str, Any]:
+    """Summarise a graded evaluation, write `summary.json` and draw its picture."""
+    figures = summarise(rows, settings.samples, settings.seed)
+    summary = {
+        "model": settings.model,
+        "data": settings.data,
+        "prompts": len({row["prompt_index"] for row in rows}),
+        "samples": settings.samples,
+        "metrics": figures,
+    }
+    draw(figures, f"{settings.model} on {settings.data}", run.path / "summary.png")
+    run.finish(summary)
+    return json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
+
+
+def draw(figures: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """The accuracies and rates with their intervals, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in figures if name != "tokens"][::-1]
+    means = [figures[name]["mean"] for name in names]
+    below = [figures[name]["mean"] - figures[name]["low"] for name in names]
+    above = [figures[name]["high"] - figures[name]["mean"] for name in names]
+    figure = Figure(figsize=(7, 1.2 + 0.36 * len(names)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.errorbar(means, names, xerr=[below, above], fmt="o", capsize=3, color="#1f5fa8")
+    for name, mean in zip(names, means, strict=True):
+        axis.annotate(
+            f"{mean:.1%}", (mean, name), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8
+        )
+    axis.set_xlim(-0.03, 1.03)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("mean and 95 % interval over prompts")
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, format="png")
+    os.replace(aside, path)

@@ -1,0 +1,209 @@
+"""Completions from a model: by Transformers on a CPU or GPU, or by vLLM.
+
+What is sampled depends on the prompt batch and its seed alone, never on what ran before, so that an
+evaluation that was cut off goes on as if it had not been.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gvpo.errors import InputError
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How completions are drawn.
+
+    Attributes:
+        temperature: 0 for greedy decoding.
+        top_p: nucleus; 1 for all tokens.
+        max_tokens: of a completion.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion: its text, its length in tokens, and whether `max_tokens` cut it off."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class Sampler(Protocol):
+    """Draws one completion for each prompt."""
+
+    def render(self, prompt: Prompt) -> str:
+        """The text that the model is given."""
+
+    def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
+        """One completion for each text."""
+
+
+def load_tokenizer(model: str, chat_template: str | None, needs_template: bool) -> Any:
+    """A model's tokenizer, with a chat template where one is needed.
+
+    Raises:
+        InputError: there is no tokenizer or no template.
+    """
+    from transformers import AutoTokenizer
+
+    if not _known(model):
+        raise InputError(f"there is no model at {model}: give a folder that holds one, or a Hub id.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    except Exception as error:  # a dozen unrelated types, by what is missing
+        raise InputError(
+            f"{model} has no tokenizer that can be loaded ({_first_line(error)}): save the tokenizer beside "
+            "the model."
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if needs_template and not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {model} has no chat template: give one with --chat-template FILE, or --plain "
+            "to send the questions as they are."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _known(model: str) -> bool:
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    return Path(model).is_dir() or not (looks_local or Path(model).exists())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+class _Rendering:
+    """Prompts as the text that the model is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def render(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return str(text)
+
+
+class TransformersSampler(_Rendering):
+    """Batches through `generate`; on a GPU when there is one, in the precision that the model was saved in.
+
+    Args:
+        model: folder or Hub id.
+        options: how to sample.
+        chat: whether the prompts are conversations, whose rendered text has all special tokens already.
+        chat_template: instead of the tokenizer's own.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self, model: str, options: SamplingOptions, *, chat: bool, chat_template: str | None
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        super().__init__(load_tokenizer(model, chat_template, chat))
+        self.chat = chat
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+        except Exception as error:
+            raise InputError(f"the model {model} cannot be loaded ({_first_line(error)}).") from error
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        sampled = options.temperature > 0
+        # A configuration of our own: one saved with the model may hold penalties and a top-k of 50.
+        self.generation = GenerationConfig(
+            do_sample=sampled,
+            **({"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if sampled else {}),
+            max_new_tokens=options.max_tokens,
+            eos_token_id=sorted(self.ends) or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
+        import torch
+
+        inputs = self.tokenizer(
+            list(texts), return_tensors="pt", padding=True, add_special_tokens=not self.chat
+        ).to(self.model.device)
+        inputs.pop("token_type_ids", None)
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, generation_config=self.generation)
+        return [self._completion(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _completion(self, tokens: list[int]) -> Completion:
+        stop = next((position for position, token in enumerate(tokens) if token in self.ends), None)
+        kept = tokens if stop is None else tokens[: stop + 1]
+        return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), stop is None)
+
+
+class VLLMSampler(_Rendering):
+    """Batches through vLLM (the extra `gvpo[vllm]`), with a seed for each request.
+
+    Args:
+        model, options, chat, chat_template: as for `TransformersSampler`.
+
+    Raises:
+        InputError: vLLM is not installed, or the model or its tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self, model: str, options: SamplingOptions, *, chat: bool, chat_template: str | None
+    ) -> None:
+        try:
+            from vllm import LLM  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise InputError(
+                "vLLM is not installed: pip install 'gvpo[vllm]', or use --backend transformers."
+            ) from error
+        super().__init__(load_tokenizer(model, chat_template, chat))
+        self.chat = chat
+        self.options = options
+        try:
+            self.engine = LLM(model=model)
+        except Exception as error:
+            raise InputError(f"the model {model} cannot be loaded by vLLM ({_first_line(error)}).") from error
+
+    def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=self.options.temperature,
+                top_p=self.options.top_p,
+                max_tokens=self.options.max_tokens,
+                seed=seed + index,
+            )
+            for index in range(len(texts))
+        ]
+        prompts = [
+            {"prompt_token_ids": self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]}
+            for text in texts
+        ]
+        outputs = [
+            request.outputs[0] for request in self.engine.generate(prompts, parameters, use_tqdm=False)
+        ]
+        return [
+            Completion(output.text, len(output.token_ids), output.finish_reason == "length")
+            for output in outputs
+        ]
