@@ -28,7 +28,10 @@ def evaluate(
             "--samples", "-n", min=1, help="Completions a prompt.  [default: 32 for aime24, else 1]"
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 for greedy decoding.  [default: 0 for one sample, 1 for several]"),
+    ] = None,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 1024,
     backend: Annotated[
@@ -65,6 +68,8 @@ def evaluate(
     from gvpo.evaluate.sampling import SamplingOptions
 
     number = samples or (32 if data.partition(":")[0] == "aime24" else 1)
+    if temperature is None:
+        temperature = 0.0 if number == 1 else 1.0
     if number > 1 and temperature == 0:
         raise InputError(
             f"{number} greedy samples of a prompt are all alike: give --temperature (0.6 or 1.0 are usual), "

@@ -175,8 +175,8 @@ def grade(rows: list[Row], run: RunDirectory, reward_name: str, reward: RewardFu
     for row, score in zip(rows, rewards, strict=True):
         if score is None:
             raise InputError(
-                f"the reward {reward_name} cannot score prompt {row['prompt_index']} (counted from 0): remove "
-                "it from the data."
+                f"the reward {reward_name} cannot score prompt {row['prompt_index']} (counted from 0): "
+                "remove it from the data."
             )
         found = extract_answer(row["completion"])
         if reward_name == "exact":

@@ -63,7 +63,7 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "GVPO runs
         The page's size in bytes.
 
     Raises:
-        InputError: a path is no run directory, one of its files cannot be read, or the page cannot be written.
+        InputError: a path is no run directory, a file in it cannot be read, or the page cannot be written.
     """
     names = [path.resolve().name for path in paths]
     runs = [
@@ -200,7 +200,8 @@ def _panel(title: str, unit: str, curves: Sequence[tuple[int, list[float], list[
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
-    return f'<figure role="img" aria-label="{_safe(title)}"><figcaption>{_safe(title)}</figcaption>{drawing}</figure>'
+    label = _safe(title)
+    return f'<figure role="img" aria-label="{label}"><figcaption>{label}</figcaption>{drawing}</figure>'
 
 
 # --- The page -----------------------------------------------------------------------------------------------
