@@ -30,7 +30,7 @@ def pool():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["endings.jsonl", "styles.jsonl"])
+@pytest.mark.parametrize("name", ["endings.jsonl", "styles.jsonl", "forms.jsonl"])
 def test_labelled_endings(name, pool):
     rows = read(name)
     verdicts = verify([row["completion"] for row in rows], [row["truth"] for row in rows], pool=pool)

@@ -27,6 +27,7 @@ _CHOICE_WITH_VALUE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[).:])\s*(?P<va
 _NAME = r"(?:\\?[A-Za-z]+(?:_\{?\w{1,8}\}?)?'{0,2}(?:\s*\([^()=]{1,20}\))?|[A-Za-z][A-Za-z ]{2,40})"
 _ASSIGNMENT = re.compile(rf"{_NAME}\s*(?:=|\\in(?![a-zA-Z])|\\approx|:)\s*(?P<value>[^=].*)", re.DOTALL)
 _ARITHMETIC = re.compile(r"[\d\s.,+*/×^()$%\\a-z{}_=-]+")
+_FUNCTION = re.compile(r"([A-Za-z])\s*\(\s*([a-z])\s*\)\s*=.+")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _DURATION = re.compile(
     r"(\d+(?:\.\d+)?)\s*(hours?|hrs?|h|minutes?|mins?|seconds?|secs?|dollars?|cents?)\b[\s,]*(?:and\s+)?",
@@ -67,6 +68,9 @@ def _compare(truth: str, answer: str) -> bool | None:
     listed = _lists(truth, answer)
     if listed is not None:
         return listed
+    renamed = _with_variable_of(truth, answer)
+    if renamed is not None:
+        return _compare(truth, renamed)
     value = _assigned(answer)
     if value is not None and _assigned(truth) is None:
         return _compare(truth, value)
@@ -223,6 +227,17 @@ def _words(text: str) -> str:
     return re.sub(r"^(?:the|a|an) ", "", words)
 
 
+def _with_variable_of(truth: str, answer: str) -> str | None:
+    """ "f(n) = n + 1" as "f(x) = x + 1" where the truth says x; None when there is nothing to rename."""
+    expected, given = _FUNCTION.fullmatch(truth), _FUNCTION.fullmatch(answer)
+    if not expected or not given or expected[1] != given[1] or expected[2] == given[2]:
+        return None
+    variable = rf"(?<![\\A-Za-z]){given[2]}(?![A-Za-z])"
+    if re.search(rf"(?<![\\A-Za-z]){expected[2]}(?![A-Za-z])", answer):
+        return None
+    return re.sub(variable, expected[2], answer)
+
+
 def _after_name(answer: str) -> str:
     value = _assigned(answer)
     return answer if value is None else value
@@ -241,6 +256,17 @@ def _assigned(text: str) -> str | None:
         if not re.search(r"[a-z]", commands):
             return right
     return None
+
+
+def closes_with_words(completion: str, truth: str) -> bool:
+    """Whether the last sentence ends in a truth that is words: "It was a Friday." for "Friday"."""
+    expected = clean(truth)
+    if not _is_words(expected) or _words(expected) in ("yes", "no", "true", "false"):
+        return False
+    sentence = re.split(r"[.!?]\s|\n", completion.strip()[-400:].rstrip(".!* "))[-1]
+    said = f" {_words(sentence)}"
+    denied = re.search(r" (?:not|never|or|neither|nor|isn|wasn|cannot|can) ", f"{said} ")
+    return said.endswith(f" {_words(expected)}") and len(said.split()) > 2 and not denied
 
 
 # --- Lists --------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 # A base model goes on with a problem of its own once it has answered ours.
 _NEXT_PROBLEM = re.compile(
     r"^[ \t]*(?:[#*]{1,4}[ \t]*)?(?:Q|Question|Problem|Exercise|Human|User|Instruction|Student)"
-    r"(?:[ \t]*\d{1,4})?(?:\*\*)?[ \t]*[:.：]",
+    r"(?:[ \t]*\d{1,4})?(?:\*\*)?[ \t]*[:.：]"
+    r"|^#{1,4}[ \t]*(?:Problem|Question|Exercise|Example)(?:[ \t]*\d{1,4})?[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
 )
 _TURN_AROUND = re.compile(

@@ -34,6 +34,9 @@ _WRAPPERS = (
     ("_", "_"), ("`", "`"),
     ('"', '"'), ("'", "'"),
 )  # fmt: skip
+_MODULUS = re.compile(r"\\pmod\s*\{?\s*\w+\s*\}?|\(\s*(?:\\bmod|\\mod|mod)\s+\w+\s*\)")
+_ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(st|nd|rd|th)\s*\}?(?![a-z])")
+_AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)[\s-]+half\b")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 
 
@@ -57,11 +60,13 @@ def clean(answer: str) -> str:
     text = re.sub(r"\\(?:leq|leqslant|le)(?![a-zA-Z])", r"\\le ", text)
     text = re.sub(r"\\(?:geq|geqslant|ge)(?![a-zA-Z])", r"\\ge ", text)
     text = _DEGREES.sub(" degrees", text)
+    text = _MODULUS.sub("", text)
     for _ in range(3):
         replaced = _TEXT.sub(r" \1 ", text)
         if replaced == text:
             break
         text = replaced
+    text = _AND_A_HALF.sub(" 1/2", _ORDINAL.sub(r"\1", text))
     return _strip(re.sub(r"\s+", " ", text))
 
 
@@ -290,6 +295,13 @@ def _number_word(text: str) -> Quantity | None:
     found = re.match(r"(?:([a-z]+ty)[- ])?([a-z]+)\b(?:[- ]([a-z]+)\b)?", text.lower())
     if not found or len(text) > 60:
         return None
+    hundreds = re.match(r"([a-z]+) hundred(?: and)?(?: (?=[a-z])|$)", text.lower())
+    if hundreds and _WORDS.get(hundreds.group(1)) in range(1, 10):
+        rest = quantity(text[hundreds.end() :]) if hundreds.end() < len(text) else None
+        count = 100 * _WORDS[hundreds.group(1)]
+        if rest and rest.value < 100 and rest.value.denominator == 1:
+            return quantity(f"{count + rest.value} {rest.unit}")
+        return quantity(f"{count} {text[hundreds.end() :]}")
     tens, ones, part = found.groups()
     if ones not in _WORDS or (tens and (tens not in _WORDS or _WORDS[ones] not in range(1, 10))):
         return None

@@ -137,7 +137,9 @@ def _unqualified(sentence: str, quantities: list[re.Match[str]]) -> list[re.Matc
 
 
 def _followed_by_words(rest: str) -> bool:
-    return bool(re.match(r"[ \t]*(?:[ \t(][A-Za-z]{2,}|$)", rest)) and not re.search(r"[-+*/^]\s*\d", rest)
+    return bool(re.match(r"[,;]?[ \t]*(?:[ \t(][A-Za-z]{2,}|$)", rest)) and not re.search(
+        r"[-+*/^]\s*\d", rest
+    )
 
 
 # --- The closing sentences ----------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)[ \t]*")
 _BARE_ARGUMENT = re.compile(r"[^\s${}\\]{1,40}")
 _FORMULA_END = re.compile(r"\$|\\\]|\\\)|\n")
 _GAP = r"[\s$\\,;.()\[\]*]{0,20}"
-_BOX_JOINT = re.compile(rf"{_GAP}(?:and|or|,|;|\\text\{{ ?(?:and|or) ?\}})?{_GAP}(?:[a-zA-Z]\s?=\s?)?")
+_BOX_JOINT = re.compile(
+    rf"{_GAP}(?:and|or|,|;|\\text\{{ ?(?:and|or) ?\}})?{_GAP}(?:[a-h]\)\s?)?(?:[$]?[a-zA-Z]\s?=\s?)?[\s$]?"
+)
 
 
 def boxed_contents(text: str) -> list[str]:
@@ -102,7 +104,7 @@ def _boxed(text: str) -> list[Statement]:
 
 # --- #### and <answer> --------------------------------------------------------------------------------------
 
-_HASH = re.compile(r"#{4}(?!#)[ \t]*(?:\n[ \t]*)?([^\n]*)")
+_HASH = re.compile(r"#{4}(?!#)[ \t]*(?:\n[ \t]*)?((?:(?!####)[^\n])*)")
 _LAST_HASH = re.compile(r"(?<![^\n])#{1,3}[ \t]+([-$\\\d.,]{1,30})\s*$")
 _NUMBERED_HEADING = re.compile(r"\d{1,3}[.):]\s+[A-Za-z]")
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
@@ -113,13 +115,14 @@ def _hashed(text: str) -> list[Statement]:
     """`#### 18` as GSM8K ends; not a Markdown heading of level four."""
     found = []
     for match in list(_HASH.finditer(text))[-_MAX_STATEMENTS:]:
-        line = match.group(1).split("####")[0].strip()
+        line = match.group(1).strip()
         phrase = last_statement(_phrased(line))
         if phrase is not None:
             line = phrase.text
         elif VALUE_START.match(line):
             if _NUMBERED_HEADING.match(line):
                 continue
+            line = _plain_value(line) or line
         elif not line or len(line.split()) > 3 or text[match.end() :].strip():
             continue
         found.append(Statement(match.start(), match.end(), line, "hash"))
@@ -238,5 +241,5 @@ def _plain_value(value: str) -> str | None:
         return stated
     inner = closing_value(stated)
     if inner is None:
-        return stated if len(stated.split()) <= 4 else None
+        return stated if len(stated.split()) <= 5 else None
     return inner if re.search(r"\d", stated) else stated

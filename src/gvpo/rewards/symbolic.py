@@ -86,6 +86,9 @@ def to_latex(text: str) -> str:
     )
     text = re.sub(r"(?<![\\a-zA-Z])(?:inf|infinity|oo)(?![a-zA-Z])", r"\\infty ", text)
     text = re.sub(r"(?<=[\w)}])\s+[uU]\s+(?=[(\[])", r" \\cup ", text)
+    text = re.sub(
+        r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+)\s+degrees\s*[)}]?", r"\1{\\frac{\2\\pi}{180}}", text
+    )
     text = text.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(r"(?<=[^\\])\*", r"\\cdot ", text)
     text = re.sub(r"\^\((-?[\w/]+)\)", r"^{\1}", text)

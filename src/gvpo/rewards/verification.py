@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gvpo.rewards.comparison import compare
+from gvpo.rewards.comparison import closes_with_words, compare
 from gvpo.rewards.extraction import Answer, extract_answer
 from gvpo.rewards.normalization import clean
 from gvpo.rewards.pool import VerifierPool, shared_pool
@@ -56,7 +56,11 @@ def verify(
         ],
         pool=pool,
     )
-    return [Verdict(answer, right) for answer, right in zip(answers, correct, strict=True)]
+    # A word that is the answer can be told from other closing words only by knowing it.
+    return [
+        Verdict(answer, right or (answer is None and closes_with_words(completion, truth)))
+        for answer, right, completion, truth in zip(answers, correct, completions, ground_truths, strict=True)
+    ]
 
 
 def answers_equal(pairs: Sequence[tuple[str, str]], *, pool: VerifierPool | None = None) -> list[bool]:
