@@ -1,0 +1,141 @@
+"""A run's directory: `config.yaml`, `metrics.jsonl`, `summary.json`, pictures. And its progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gvpo.errors import InputError
+
+METRICS = "metrics.jsonl"
+
+
+class RunDirectory:
+    """Creates the directory (or takes it over) and writes a run's records into it.
+
+    Raises:
+        InputError: the directory cannot be made or written to; nothing was written then.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".write-test-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"The output directory {self.path} cannot be written to ({error.strerror}): choose another."
+            ) from error
+
+    def start(self, config: Mapping[str, Any], *, resumed: bool = False) -> None:
+        """Write `config.yaml`; unless the run goes on, drop the records of an earlier one."""
+        self._write("config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+        if not resumed:
+            for name in (METRICS, "summary.json"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(entry)) + "\n")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, whole or not at all."""
+        self._write("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def _write(self, name: str, text: str) -> None:
+        aside = self.path / f".{name}.partial"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, self.path / name)
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON and YAML hold: no NaN, no infinity, no objects."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return str(value) if isinstance(value, str) else value
+    return str(value)
+
+
+class Ticker:
+    """Progress of a long piece of work: a bar on a terminal, a plain line now and then otherwise."""
+
+    def __init__(self, console: Console, label: str, total: int) -> None:
+        self.console, self.label, self.total, self.done = console, label, total, 0
+        self._bar: Progress | None = None
+        self._task: Any = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(label, total=total, note="")
+
+    @contextmanager
+    def running(self) -> Iterator[Ticker]:
+        if self._bar is None:
+            yield self
+            return
+        with self._bar:
+            yield self
+
+    def advance(self, to: int, note: str = "") -> None:
+        """Tell that `to` of the total is done."""
+        before, self.done = self.done, to
+        if self._bar is not None:
+            self._bar.update(self._task, completed=to, **({"note": note} if note else {}))
+        elif note or to >= self.total or to * 4 // self.total > before * 4 // self.total:
+            self.console.print(f"{self.label} {to}/{self.total} {note}".rstrip(), highlight=False)
+
+
+Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
+
+
+def plot_curves(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], *, title: str, x: str) -> None:
+    """Write a PNG with one panel beside the other; a panel is a y label and its curves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, curves) in zip(axes, panels, strict=True):
+        for name, xs, ys in curves:
+            axis.plot(xs, ys, label=name or None, marker="o" if len(xs) < 30 else None, markersize=3)
+        axis.set_xlabel(x)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if any(name for name, _, _ in curves):
+            axis.legend(frameon=False)
+    figure.suptitle(title)
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, format="png")
+    os.replace(aside, path)
