@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from gvpo import __version__
+from gvpo.data.command import data
 from gvpo.errors import InputError
+from gvpo.evaluate.command import evaluate, report
 
 app = typer.Typer(
     name="gvpo",
@@ -43,7 +45,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     output: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/quickstart"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of GVPO.")] = 100,
-    beta: Annotated[float, typer.Option(help="Temperature of the implicit reward, above 0.")] = 0.3,
+    beta: Annotated[float, typer.Option(help="Temperature of the implicit reward, above 0.")] = 0.2,
 ) -> None:
     """Watch a tiny language model learn by GVPO, in a minute, on a CPU."""
     started = _process_start()
@@ -51,8 +53,8 @@ def quickstart(
 
     from gvpo.quickstart import quickstart as run
 
-    # More threads than this cost a model of this size more than they bring.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # More threads cost a model of this size more than they bring.
+    torch.set_num_threads(1)
     run(task, seed, output, steps=steps, beta=beta, started=started)
 
 
@@ -72,6 +74,11 @@ def train(context: typer.Context) -> None:
     from gvpo.trl.train import main as run
 
     run(context.args)
+
+
+app.command("data")(data)
+app.command("eval")(evaluate)
+app.command("report")(report)
 
 
 def main(args: list[str] | None = None) -> None:

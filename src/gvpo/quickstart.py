@@ -32,9 +32,9 @@ from gvpo.trl import GVPOConfig, GVPOTrainer
 from gvpo.trl.callback import RunCallback
 
 HELD_OUT = 1000
-WARMUP_STEPS = 500
-WARMUP_ROWS = 256
-FORGETFUL = 0.65  # share of the teacher's answers without carries (or borrows)
+WARMUP_STEPS = 1000
+WARMUP_ROWS = 64
+FORGETFUL = 0.62  # share of the teacher's answers without carries (or borrows)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def quickstart(
     output: str | Path = "runs/quickstart",
     *,
     steps: int = 100,
-    beta: float = 0.3,
+    beta: float = 0.2,
     console: Console | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
@@ -233,6 +233,9 @@ def quickstart(
 
     prompts = [task.prompt(*p) for p in test_pairs]
     gold = [task.right(*p) for p in test_pairs]
+    run.write_lines(
+        "held_out.jsonl", ({"prompt": p, "answer": g} for p, g in zip(prompts, gold, strict=True))
+    )
 
     def accuracy(given: list[str]) -> float:
         return sum(a == b for a, b in zip(given, gold, strict=True)) / len(gold)
@@ -240,7 +243,9 @@ def quickstart(
     before = answers(model, tokenizer, prompts)
     run.log({"step": 0, "accuracy": accuracy(before)})
     console.print(f"Greedy accuracy on {len(gold):,} held-out problems: {accuracy(before):.1%}")
-    console.print("GVPO: 32 problems × 8 answers a step, reward 1 for a right answer, nothing else …")
+    console.print(
+        "GVPO: 32 problems × 8 answers a step, reward 1 for a right answer, nothing else …", soft_wrap=True
+    )
     trainer = _make_trainer(model, tokenizer, task, train_pairs, run, seed=seed, steps=steps, beta=beta)
     callback = RunCallback(
         run,
@@ -302,7 +307,8 @@ def _make_trainer(
         num_generations=8,
         per_device_train_batch_size=256,
         max_completion_length=4,
-        learning_rate=5e-4,
+        learning_rate=7e-4,
+        micro_batch_tokens=3000,
         max_steps=steps,
         logging_steps=5,
         seed=seed,
@@ -356,7 +362,8 @@ def _show(
     console.print(
         f"Greedy accuracy {summary['accuracy_before']:.1%} → [bold]{summary['accuracy_after']:.1%}[/bold], "
         f"sampled {summary['sampled_accuracy_after']:.1%}, in {summary['seconds_total']:.0f} s "
-        f"({summary['seconds_generation']:.0f} s generation, {summary['seconds_update']:.0f} s updates)."
+        f"({summary['seconds_generation']:.0f} s generation, {summary['seconds_update']:.0f} s updates).",
+        soft_wrap=True,
     )
     console.print(f"Model, metrics and learning_curve.png are in {run.path}.")
     console.print("\nA real model, on a GPU:", highlight=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ class RunDirectory:
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a .jsonl file of its own."""
+        self._write(name, "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows))
+
     def _write(self, name: str, text: str) -> None:
         aside = self.path / f".{name}.partial"
         aside.write_text(text, encoding="utf-8")
@@ -111,7 +115,7 @@ class Ticker:
         before, self.done = self.done, to
         if self._bar is not None:
             self._bar.update(self._task, completed=to, **({"note": note} if note else {}))
-        elif note or to >= self.total or to * 4 // self.total > before * 4 // self.total:
+        elif note or (to > before and to >= self.total) or to * 4 // self.total > before * 4 // self.total:
             self.console.print(f"{self.label} {to}/{self.total} {note}".rstrip(), highlight=False)
 
 
