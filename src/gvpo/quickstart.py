@@ -326,18 +326,15 @@ def _make_trainer(
 
 
 def _draw(run: RunDirectory, task_name: str) -> None:
-    metrics = run.metrics()
-
-    def curve(label: str, key: str) -> tuple[str, list[float], list[float]]:
-        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-        return label, [x for x, _ in points], [y for _, y in points]
-
     plot_curves(
         run.path / "learning_curve.png",
         [
-            ("accuracy", [curve("greedy, held out", "accuracy"), curve("sampled, training", "reward")]),
-            ("explained variance of the reward", [curve("", "gvpo/explained_variance")]),
-            ("KL to the initial policy (nats)", [curve("", "gvpo/kl")]),
+            (
+                "accuracy",
+                [("greedy, held out", *run.curve("accuracy")), ("sampled, training", *run.curve("reward"))],
+            ),
+            ("explained variance of the reward", [("", *run.curve("gvpo/explained_variance"))]),
+            ("KL to the initial policy (nats)", [("", *run.curve("gvpo/kl"))]),
         ],
         title=f"GVPO quickstart: two-digit {task_name}",
         x="optimizer step",

@@ -1,4 +1,4 @@
-"""A run's directory: `config.yaml`, `metrics.jsonl`, `summary.json`, pictures. And its progress on a terminal."""
+"""A run's directory (`config.yaml`, `metrics.jsonl`, `summary.json`, pictures) and its progress bar."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gvpo.errors import InputError
 
 METRICS = "metrics.jsonl"
+
+
+def check_writable(path: str | Path) -> None:
+    """Whether a run directory could be made there, without making it.
+
+    Raises:
+        InputError: it could not.
+    """
+    path = Path(path)
+    nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if not nearest.is_dir():
+        raise InputError(
+            f"The output directory {path} cannot be made, since {nearest} is a file: choose another."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(
+            f"The output directory {path} cannot be written to (Permission denied): choose another."
+        )
 
 
 class RunDirectory:
@@ -60,6 +78,11 @@ class RunDirectory:
         if not path.exists():
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one metric, where it was logged."""
+        points = [(entry["step"], entry[key]) for entry in self.metrics() if entry.get(key) is not None]
+        return [step for step, _ in points], [value for _, value in points]
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a .jsonl file of its own."""
@@ -114,7 +137,8 @@ class Ticker:
         """Tell that `to` of the total is done."""
         before, self.done = self.done, to
         if self._bar is not None:
-            self._bar.update(self._task, completed=to, **({"note": note} if note else {}))
+            fields: dict[str, Any] = {"note": note} if note else {}
+            self._bar.update(self._task, completed=to, **fields)
         elif note or (to > before and to >= self.total) or to * 4 // self.total > before * 4 // self.total:
             self.console.print(f"{self.label} {to}/{self.total} {note}".rstrip(), highlight=False)
 

@@ -32,7 +32,8 @@ def split(batch: GroupBatch, count: int) -> list[GroupBatch]:
     for start in range(0, size * count, size):
         rows = slice(start, start + size)
         values: list[Any] = [getattr(batch, name) for name in _TENSORS]
-        parts.append(GroupBatch(*[None if v is None else v[rows] for v in values]))
+        picked: list[Any] = [None if v is None else v[rows] for v in values]
+        parts.append(GroupBatch(*picked))
     return parts
 
 

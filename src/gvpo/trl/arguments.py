@@ -1,0 +1,177 @@
+"""What `gvpo train` reads: flags and a YAML recipe, in TRL's own way."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from gvpo.errors import InputError
+from gvpo.trl.config import REFUSED, GVPOConfig
+from trl import ModelConfig, TrlParser
+
+
+@dataclass
+class GVPOScriptArguments:
+    """Prompts and rewards of `gvpo train`."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "gsm8k, math, arithmetic, reasoning_gym:TASK, a .jsonl or .parquet file, or a Hub id."
+        },
+    )
+    dataset_source: str | None = field(
+        default=None, metadata={"help": "File or Hub id to read instead of the data set's own."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit, branch or tag of the data set on the Hub."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_size: int | None = field(
+        default=None, metadata={"help": "How many prompts, drawn with the seed. Default: all."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set for evaluation (with eval_strategy). Default: dataset_name's test split."
+        },
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    eval_dataset_size: int | None = field(
+        default=None, metadata={"help": "How many prompts of it, drawn with the seed. Default: all."}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompt or question."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the ground truth."})
+    system_prompt: str | None = field(default=None, metadata={"help": "First message of each conversation."})
+    instruction: str | None = field(
+        default=None,
+        metadata={"help": "Text after each question; '' for none. Default: the data set's own."},
+    )
+    chat: bool = field(
+        default=True,
+        metadata={"help": "Send prompts through the chat template; --no_chat sends them as plain text."},
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "A Jinja file to use in place of the tokenizer's chat template."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy"],
+        metadata={
+            "help": "Rewards: accuracy, exact, format, length, length:512, reasoning_gym, "
+            "module:function, or weighted sums such as 'accuracy + 0.2*format'."
+        },
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={"help": "'auto' goes on from the last checkpoint in output_dir, if any; or a checkpoint."},
+    )
+
+
+@dataclass
+class TrainArguments:
+    """All that `gvpo train` was told; `given` is what differs from the defaults, as it was written."""
+
+    script: GVPOScriptArguments
+    training: GVPOConfig
+    model: ModelConfig
+    given: dict[str, Any]
+
+
+class _Parser(TrlParser):
+    """Bad usage is an `InputError` of one sentence in place of two pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[:1].upper()}{message[1:]}.")
+
+
+def parse_arguments(argv: Sequence[str]) -> TrainArguments:
+    """Flags, over a recipe given by `--config recipe.yaml`, over the defaults.
+
+    Raises:
+        InputError: unknown options (with the nearest name), values of a wrong type or out of range.
+        SystemExit: code 0, after `--help`.
+    """
+    argv = list(argv)
+    parser = _Parser((GVPOScriptArguments, GVPOConfig, ModelConfig), prog="gvpo train", allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML file with any of these options.")
+    defaults: dict[str, Any] = {}
+    for action in parser._actions:
+        defaults.setdefault(action.dest, action.default)  # the first: --no_flag has the same destination
+        if action.dest in REFUSED:  # still known, so that using it gets the reason
+            action.help = argparse.SUPPRESS
+    recipe = _recipe(argv, defaults)
+    parser.set_defaults_with_config(**recipe)
+    namespace, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")] or rest
+    if unknown:
+        raise InputError(_unknown(unknown[0].split("=")[0], defaults, "There is no option"))
+    given = {key: value for key, value in vars(namespace).items() if value != defaults[key]}
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available() and "fp16" not in given:
+        parser.set_defaults(**{"use_cpu": True, "bf16": False, "gradient_checkpointing": False} | recipe)
+    try:
+        script, training, model, *_ = parser.parse_args_into_dataclasses(argv)
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(_sentence(error)) from error
+    return TrainArguments(script, training, model, given)
+
+
+def _recipe(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
+    """The mapping in the file of `--config`, which is taken out of `argv`."""
+    path = _take_config(argv)
+    if path is None:
+        return {}
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The recipe {path} cannot be read ({error.strerror}): check --config.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise InputError(f"The recipe {path} is no valid YAML{line}: correct it.") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"The recipe {path} must be a YAML mapping of options to values.")
+    environment = recipe.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise InputError(f"env in the recipe {path} must be a mapping of variables to values.")
+    for key in recipe:
+        if key not in known:
+            raise InputError(_unknown(str(key), known, f"The recipe {path} has an unknown option"))
+        if isinstance(recipe[key], list) and not isinstance(known[key], list) and known[key] is not None:
+            raise InputError(f"{key} in the recipe {path} must be one value, not a list.")
+    os.environ.update({str(key): str(value) for key, value in environment.items()})
+    return recipe
+
+
+def _take_config(argv: list[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            del argv[i]
+            return word.partition("=")[2]
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise InputError("--config needs the path of a YAML file.")
+            path = argv[i + 1]
+            del argv[i : i + 2]
+            return path
+    return None
+
+
+def _unknown(name: str, known: dict[str, Any], what: str) -> str:
+    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "gvpo train --help lists them all."
+    return f"{what} {name}: {hint}"
+
+
+def _sentence(error: BaseException) -> str:
+    """The message of an error of TRL's or transformers' checks, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,255 @@
+"""`gvpo train`: a causal language model, a prompt data set, rewards, and `GVPOTrainer`.
+
+Everything that can be checked is checked before the model is loaded, and nothing is written before that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+from transformers.trainer_utils import get_last_checkpoint
+
+from gvpo.data import load_prompts
+from gvpo.errors import InputError
+from gvpo.rewards import load_reward
+from gvpo.run import RunDirectory, check_writable, plot_curves
+from gvpo.trl.arguments import GVPOScriptArguments, TrainArguments, parse_arguments
+from gvpo.trl.callback import RunCallback
+from gvpo.trl.trainer import GVPOTrainer
+from trl import get_peft_config, get_quantization_config
+
+_CURVES = [
+    ("reward", [("sampled, training", "reward"), ("held out", "eval_reward")]),
+    ("explained variance of the reward", [("", "gvpo/explained_variance")]),
+    ("KL to the reference (nats)", [("", "gvpo/kl")]),
+    ("completion length (tokens)", [("", "completions/mean_length")]),
+]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as the flags and the recipe say, and write the run directory.
+
+    Raises:
+        InputError: anything about the arguments, the data, the rewards or the model that cannot work.
+    """
+    started = time.time()
+    arguments = parse_arguments(argv)
+    script, training = arguments.script, arguments.training
+    rewards = [load_reward(spec) for spec in script.reward_funcs]
+    if training.reward_weights is not None and len(training.reward_weights) != len(rewards):
+        raise InputError(
+            f"There are {len(rewards)} reward_funcs and {len(training.reward_weights)} reward_weights: "
+            "give one weight each."
+        )
+    if arguments.model.model_name_or_path is None:
+        raise InputError("model_name_or_path is missing: give a folder with a model, or a Hub id.")
+    checkpoint = _checkpoint(arguments)
+    check_writable(training.output_dir)
+    train_dataset, eval_dataset = _datasets(arguments)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
+    trainer = _trainer(arguments, rewards, train_dataset, eval_dataset)
+    run = RunDirectory(training.output_dir)
+    if trainer.accelerator.is_main_process:
+        record = arguments.given | {"beta": training.beta, "reference": training.reference}
+        run.start(record, resumed=checkpoint is not None)
+        _announce(console, arguments, len(train_dataset), checkpoint)
+    callback = RunCallback(run, console)
+    callback.attach(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        callback.close()
+    trainer.save_model(training.output_dir)
+    if trainer.accelerator.is_main_process:
+        _finish(run, console, arguments, trainer, time.time() - started)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()
+
+
+def _checkpoint(arguments: TrainArguments) -> str | None:
+    """The checkpoint to go on from, if any."""
+    folder = Path(arguments.training.output_dir)
+    wanted = arguments.script.resume or arguments.training.resume_from_checkpoint
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if wanted is None:
+        if last is not None:
+            raise InputError(
+                f"{folder} already has {Path(last).name}: go on from it with --resume auto, or choose "
+                "another --output_dir."
+            )
+        return None
+    if wanted.lower() in ("auto", "true"):
+        return last
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise InputError(f"{wanted} is not a checkpoint: give the path of a checkpoint-… folder, or auto.")
+    return wanted
+
+
+def _datasets(arguments: TrainArguments) -> tuple[Dataset, Dataset | None]:
+    script, training = arguments.script, arguments.training
+    if script.dataset_name is None:
+        raise InputError("dataset_name is missing: give a name (gsm8k, math, …), a file or a Hub id.")
+    train = _load(script, script.dataset_name, script.dataset_train_split, script.dataset_size, training.seed)
+    if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
+        return train, None
+    other = script.eval_dataset_name
+    if other is None and script.dataset_source is not None:
+        raise InputError(
+            "eval_strategy is set, but dataset_source is the training set: name eval_dataset_name."
+        )
+    name = other or script.dataset_name
+    held_out = _load(
+        script, name, script.eval_dataset_split, script.eval_dataset_size, training.seed, own=False
+    )
+    return train, held_out
+
+
+def _load(
+    script: GVPOScriptArguments, name: str, split: str, size: int | None, seed: int, *, own: bool = True
+) -> Dataset:
+    columns = {"prompt": script.prompt_column, "answer": script.answer_column}
+    return load_prompts(
+        name,
+        split=split,
+        seed=seed,
+        size=size,
+        columns={key: column for key, column in columns.items() if column is not None},
+        revision=script.dataset_revision if own else None,
+        source=script.dataset_source if own else None,
+        system_prompt=script.system_prompt,
+        instruction=script.instruction,
+        chat=script.chat,
+    )
+
+
+def _tokenizer(arguments: TrainArguments, trust_remote_code: bool, *, needs_template: bool) -> Any:
+    name = arguments.model.model_name_or_path
+    assert name is not None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name,
+            revision=arguments.model.model_revision,
+            trust_remote_code=trust_remote_code,
+            padding_side="left",
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The tokenizer of {name} cannot be loaded ({_first_line(error)}): check model_name_or_path."
+        ) from error
+    if arguments.script.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(arguments.script.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"The chat template {arguments.script.chat_template} cannot be read ({error.strerror})."
+            ) from error
+    if needs_template and not tokenizer.chat_template:
+        raise InputError(
+            f"The tokenizer of {name} has no chat template: give one with --chat_template FILE, or "
+            "--no_chat to send prompts as plain text."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _trainer(
+    arguments: TrainArguments, rewards: list[Any], train: Dataset, held_out: Dataset | None
+) -> GVPOTrainer:
+    training, model = arguments.training, arguments.model
+    trust = bool(getattr(training, "trust_remote_code", False))
+    tokenizer = _tokenizer(arguments, trust, needs_template=not isinstance(train[0]["prompt"], str))
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "trust_remote_code": trust,
+    } | dict(training.model_init_kwargs or {})
+    assert model.model_name_or_path is not None
+    try:
+        return GVPOTrainer(
+            model.model_name_or_path,
+            rewards,
+            training,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{model.model_name_or_path} cannot be trained: {_first_line(error)}") from error
+
+
+def _announce(console: Console, arguments: TrainArguments, prompts: int, checkpoint: str | None) -> None:
+    training = arguments.training
+    assert training.num_generations is not None
+    per_step = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    )
+    console.print(
+        f"GVPO on {arguments.model.model_name_or_path}: {prompts:,} prompts, "
+        f"{per_step // training.num_generations} groups of {training.num_generations} a step, "
+        f"reference={training.reference}.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"beta={training.beta:g} asks for a log-ratio of {1 / training.beta:.3g} nats between a response of "
+        "reward 1 and one of reward 0.",
+        soft_wrap=True,
+    )
+    if checkpoint is not None:
+        console.print(f"Going on from {checkpoint}.", soft_wrap=True)
+
+
+def _finish(
+    run: RunDirectory, console: Console, arguments: TrainArguments, trainer: GVPOTrainer, seconds: float
+) -> None:
+    metrics = run.metrics()
+    last: dict[str, Any] = {}
+    for entry in metrics:
+        last.update(entry)
+    run.finish(
+        {
+            "steps": trainer.state.global_step,
+            "seconds_total": round(seconds, 1),
+            "model": arguments.model.model_name_or_path,
+            "dataset": arguments.script.dataset_name,
+            "beta": arguments.training.beta,
+            "reference": arguments.training.reference,
+            "seed": arguments.training.seed,
+            "processes": trainer.accelerator.num_processes,
+            "last": {key: value for key, value in last.items() if isinstance(value, int | float)},
+        }
+    )
+    plot_curves(
+        run.path / "curves.png",
+        [
+            (label, [(name, *points) for name, key in curves if (points := run.curve(key))[0]])
+            for label, curves in _CURVES
+        ],
+        title=f"GVPO: {run.path.name}",
+        x="optimizer step",
+    )
+    console.print(
+        f"{trainer.state.global_step} steps in {seconds:.0f} s. The model, metrics.jsonl, summary.json and "
+        f"curves.png are in {run.path}. Look at it:\n  gvpo report {run.path} --output report.html",
+        soft_wrap=True,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
