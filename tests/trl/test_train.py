@@ -1,4 +1,4 @@
-"""`gvpo train` on real GSM8K rows with a tiny chat model: data, template, reward, update, checkpoint, resume."""
+"""`gvpo train` on real GSM8K rows with a tiny chat model: template, reward, update, checkpoint, resume."""
 
 import json
 import os

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -38,8 +39,11 @@ class AccelerateBackend(Backend):
     def without_sync(self, model: nn.Module) -> AbstractContextManager:
         return self.trainer.accelerator.no_sync(model)
 
-    def forward_context(self) -> AbstractContextManager:
-        return self.trainer.compute_loss_context_manager()
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        # accelerate casts inside the model's own forward, which the fused head goes around.
+        with self.trainer.compute_loss_context_manager(), self.trainer.accelerator.autocast():
+            yield
 
     def averaged_over(self, model: nn.Module) -> int:
         return self.trainer.accelerator.num_processes

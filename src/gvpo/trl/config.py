@@ -176,3 +176,16 @@ def check_windows(
                     "(and per_device_train_batch_size × steps_per_generation too if there are several "
                     "processes)."
                 )
+
+
+def check_size(dataset: Any, args: GVPOConfig) -> None:
+    """Raise an InputError for a data set that does not fill one generation: TRL would train on nothing."""
+    assert args.generation_batch_size is not None
+    assert args.num_generations is not None
+    needed = args.generation_batch_size // args.num_generations
+    if hasattr(dataset, "__len__") and len(dataset) < needed:
+        raise InputError(
+            f"The data set has {len(dataset)} prompt(s), but a generation takes {needed} "
+            f"(generation_batch_size={args.generation_batch_size} in groups of {args.num_generations}): give "
+            "more prompts, or make per_device_train_batch_size or gradient_accumulation_steps smaller."
+        )

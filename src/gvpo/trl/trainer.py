@@ -29,7 +29,7 @@ from gvpo.errors import InputError
 from gvpo.step import GVPOStep, SequenceScorer, StepReport
 from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
 from gvpo.trl.backend import AccelerateBackend
-from gvpo.trl.config import GVPOConfig
+from gvpo.trl.config import GVPOConfig, check_size
 from gvpo.trl.guard import guard
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts, split, window_batch
 from trl import GRPOTrainer
@@ -100,6 +100,7 @@ class GVPOTrainer(GRPOTrainer):
             # Copied before TRL patches the forward, after which a copy would run the original's weights.
             twin = copy.deepcopy(model)
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
+        check_size(kwargs.get("train_dataset", others[0] if others else None), args)
         with _temporarily(args, beta=args.beta if initial and twin is None else 0.0):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
