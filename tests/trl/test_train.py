@@ -101,6 +101,7 @@ def test_two_processes_learn_with_lora_and_evaluate(chat_model: Path, inside: Pa
         "--per_device_train_batch_size", "4", "--steps_per_generation", "1", "--max_steps", "2",
         "--eval_strategy", "steps", "--eval_steps", "2", "--eval_dataset_name", f"gsm8k:{fixture}",
         "--eval_dataset_size", "4", "--per_device_eval_batch_size", "4",
+        "--dataset_name", f"gsm8k:{fixture}", f"math:{fixture}",
     )  # fmt: skip
     command = [
         sys.executable,

@@ -22,10 +22,11 @@ from trl import ModelConfig, TrlParser
 class GVPOScriptArguments:
     """Prompts and rewards of `gvpo train`."""
 
-    dataset_name: str | None = field(
-        default=None,
+    dataset_name: list[str] = field(
+        default_factory=list,
         metadata={
-            "help": "gsm8k, math, arithmetic, reasoning_gym:TASK, a .jsonl or .parquet file, or a Hub id."
+            "help": "gsm8k, math, arithmetic, reasoning_gym:TASK, a .jsonl or .parquet file, or a Hub id; "
+            "several are put together."
         },
     )
     dataset_source: str | None = field(
@@ -38,8 +39,8 @@ class GVPOScriptArguments:
     dataset_size: int | None = field(
         default=None, metadata={"help": "How many prompts, drawn with the seed. Default: all."}
     )
-    eval_dataset_name: str | None = field(
-        default=None,
+    eval_dataset_name: list[str] = field(
+        default_factory=list,
         metadata={
             "help": "Data set for evaluation (with eval_strategy). Default: dataset_name's test split."
         },
@@ -73,6 +74,13 @@ class GVPOScriptArguments:
         default=None,
         metadata={"help": "'auto' goes on from the last checkpoint in output_dir, if any; or a checkpoint."},
     )
+
+    def __post_init__(self) -> None:
+        for name in ("dataset_name", "eval_dataset_name", "reward_funcs"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        if not self.reward_funcs:
+            raise InputError("reward_funcs is empty: name at least one reward.")
 
 
 @dataclass

@@ -6,11 +6,12 @@ Everything that can be checked is checked before the model is loaded, and nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
@@ -98,39 +99,58 @@ def _checkpoint(arguments: TrainArguments) -> str | None:
 
 def _datasets(arguments: TrainArguments) -> tuple[Dataset, Dataset | None]:
     script, training = arguments.script, arguments.training
-    if script.dataset_name is None:
+    if not script.dataset_name:
         raise InputError("dataset_name is missing: give a name (gsm8k, math, …), a file or a Hub id.")
-    train = _load(script, script.dataset_name, script.dataset_train_split, script.dataset_size, training.seed)
+    if len(script.dataset_name) > 1 and script.dataset_source is not None:
+        raise InputError(
+            "dataset_source is one source, but dataset_name has several: give NAME:FILE instead."
+        )
+    own = {"source": script.dataset_source, "revision": script.dataset_revision}
+    split, size = script.dataset_train_split, script.dataset_size
+    train = _load(script, script.dataset_name, split, size, training.seed, own)
     if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
         return train, None
-    other = script.eval_dataset_name
-    if other is None and script.dataset_source is not None:
+    if not script.eval_dataset_name and script.dataset_source is not None:
         raise InputError(
-            "eval_strategy is set, but dataset_source is the training set: name eval_dataset_name."
+            "eval_strategy is set, but dataset_source is for training: give eval_dataset_name too."
         )
-    name = other or script.dataset_name
-    held_out = _load(
-        script, name, script.eval_dataset_split, script.eval_dataset_size, training.seed, own=False
-    )
-    return train, held_out
+    names = script.eval_dataset_name or script.dataset_name
+    return train, _load(script, names, script.eval_dataset_split, script.eval_dataset_size, training.seed)
 
 
 def _load(
-    script: GVPOScriptArguments, name: str, split: str, size: int | None, seed: int, *, own: bool = True
+    script: GVPOScriptArguments,
+    names: list[str],
+    split: str,
+    size: int | None,
+    seed: int,
+    origin: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Dataset:
     columns = {"prompt": script.prompt_column, "answer": script.answer_column}
-    return load_prompts(
-        name,
-        split=split,
-        seed=seed,
-        size=size,
-        columns={key: column for key, column in columns.items() if column is not None},
-        revision=script.dataset_revision if own else None,
-        source=script.dataset_source if own else None,
-        system_prompt=script.system_prompt,
-        instruction=script.instruction,
-        chat=script.chat,
-    )
+    parts = [
+        load_prompts(
+            name,
+            split=split,
+            seed=seed,
+            size=size if len(names) == 1 else None,
+            columns={key: column for key, column in columns.items() if column is not None},
+            system_prompt=script.system_prompt,
+            instruction=script.instruction,
+            chat=script.chat,
+            source=origin.get("source"),
+            revision=origin.get("revision"),
+        )
+        for name in names
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    if len({type(part[0]["prompt"]) for part in parts}) > 1:
+        raise InputError(
+            f"{' and '.join(names)} do not go together: one has conversations, the other plain text; "
+            "--no_chat makes all plain."
+        )
+    whole = concatenate_datasets(parts)
+    return whole if size is None else whole.shuffle(seed=seed).select(range(min(size, len(whole))))
 
 
 def _tokenizer(arguments: TrainArguments, trust_remote_code: bool, *, needs_template: bool) -> Any:
