@@ -1,0 +1,286 @@
+"""The replay buffer: what goes in comes out, bounded, after kills and rollbacks too."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gvpo.errors import InputError
+from gvpo.offpolicy import Group, ReplayBuffer, ReplayView, Response
+from gvpo.offpolicy.segment import RECORD
+from gvpo.offpolicy.view import rank_folder
+from tests.offpolicy.groups import VOCABULARY, append_until_killed, group, same
+
+
+def contents(buffer):
+    return buffer.read(range(len(buffer)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(0, 10**6), st.booleans())
+def test_what_goes_in_comes_out(tmp_path_factory, sizes, first, reopened):
+    folder = tmp_path_factory.mktemp("replay")
+    expected = [group(n, k=2 + n % 5) for n in range(first, first + sum(sizes))]
+    ends = np.cumsum(sizes).tolist()
+    batches = [expected[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    with ReplayBuffer(folder, memory=5000, segment_bytes=20_000) as buffer:
+        for batch in batches:
+            buffer.append(batch)
+        if not reopened:
+            assert all(same(a, b) for a, b in zip(contents(buffer), expected, strict=True))
+    with ReplayBuffer(folder, memory=0) as buffer:
+        assert all(same(a, b) for a, b in zip(contents(buffer), expected, strict=True))
+        index = buffer.index(step=10**6)
+        assert index.reward_variances == pytest.approx([g.reward_variance for g in expected])
+        assert index.ages.tolist() == [10**6 - g.policy_step for g in expected]
+        assert index.sizes.tolist() == [len(g) for g in expected]
+
+
+def test_any_arrow_library_reads_a_segment(tmp_path):
+    with ReplayBuffer(tmp_path) as buffer:
+        buffer.append([group(n) for n in range(5)])
+    (segment,) = tmp_path.glob("*.arrow")
+    table = pa.ipc.open_stream(segment).read_all()
+    assert table.num_rows == 5
+    assert table["completion_ids"][3].as_py() == [c.tolist() for c in group(3).completions]
+    assert table["reference"].to_pylist() == ["step 0"] * 5
+
+
+def test_capacity_age_and_memory_bound_the_buffer(tmp_path):
+    with ReplayBuffer(tmp_path, capacity=100, max_age=5, memory=20_000, segment_bytes=30_000) as buffer:
+        for start in range(0, 1000, 10):
+            buffer.append([group(n) for n in range(start, start + 10)])
+            assert buffer._cache.bytes <= 20_000
+        assert buffer.index().numbers.tolist() == list(range(900, 1000))
+        on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
+        assert on_disk < 100 * 3000 + 2 * 30_000
+        assert buffer.evict(step=124) == 52  # what is of steps before 119
+        assert buffer.index(124).ages.max() == 5
+        assert all(same(g, group(952 + i)) for i, g in enumerate(contents(buffer)))
+        buffer.clear()
+        assert len(buffer) == 0
+        buffer.append([group(7)])
+        assert same(contents(buffer)[0], group(7))
+
+
+def test_sampling(tmp_path):
+    with ReplayBuffer(tmp_path, seed=3) as buffer:
+        assert buffer.sample(4) == []
+        buffer.append([group(n) for n in range(64)])
+        chosen = buffer.sample(64)
+        assert sorted(g.policy_step for g in chosen) == sorted(n // 8 for n in range(64))
+        assert {g.policy_step for g in buffer.sample(100, before_step=2)} == {0, 1}
+        ages = [8 - g.policy_step for _ in range(60) for g in buffer.sample(8, sampling="recent", step=8)]
+        assert np.mean(ages) < 4.2  # 4.5 if uniform
+        spread = [g.reward_variance for _ in range(60) for g in buffer.sample(8, sampling="reward_variance")]
+        assert np.mean(spread) > 1.2 * np.mean([group(n).reward_variance for n in range(64)])
+        only = buffer.sample(9, sampling=lambda index: index.numbers == 11)
+        assert len(only) == 1
+        assert same(only[0], group(11))
+        with pytest.raises(InputError, match="no sampling 'newest': choose one of uniform, recent"):
+            buffer.sample(1, sampling="newest")
+        with pytest.raises(InputError, match=r"shape \(1,\) for 64 groups"):
+            buffer.sample(1, sampling=lambda index: np.ones(1))
+
+
+def test_a_rollback_restores_what_was_in_it_and_what_is_drawn_next(tmp_path):
+    settings = {"capacity": 50, "max_age": 20, "segment_bytes": 10_000}
+    buffer = ReplayBuffer(tmp_path / "live", seed=1, **settings)
+    for start in range(0, 120, 12):
+        buffer.append([group(n) for n in range(start, start + 12)])
+    buffer.sample(5)
+    buffer.save(tmp_path / "checkpoint")
+
+    def life():
+        drawn = []
+        for start in range(120, 240, 12):
+            drawn += [buffer.sample(6, sampling="recent", step=30), buffer.sample(3)]
+            buffer.append([group(n) for n in range(start, start + 12)])
+        return [g.policy_step for groups in drawn for g in groups], buffer.index().numbers.tolist()
+
+    first = life()
+    buffer.restore(tmp_path / "checkpoint")
+    assert buffer.index().numbers.tolist() == list(range(70, 120))
+    assert all(same(g, group(70 + i)) for i, g in enumerate(contents(buffer)))
+    assert life() == first
+    buffer.close()
+    # On another machine: the checkpoint stands for itself.
+    with ReplayBuffer(tmp_path / "other", seed=9, **settings) as buffer:
+        buffer.append([group(1)])
+        buffer.restore(tmp_path / "checkpoint")
+        assert life() == first
+        with pytest.raises(InputError, match="There is no replay buffer in"):
+            buffer.restore(tmp_path / "nothing")
+        assert buffer.index().numbers.tolist() == first[1]
+
+
+def test_ranks_are_seen_together_while_they_write(tmp_path):
+    buffers = [ReplayBuffer(rank_folder(tmp_path, rank)) for rank in range(2)]
+    buffers[0].append([group(n) for n in range(3)])
+    buffers[1].append([group(n) for n in range(10, 14)])
+    view = ReplayView(tmp_path)
+    assert len(view) == 7
+    assert view.ranks.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    buffers[0].append([group(3)])
+    view.refresh()
+    assert all(same(a, group(n)) for a, n in zip(view.read([3, 0, 7]), (3, 0, 13), strict=True))
+    assert view.index(5).ages.tolist() == [5, 5, 5, 5, 4, 4, 4, 4]
+    with pytest.raises(InputError, match="in use by another process"):
+        ReplayBuffer(rank_folder(tmp_path, 1))
+    for buffer in buffers:
+        buffer.close()
+
+
+def test_torn_and_damaged_bytes_are_never_read(tmp_path):
+    with ReplayBuffer(tmp_path) as buffer:
+        buffer.append([group(n) for n in range(10)])
+        buffer.save(tmp_path / "whole")
+    (data,), (index,) = tmp_path.glob("*.arrow"), tmp_path.glob("*.index")
+    whole_data, whole_index = data.read_bytes(), index.read_bytes()
+    records = np.frombuffer(whole_index, dtype=RECORD)
+    rng = random.Random(0)
+    for i in range(60):
+        cut = rng.randrange(len(whole_index) + 1)
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / f"torn-{i}")
+        (folder / data.name).write_bytes(whole_data + b"\1" * rng.randrange(500))
+        (folder / index.name).write_bytes(whole_index[:cut] + b"\0" * rng.randrange(200))
+        with ReplayBuffer(folder) as buffer:
+            assert len(buffer) == cut // RECORD.itemsize
+            buffer.append([group(99)])
+            kept = [*range(cut // RECORD.itemsize), 99]
+            assert all(same(g, group(n)) for g, n in zip(contents(buffer), kept, strict=True))
+    data.write_bytes(whole_data[: int(records["offset"][6])])  # a disk that kept the index but not the data
+    with ReplayBuffer(tmp_path) as buffer:
+        assert len(buffer) == 6
+    index.write_bytes(whole_index)
+    place = int(records["offset"][4]) + 100
+    data.write_bytes(whole_data[:place] + bytes([whole_data[place] ^ 1]) + whole_data[place + 1 :])
+    with ReplayBuffer(tmp_path) as buffer, pytest.raises(InputError, match=r"Group 4 .* is damaged"):
+        buffer.read([4])
+
+
+def torture(folder: Path, kills: int, **settings) -> int:
+    """Kill a writing process again and again; returns how many groups were committed."""
+    fork = multiprocessing.get_context("fork")
+    rng = random.Random(0)
+    committed = 0
+    for _ in range(kills):
+        reader, writer = os.pipe()
+        process = fork.Process(
+            target=append_until_killed, args=(str(folder), writer, committed), kwargs=settings
+        )
+        process.start()
+        os.close(writer)
+        time.sleep(rng.uniform(0, 0.15))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        with os.fdopen(reader, "rb") as pipe:
+            acknowledged = pipe.read()
+        told = int.from_bytes(acknowledged[-8:], "little") if acknowledged else committed
+        with ReplayBuffer(folder, **settings) as buffer:
+            assert buffer.next_number >= told
+            committed = buffer.next_number
+            kept = min(committed, settings.get("capacity", committed))
+            assert buffer.index().numbers.tolist() == list(range(committed - kept, committed))
+            recent = range(max(0, len(buffer) - 300), len(buffer))
+            for position, found in zip(recent, buffer.read(recent), strict=True):
+                assert same(found, group(committed - kept + position))
+    return committed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"capacity": 200, "segment_bytes": 30_000}], ids=["all", "bounded"])
+def test_no_committed_group_is_lost_to_a_kill(tmp_path, settings):
+    assert torture(tmp_path / "replay", 25, **settings) > 200
+
+
+def test_a_group_cannot_mix_references(tmp_path):
+    ours = Response([1, 2], 1.0, "initial", -3.0)
+    theirs = Response([3], 0.0, "step 7", -1.0)
+    unscored = Response([4], 0.0)
+    for other in (theirs, unscored):
+        with pytest.raises(InputError, match="cannot mix references"):
+            Group.of_responses([5], [ours, other])
+        with pytest.raises(InputError, match="cannot mix references"):
+            Group.of_responses([5], [ours, ours]).joined(other)
+    mixed = Group.of_responses([5], [unscored, unscored])
+    assert mixed.joined(unscored).reference is None
+    scored = mixed.rescored("initial", [-1.0, -2.0])
+    grown = scored.joined(ours)
+    assert (len(grown), grown.reference) == (3, "initial")
+    assert grown.reference_logps.tolist() == [-1.0, -2.0, -3.0]
+    with pytest.raises(InputError, match=r"reference_logps has shape \(1,\)"):
+        scored.rescored("step 7", [-1.0])
+    with pytest.raises(InputError, match="belong together"):
+        Group.of([5], [[1], [2]], [0, 1], reference_logps=[-1.0, -1.0])
+    assert scored.reference_logps.tolist() == [-1.0, -2.0]
+
+
+BAD_GROUPS = {
+    "two or more responses": {"completions": [[1]], "rewards": [1.0]},
+    "prompt of a group has no tokens": {"prompt_ids": []},
+    "Completion 1 of a group is empty": {"completions": [[1], []]},
+    "rewards has shape": {"rewards": [1.0]},
+    "reward of completion 1 is nan": {"rewards": [0.0, float("nan")]},
+    "reference log-probability of completion 0 is -inf": {
+        "reference": "initial",
+        "reference_logps": [-np.inf, 0],
+    },
+    "component length has shape": {"components": {"length": [1.0]}},
+    "marks 1 tokens of 2": {"counted": [[True], []]},
+}
+
+
+@pytest.mark.parametrize("message", list(BAD_GROUPS))
+def test_unsound_groups_are_refused(message):
+    good = {"prompt_ids": [1], "completions": [[1], [2]], "rewards": [0.0, 1.0]}
+    with pytest.raises(InputError, match=message):
+        Group.of(**{**good, **BAD_GROUPS[message]})
+
+
+def test_what_does_not_belong_is_refused_and_nothing_lost(tmp_path):
+    identity = {"tokenizer": "ours", "vocabulary_size": VOCABULARY, "group_size": 4}
+    with ReplayBuffer(tmp_path, **identity) as buffer:
+        buffer.append([group(0)])
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        for message, bad in {
+            r"Group 1 has 5 responses, but the buffer .* holds groups of 4": group(1, k=5),
+            "token id 1000, outside the vocabulary of 1000": Group.of(
+                [1], [[1000], [1], [2], [3]], [0, 1, 0, 0]
+            ),
+            "token id -1, outside": Group.of([1], [[1], [1], [2], [-1]], [0, 1, 0, 0]),
+        }.items():
+            with pytest.raises(InputError, match=message):
+                buffer.append([group(1), bad])
+        with pytest.raises(InputError, match="metadata of a group is not JSON"):
+            buffer.append([group(1, metadata={"x": object()})])
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        buffer.save(tmp_path / "checkpoint")
+    for change, message in {
+        ("tokenizer", "theirs"): "another tokenizer",
+        ("vocabulary_size", 7): "vocabulary of 1000, not 7",
+        ("group_size", 8): "groups of 4 responses, not of 8",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            ReplayBuffer(tmp_path, **{**identity, change[0]: change[1]})
+        with (
+            ReplayBuffer(tmp_path / "new", **{**identity, change[0]: change[1]}) as other,
+            pytest.raises(InputError, match=message),
+        ):
+            other.restore(tmp_path / "checkpoint")
+        for leftover in (tmp_path / "new").iterdir():
+            leftover.unlink()
+    with ReplayBuffer(tmp_path, **identity) as buffer:
+        assert same(contents(buffer)[0], group(0))
+    (tmp_path / "buffer.json").write_text("{}")
+    with pytest.raises(InputError, match="of another format than 1"):
+        ReplayBuffer(tmp_path, **identity)
