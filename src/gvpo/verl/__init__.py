@@ -1,0 +1,1 @@
+"""GVPO on verl: `python -m gvpo.verl <Hydra overrides>`. Importing this package imports no engine."""

@@ -1,0 +1,145 @@
+"""Batched sampling with Hugging Face `generate`, the same whatever the batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; requests of equal ones go into one batch.
+
+    Attributes:
+        max_tokens: most tokens of a response.
+        temperature: 0 for the likeliest token.
+        top_k: 0 for all tokens.
+        top_p: 1 for all tokens.
+        repetition_penalty: 1 for none.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_verl(cls, params: dict[str, Any], response_length: int) -> Sampling:
+        """From verl's `sampling_params`, whose top_k is −1 for all tokens."""
+        return cls(
+            max_tokens=int(params.get("max_tokens") or params.get("max_new_tokens") or response_length),
+            temperature=float(params.get("temperature", 1.0)),
+            top_k=max(0, int(params.get("top_k", -1))),
+            top_p=float(params.get("top_p", 1.0)),
+            repetition_penalty=float(params.get("repetition_penalty", 1.0)),
+        )
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response.
+
+    Attributes:
+        tokens: with the end-of-sequence token, if that was sampled.
+        logps: of each token at the temperature, in nats.
+        ended: whether it ended by itself.
+    """
+
+    tokens: list[int]
+    logps: list[float]
+    ended: bool
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Adds each row's own Gumbel noise, so that the largest score is a sample of the softmax."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocabulary"]) -> Tensor:
+        noise = torch.stack(
+            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators]
+        )
+        return scores - noise.log()
+
+
+def row_seed(*parts: object) -> int:
+    """A seed that depends on all of `parts` and nothing else, also in another process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+) -> list[Response]:
+    """Sample one response to each prompt, all in one batch.
+
+    A row depends on its prompt and its seed, up to the rounding of the model's arithmetic; not on its companions.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids.
+        sampling: how to sample.
+        seeds: one for each prompt.
+    """
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end])
+    pad = model.generation_config.pad_token_id
+    pad = next(iter(ends)) if pad is None else pad
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    attention = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = model.generate(
+        ids,
+        attention_mask=attention,
+        max_new_tokens=sampling.max_tokens,
+        do_sample=False,  # the noise makes a sample of the largest score
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        pad_token_id=pad,
+        logits_processor=_processors(sampling, seeds),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = out.sequences[:, width:]
+    logits = torch.stack(out.logits, dim=1).float() / (sampling.temperature or 1.0)
+    logps = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    responses = []
+    for row, row_logps in zip(tokens.tolist(), logps.tolist(), strict=True):
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        length = len(row) if stop is None else stop + 1
+        responses.append(Response(row[:length], row_logps[:length], stop is not None))
+    return responses
+
+
+def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature == 0:
+        return processors
+    if sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(_GumbelNoise(seeds))
+    return processors

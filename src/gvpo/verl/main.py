@@ -1,0 +1,110 @@
+"""The entry point: check what is installed and configured, in seconds, then run verl."""
+
+from __future__ import annotations
+
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from gvpo.errors import InputError
+from gvpo.verl.versions import check_versions
+
+_CONFIG = Path(__file__).parent / "config"
+_PLUGIN = "gvpo.verl.plugin"
+_EXTERNAL = "VERL_USE_EXTERNAL_MODULES"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train with the overrides of the command line (or `arguments`). Exits with 2 on bad input."""
+    try:
+        adapter = check_versions()
+    except InputError as error:
+        _refuse(error)
+    _load_plugin()
+    import hydra
+
+    if arguments is not None:
+        sys.argv[1:] = arguments
+
+    @hydra.main(config_path=str(_CONFIG), config_name="gvpo_trainer", version_base=None)
+    def run(config: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        from gvpo.verl.settings import check, prepare
+
+        try:
+            for note in check(config, HydraConfig.get().overrides.task):
+                print(f"gvpo: {note}", file=sys.stderr)
+            prepare(config)
+            _tell_ray(config)
+            train = _train_09 if adapter == "0.9" else _train_06
+            train(config)
+        except InputError as error:
+            _refuse(error)
+
+    run()
+
+
+def _load_plugin() -> None:
+    """Have verl import our plugin, here and in the processes that start from here."""
+    modules = [module for module in os.environ.get(_EXTERNAL, "").split(",") if module]
+    if _PLUGIN not in modules:
+        os.environ[_EXTERNAL] = ",".join([*modules, _PLUGIN])
+
+
+def _tell_ray(config: Any) -> None:
+    """The same in Ray's processes, on other machines too."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.update(
+        config, f"ray_kwargs.ray_init.runtime_env.env_vars.{_EXTERNAL}", os.environ[_EXTERNAL], force_add=True
+    )
+
+
+def _train_09(config: Any) -> None:
+    from omegaconf import open_dict
+    from verl.experimental.reward_loop import migrate_legacy_reward_impl
+    from verl.trainer.main_ppo import run_ppo
+    from verl.trainer.ppo.utils import need_reference_policy
+    from verl.utils.config import validate_config
+    from verl.utils.device import auto_set_device
+
+    from gvpo.verl.runner import task_runner
+
+    auto_set_device(config)
+    # verl 0.9 still lists the old names of reward settings, but no longer reads them by itself.
+    config = migrate_legacy_reward_impl(config)
+    _default_reward(config.reward, config.reward.reward_model.enable)
+    checked = deepcopy(config)
+    # verl asks for rows that split evenly over workers; ours are filled up where they do not.
+    checked.data.train_batch_size *= checked.trainer.n_gpus_per_node * checked.trainer.nnodes
+    try:
+        validate_config(checked, use_reference_policy=need_reference_policy(checked), use_critic=False)
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"verl refuses this configuration: {error}") from error
+    with open_dict(config):
+        config.trainer.v1.trainer_mode = "gvpo"
+    run_ppo(config, task_runner_class=task_runner())
+
+
+def _train_06(config: Any) -> None:
+    from gvpo.verl.v060 import train
+
+    _default_reward(config, config.reward_model.enable)
+    train(config)
+
+
+def _default_reward(section: Any, has_model: bool) -> None:
+    """Score with `gvpo.rewards.compute_score` where the user names neither a function nor a model."""
+    function = section.custom_reward_function
+    if not function.path and not has_model:
+        import gvpo.verl.reward
+
+        function.path, function.name = gvpo.verl.reward.__file__, "compute_score"
+
+
+def _refuse(error: InputError) -> None:
+    print(f"gvpo: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,97 @@
+"""The rows of a rollout as the driver sees them, and GVPO's weights for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gvpo.objective import GVPOLoss, gvpo_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Rows of a rollout, a few numbers each.
+
+    A *session* is one response to a prompt. It is mostly one row; an agent that rewrites its context leaves
+    several, whose log-probabilities add up to the session's.
+
+    Attributes:
+        prompts: the prompt of each row.
+        sessions: the session of each row, with its prompt.
+        reference: S', sequence log-probabilities under the reference, in nats.
+        start: S when the step began, before its first update, in nats.
+        rewards: R of each row; a session's is that of its last row.
+        valid: False for padding rows and rows without a token that counts.
+        lengths: tokens of prompt and response.
+    """
+
+    prompts: list[str]
+    sessions: list[tuple[str, str]]
+    reference: Float[Tensor, "rows"]
+    start: Float[Tensor, "rows"]
+    rewards: Float[Tensor, "rows"]
+    valid: Bool[Tensor, "rows"]
+    lengths: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: Sequence[int]) -> Rollouts:
+        """These rows, in this order."""
+        at = torch.as_tensor(rows, dtype=torch.long)
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in rows],
+            sessions=[self.sessions[i] for i in rows],
+            reference=self.reference[at],
+            start=self.start[at],
+            rewards=self.rewards[at],
+            valid=self.valid[at],
+            lengths=[self.lengths[i] for i in rows],
+        )
+
+
+def row_sums(values: Tensor, mask: Tensor) -> Float[Tensor, "rows"]:
+    """Sums of jagged `values` over the tokens where jagged `mask` is not 0, in float64."""
+    lengths = mask.offsets().diff()
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    # A token that does not count may hold anything.
+    counted = torch.where(mask.values() != 0, values.values().double(), 0.0)
+    return torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, row, counted)
+
+
+def weigh(
+    rollouts: Rollouts, policy: Float[Tensor, "rows"], beta: float
+) -> tuple[Float[Tensor, "rows"], GVPOLoss]:
+    """GVPO's weight of each row of a mini-batch under the current policy, and the loss with its diagnostics.
+
+    Args:
+        rollouts: whole groups, in any order.
+        policy: S of each row under the current policy, in nats.
+        beta: temperature of the implicit reward.
+    """
+    numbers: dict[tuple[str, str], int] = {}
+    session = torch.tensor([numbers.setdefault(name, len(numbers)) for name in rollouts.sessions])
+    prompt_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(rollouts.prompts))}
+    group_ids = torch.tensor([prompt_of[prompt] for prompt, _ in numbers])
+
+    def per_session(rows: Tensor) -> Tensor:
+        kept = torch.where(rollouts.valid, rows, 0.0)
+        return torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, session, kept)
+
+    rewards = torch.zeros(len(numbers), dtype=torch.float64)
+    rewards[session] = rollouts.rewards  # rows of a session share their reward
+    mask = torch.zeros(len(numbers), dtype=torch.bool)
+    mask[session[rollouts.valid]] = True
+    result = gvpo_loss(
+        per_session(policy), per_session(rollouts.reference), rewards, group_ids, beta=beta, mask=mask
+    )
+    # ∂S_session/∂S_row = 1: a session's weight is that of each of its rows.
+    return torch.where(rollouts.valid, result.weights[session], 0.0), result

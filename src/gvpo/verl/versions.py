@@ -1,0 +1,44 @@
+"""Which versions of verl and its companions are here, said before any of them is imported."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from gvpo.errors import InputError
+
+TESTED = ("0.9.1", "0.6.0")
+_INSTALL = "pip install -c constraints.txt 'gvpo[verl]'"
+
+
+def check_versions() -> str:
+    """The adapter that fits the installed verl: "0.9" or "0.6".
+
+    Raises:
+        InputError: verl is missing or outside the range that is tested; for verl 0.9, TransferQueue is missing.
+    """
+    installed = _version("verl")
+    if installed is None:
+        raise InputError(f"verl is not installed: {_INSTALL}.")
+    release = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    if release[:2] == (0, 6) and release == (0, 6, 0):
+        return "0.6"
+    if release[:2] != (0, 9) or release < (0, 9, 1):
+        raise InputError(
+            f"verl {installed} is outside the range that gvpo.verl is tested with, which is 0.9.1 and later "
+            f"releases of 0.9, and 0.6.0: {_INSTALL} brings {TESTED[0]}."
+        )
+    if installed != TESTED[0]:
+        print(f"gvpo: verl {installed} is newer than {TESTED[0]}, the newest tested one.")
+    if _version("TransferQueue") is None:
+        raise InputError(
+            "TransferQueue is not installed, which verl 0.9's trainer keeps its rollouts in: "
+            "pip install TransferQueue==0.1.11."
+        )
+    return "0.9"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,186 @@
+"""Runs `python -m gvpo.verl` on CPUs with a tiny model, and computes its updates by plain autograd."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from transformers import AutoModelForCausalLM
+
+from gvpo.quickstart import make_model, make_tokenizer
+from gvpo.verl.cpu import overrides, use
+from tests.test_objective import literal_loss
+
+RESPONSE = 12
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def make_assets(folder: Path, prompts: int = 24) -> Path:
+    """A random model of the quickstart's shape and prompts of several lengths."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    model = make_model(tokenizer)
+    model.config.max_position_embeddings = 256
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for part in (tokenizer, model):
+        part.save_pretrained(folder / "model")
+    rows = [
+        {
+            "data_source": "toy",
+            "prompt": [{"role": "user", "content": f"<bos>{i}{'+1' * (i % 4)}="}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(i)},
+            "extra_info": {"index": i},
+        }
+        for i in range(prompts)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "prompts.parquet")
+    return folder
+
+
+def arguments(assets: Path, output: Path, *extra: str, workers: int = 2) -> list[str]:
+    """Overrides of a run of two steps with SGD in float32; later ones win."""
+    return [
+        *overrides(workers),
+        "trainer.logger=[console]",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+        "trainer.total_training_steps=2",
+        "trainer.resume_mode=disable",
+        f"trainer.default_local_dir={output / 'checkpoints'}",
+        f"data.train_files={assets / 'prompts.parquet'}",
+        f"data.val_files={assets / 'prompts.parquet'}",
+        "data.max_prompt_length=32",
+        f"data.max_response_length={RESPONSE}",
+        "data.train_batch_size=4",
+        "data.shuffle=False",
+        f"actor_rollout_ref.model.path={assets / 'model'}",
+        "actor_rollout_ref.actor.optim.optimizer=SGD",
+        "actor_rollout_ref.actor.optim.lr=0.05",
+        "actor_rollout_ref.actor.optim.weight_decay=0",
+        "actor_rollout_ref.actor.optim.clip_grad=1000",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
+        "actor_rollout_ref.rollout.n=4",
+        f"reward.custom_reward_function.path={Path(__file__).with_name('rewards.py')}",
+        "gvpo.beta=0.3",
+        f"gvpo.dump_dir={output / 'updates'}",
+        *extra,
+    ]
+
+
+def start(arguments: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a run; what it prints goes to `output/log.txt`."""
+    output.mkdir(parents=True, exist_ok=True)
+    variables = {**os.environ, **use(), "HYDRA_FULL_ERROR": "1", "RAY_DEDUP_LOGS": "0", **environment}
+    with open(output / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "gvpo.verl", *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            cwd=output,
+            start_new_session=True,
+        )
+
+
+def run(arguments: list[str], output: Path, timeout: float = 280) -> str:
+    """Run to the end and return what was printed; whatever happens, nothing stays behind."""
+    process = start(arguments, output)
+    try:
+        code = process.wait(timeout)
+    finally:
+        stop(process)
+    text = (output / "log.txt").read_text(errors="replace")
+    assert code == 0, text[-8000:]
+    return text
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a run and the processes of its session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+@dataclass
+class Update:
+    """An update as dumped, and as plain autograd makes it."""
+
+    dump: dict[str, Any]
+    loss: float
+    gradient_norm: float
+    groups: list[int] = field(default_factory=list)
+
+
+def updates(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(file, weights_only=False) for file in sorted(folder.glob("update_*.pt"))]
+
+
+def replay(
+    assets: Path,
+    dumps: list[dict[str, Any]],
+    *,
+    beta: float,
+    lr: float,
+    reference: str = "rollout",
+    scale: float = 1,
+) -> list[Update]:
+    """The same updates in one process: the formula on the model's own logits, autograd, SGD."""
+    model = AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="eager").double()
+    initial = AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="eager").double()
+    done, step, anchor = [], None, None
+    for dump in dumps:
+        if dump["step"] != step:
+            step = dump["step"]
+            anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+        policy = _logps(model, dump)
+        with torch.no_grad():
+            if reference == "initial":
+                against = _logps(initial, dump)
+            else:
+                against = torch.func.functional_call(
+                    _Scorer(model), {f"model.{n}": p for n, p in anchor.items()}, dump
+                )
+        ids = {prompt: i for i, prompt in enumerate(dict.fromkeys(dump["prompts"]))}
+        groups = torch.tensor([ids[prompt] for prompt in dump["prompts"]])
+        loss = literal_loss(
+            policy, against, dump["rewards"].double(), groups, beta, torch.ones(len(groups), dtype=torch.bool)
+        )
+        model.zero_grad()
+        (scale * loss).backward()
+        norm = sum(p.grad.pow(2).sum() for p in model.parameters()).sqrt().item()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+        done.append(Update(dump, loss.item(), norm, torch.bincount(groups).tolist()))
+    return done
+
+
+class _Scorer(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, dump: dict[str, Any]) -> torch.Tensor:
+        return _logps(self.model, dump)
+
+
+def _logps(model: torch.nn.Module, dump: dict[str, Any]) -> torch.Tensor:
+    rows = []
+    for ids, responses, mask in zip(dump["input_ids"], dump["responses"], dump["response_mask"], strict=True):
+        logps = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)[-len(responses) :]
+        rows.append((logps.gather(1, responses[:, None])[:, 0] * mask).sum())
+    return torch.stack(rows)
