@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,8 @@ class GroupBatch:
         valid: False drops a row from its group. None: all rows are valid.
         reference_logps: S' in nats, or None where the policy *is* the reference (the first step after a
             rollout with the rollout policy as the reference): then no scoring pass is needed.
+        free: where only some groups are measured against the policy as it is: True for their rows, whose
+            `reference_logps` are not looked at and which need no scoring pass. None: no rows.
     """
 
     input_ids: Int[Tensor, "batch length"]
@@ -35,6 +37,7 @@ class GroupBatch:
     group_ids: Int[Tensor, "batch"]
     valid: Bool[Tensor, "batch"] | None = None
     reference_logps: Float[Tensor, "batch"] | None = None
+    free: Bool[Tensor, "batch"] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -86,9 +89,15 @@ class GroupBatch:
         chosen = (completion_mask.bool() & seen).gather(1, order)
         return cls(token_ids.gather(1, order), lengths, chosen, rewards, group_ids, **others)
 
+    def freed(self) -> GroupBatch:
+        """The same rows, to stand beside others that have reference log-probs: measured against the policy."""
+        n, device = len(self), self.input_ids.device
+        zeros = torch.zeros(n, dtype=widest_float(device), device=device)
+        return replace(self, reference_logps=zeros, free=torch.ones(n, dtype=torch.bool, device=device))
+
     @classmethod
     def concatenate(cls, parts: Sequence[GroupBatch]) -> GroupBatch:
-        """One batch of several of the same kind (all with reference log-probs, or none)."""
+        """One batch of several of the same kind (all with reference log-probs or `freed`, or none)."""
         width = max(part.input_ids.shape[1] for part in parts)
 
         def wide(x: Tensor) -> Tensor:
@@ -100,14 +109,22 @@ class GroupBatch:
                 raise ValueError(f"{name} is given for some parts of the batch only.")
             return None if values[0] is None else torch.cat(values)
 
+        def flags(name: str, default: bool) -> Tensor | None:
+            if all(getattr(part, name) is None for part in parts):
+                return None
+            full = [torch.full_like(part.lengths, default, dtype=torch.bool) for part in parts]
+            given = [getattr(part, name) for part in parts]
+            return torch.cat([f if g is None else g for f, g in zip(full, given, strict=True)])
+
         return cls(
             torch.cat([wide(part.input_ids) for part in parts]),
             torch.cat([part.lengths for part in parts]),
             torch.cat([wide(part.completion_mask) for part in parts]),
             torch.cat([part.rewards for part in parts]),
             torch.cat([part.group_ids for part in parts]),
-            cat("valid"),
+            flags("valid", True),
             cat("reference_logps"),
+            flags("free", False),
         )
 
 

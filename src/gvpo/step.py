@@ -43,7 +43,7 @@ class StepReport:
         loss: the GVPO loss of the step's groups (all ranks) before the update.
         metrics: as `gvpo.objective.GVPOLoss.metrics`.
         weights: w of this rank's rows.
-        policy_logps: S of this rank's rows in nats, or None on a free step.
+        policy_logps: S of this rank's rows in nats (0 for free rows), or None on a free step.
         micro_batches, tokens, useful_tokens: of this rank's gradient pass; `tokens` counts padding.
         scored_tokens: completion tokens of this rank that have weight.
         entropy: mean over those, in nats; NaN if there are none.
@@ -252,8 +252,10 @@ class GVPOStep(SequenceScorer):
             policy = reference = torch.zeros(len(batch), device=batch.input_ids.device)
             policy_logps = None
         else:
+            policy = policy_logps = self.sequence_logps(batch, _rows_to_score(batch))
+            # Free rows have no score: 0 on both sides, for Rθ = 0.
             reference = batch.reference_logps
-            policy = policy_logps = self.sequence_logps(batch, _rows_in_groups(batch))
+            reference = reference if batch.free is None else reference.masked_fill(batch.free, 0.0)
         result = gvpo_loss(
             policy.to(widest_float(policy.device)),
             reference,
@@ -333,11 +335,12 @@ class GVPOStep(SequenceScorer):
         return scores
 
 
-def _rows_in_groups(batch: GroupBatch) -> list[int]:
-    """Rows that need a score: valid ones. (Whether a group has two is known only over all ranks.)"""
-    if batch.valid is None:
-        return list(range(len(batch)))
-    return batch.valid.nonzero()[:, 0].tolist()
+def _rows_to_score(batch: GroupBatch) -> list[int]:
+    """Valid rows that are not free. (Whether a group has two valid ones is known only over all ranks.)"""
+    needed = torch.ones_like(batch.lengths, dtype=torch.bool) if batch.valid is None else batch.valid
+    if batch.free is not None:
+        needed = needed & ~batch.free
+    return needed.nonzero()[:, 0].tolist()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

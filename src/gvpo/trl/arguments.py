@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from trl import ModelConfig, TrlParser
 
 from gvpo.errors import InputError
 from gvpo.trl.config import REFUSED, GVPOConfig
-from trl import ModelConfig, TrlParser
 
 
 @dataclass

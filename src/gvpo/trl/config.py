@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from gvpo.errors import InputError
 from trl import GRPOConfig
+
+from gvpo.errors import InputError
 
 _NO_RATIO = "GVPO has no probability ratio that could be clipped or corrected"
 _NO_BEHAVIOUR = "GVPO needs no behaviour probabilities, so nothing corrects for the inference engine's"

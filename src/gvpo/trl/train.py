@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 from transformers.trainer_utils import get_last_checkpoint
+from trl import get_peft_config, get_quantization_config
 
 from gvpo.data import load_prompts
 from gvpo.errors import InputError
@@ -24,7 +25,6 @@ from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import GVPOScriptArguments, TrainArguments, parse_arguments
 from gvpo.trl.callback import RunCallback
 from gvpo.trl.trainer import GVPOTrainer
-from trl import get_peft_config, get_quantization_config
 
 _CURVES = [
     ("reward", [("sampled, training", "reward"), ("held out", "eval_reward")]),
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     if trainer.accelerator.is_main_process:
         _finish(run, console, arguments, trainer, time.time() - started)
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.push_to_hub(dataset_name=script.dataset_name[0] if len(script.dataset_name) == 1 else None)
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.end_training()
 

@@ -21,6 +21,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl import GRPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
@@ -32,7 +33,6 @@ from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size
 from gvpo.trl.guard import guard
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts, split, window_batch
-from trl import GRPOTrainer
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+# Two commands do everything on a machine with Python ≥ 3.11, git and make:
+#   make quickstart   a language model learns by GVPO, in a minute, on a CPU
+#   make test         all tests
+# Both install what they need into .venv the first time and only run the second time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+LOWEST_TRL := 1.10.0
+# One thread is faster for models of the tests' size, and much faster on a busy machine.
+RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
+
+.PHONY: help quickstart test test-fast test-engines lint docs clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+quickstart: $(VENV)/quickstart.installed  ## teach a tiny language model by GVPO: runs/quickstart
+	$(BIN)/gvpo quickstart
+
+test: $(VENV)/dev.installed $(VENV)/trl-lowest  ## all tests (15 minutes at most on 2 cores)
+	$(RUN) pytest
+	@echo "The trainer's tests again, on the lowest TRL that gvpo claims ($(LOWEST_TRL)):"
+	PYTHONPATH=$(VENV)/trl-lowest GVPO_EXPECTED_TRL=$(LOWEST_TRL) $(RUN) pytest tests/trl
+
+test-fast: $(VENV)/dev.installed  ## unit tests alone (a minute at most)
+	$(RUN) pytest -m "not slow"
+
+lint: $(VENV)/dev.installed  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict links
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove what was installed and built
+	rm -rf $(VENV) site dist
+
+$(VENV)/python.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gvpo needs Python 3.11 or newer, and $(PYTHON) is older: run make PYTHON=python3.11 …"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch comes first: an installer that meets it among other requirements may choose another build of it.
+$(VENV)/torch.installed: $(VENV)/python.made constraints.txt
+	$(PIP) torch
+	touch $@
+
+$(VENV)/quickstart.installed: $(VENV)/torch.installed pyproject.toml
+	$(PIP) -e '.[trl]'
+	touch $@
+
+$(VENV)/dev.installed: $(VENV)/quickstart.installed
+	$(PIP) -e '.[dev,verl]'
+	touch $@
+
+$(VENV)/docs.installed: $(VENV)/quickstart.installed
+	$(PIP) -e '.[docs]'
+	touch $@
+
+$(VENV)/trl-lowest: $(VENV)/torch.installed
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ trl==$(LOWEST_TRL)

@@ -1,0 +1,75 @@
+"""A run directory's records are whole, plain, and never mixed with an earlier run's."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from gvpo.errors import InputError
+from gvpo.run import RunDirectory, Ticker, check_writable, plot_curves
+
+
+def test_records_are_plain_json_and_yaml(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "new" / "run")
+    run.start({"beta": 0.1, "path": Path("x"), "betas": (0.9, 0.99)})
+    run.log({"step": 1, "loss": float("nan"), "kl": 0.5})
+    run.log({"step": 2, "loss": 0.25})
+    run.finish({"accuracy": 1.0, "worst": float("inf")})
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == {
+        "beta": 0.1,
+        "path": "x",
+        "betas": [0.9, 0.99],
+    }
+    assert run.metrics() == [{"step": 1, "loss": None, "kl": 0.5}, {"step": 2, "loss": 0.25}]
+    assert run.curve("loss") == ([2], [0.25])
+    assert json.loads((run.path / "summary.json").read_text()) == {"accuracy": 1.0, "worst": None}
+    assert not list(run.path.glob(".*"))
+
+
+def test_new_run_drops_old_records_and_a_resumed_one_keeps_them(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.start({})
+    run.log({"step": 1})
+    run.start({}, resumed=True)
+    assert len(run.metrics()) == 1
+    run.start({})
+    assert run.metrics() == []
+
+
+def test_directories_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="choose another"):
+            check_writable(path)
+        with pytest.raises(InputError, match="choose another"):
+            RunDirectory(path)
+    check_writable(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_ticker_prints_plain_lines_without_a_terminal() -> None:
+    out = io.StringIO()
+    ticker = Ticker(Console(file=out, force_terminal=False), "Work", 8)
+    with ticker.running():
+        for done in range(1, 9):
+            ticker.advance(done)
+        ticker.advance(8)
+    assert out.getvalue().splitlines() == ["Work 2/8", "Work 4/8", "Work 6/8", "Work 8/8"]
+
+
+def test_ticker_draws_a_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    ticker = Ticker(Console(file=out, force_terminal=True, width=120), "Work", 8)
+    with ticker.running():
+        ticker.advance(8, "loss 0.1")
+    assert "8/8" in out.getvalue()
+    assert "loss 0.1" in out.getvalue()
+
+
+def test_pictures_are_pngs(tmp_path: Path) -> None:
+    plot_curves(tmp_path / "p.png", [("a", [("x", [1, 2], [3, 4])]), ("b", [])], title="t", x="step")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
