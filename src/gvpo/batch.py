@@ -90,7 +90,7 @@ class GroupBatch:
         return cls(token_ids.gather(1, order), lengths, chosen, rewards, group_ids, **others)
 
     def freed(self) -> GroupBatch:
-        """The same rows, to stand beside others that have reference log-probs: measured against the policy."""
+        """The same rows measured against the policy, to stand beside others that have reference log-probs."""
         n, device = len(self), self.input_ids.device
         zeros = torch.zeros(n, dtype=widest_float(device), device=device)
         return replace(self, reference_logps=zeros, free=torch.ones(n, dtype=torch.bool, device=device))

@@ -1,0 +1,74 @@
+"""Steps over replayed and free groups together: the gradient of the formula, on one rank and on two."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from gvpo.batch import GroupBatch
+from gvpo.step import GVPOStep
+from tests.gloo import run_ranks
+from tests.models import gradients, literal_logps, random_batch, relative_error, tiny_model
+from tests.test_objective import literal_loss
+
+BETA = 0.4
+
+
+def mixed_batch() -> GroupBatch:
+    """Groups at the policy's own reference beside groups with stored ones; one row of each takes no part."""
+    fresh, stored = random_batch(groups=4, seed=1), random_batch(groups=3, seed=2, reference=True)
+    stored.group_ids = -1 - stored.group_ids
+    stored.valid = torch.arange(len(stored)) != 5
+    batch = GroupBatch.concatenate([fresh.freed(), stored])
+    assert batch.valid.sum() == len(batch) - 1
+    return batch
+
+
+def literal(batch: GroupBatch) -> tuple[dict[str, torch.Tensor], float]:
+    model = tiny_model().double()
+    policy = literal_logps(model, batch)
+    reference = torch.where(batch.free, policy.detach(), batch.reference_logps)
+    loss = literal_loss(policy, reference, batch.rewards, batch.group_ids, BETA, batch.valid)
+    loss.backward()
+    return gradients(model), loss.item()
+
+
+@pytest.mark.parametrize("budget", [1, 50, 10_000])
+def test_free_and_stored_groups_in_one_step(budget):
+    batch, model = mixed_batch(), tiny_model()
+    expected, loss = literal(batch)
+    step = GVPOStep(model, beta=BETA, token_budget=budget)
+    scored = []
+    original = step.sequence_logps
+    step.sequence_logps = lambda b, rows: scored.extend(rows) or original(b, rows)
+    report = step(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+    assert report.loss.item() == pytest.approx(loss, rel=1e-5)
+    # Free rows cost no scoring pass, whatever stands in their reference.
+    assert set(scored) == set((~batch.free & batch.valid).nonzero()[:, 0].tolist())
+    batch.reference_logps[batch.free] = float("nan")
+    other = tiny_model()
+    GVPOStep(other, beta=BETA, token_budget=budget)(batch)
+    assert relative_error(gradients(other), gradients(model)) == 0
+
+
+def errors_of(rank: int, world: int) -> list[float]:
+    errors = []
+    batch = mixed_batch()
+    expected, loss = literal(batch)
+    for first in (14, 16, 9, 0):  # rows of rank 0: only free ones, all free ones, cut groups, none
+        rows = slice(0, first) if rank == 0 else slice(first, None)
+        share = copy.copy(batch)
+        for name, value in vars(batch).items():
+            setattr(share, name, value[rows])
+        model = tiny_model()
+        report = GVPOStep(DistributedDataParallel(model), beta=BETA, token_budget=60)(share)
+        errors += [relative_error(gradients(model), expected), abs(report.loss.item() / loss - 1)]
+    return errors
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_step_of_the_union():
+    for errors in run_ranks(errors_of, 2):
+        assert max(errors) < 1e-5, errors
