@@ -78,7 +78,7 @@ def test_sampling(tmp_path):
         buffer.append([group(n) for n in range(64)])
         chosen = buffer.sample(64)
         assert sorted(g.policy_step for g in chosen) == sorted(n // 8 for n in range(64))
-        assert {g.policy_step for g in buffer.sample(100, before_step=2)} == {0, 1}
+        assert {g.policy_step for g in buffer.sample(100, before_number=16)} == {0, 1}
         ages = [8 - g.policy_step for _ in range(60) for g in buffer.sample(8, sampling="recent", step=8)]
         assert np.mean(ages) < 4.2  # 4.5 if uniform
         spread = [g.reward_variance for _ in range(60) for g in buffer.sample(8, sampling="reward_variance")]

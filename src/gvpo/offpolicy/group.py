@@ -202,8 +202,9 @@ class Group:
             return f"A group needs two or more responses to compare, this one has {k}."
         if len(self.prompt_ids) == 0:
             return "The prompt of a group has no tokens."
-        if self.lengths.min() < 1:
-            return f"Completion {int(self.lengths.argmin())} of a group is empty: leave it out."
+        empty = self.lengths < 1 if self.valid is None else (self.lengths < 1) & self.valid
+        if empty.any():
+            return f"Completion {int(empty.argmax())} of a group is empty: leave it out."
         sizes = {"rewards": self.rewards, "reference_logps": self.reference_logps, "valid": self.valid}
         sizes |= {f"component {name}": values for name, values in self.components.items()}
         for name, values in sizes.items():

@@ -234,7 +234,7 @@ class ReplayBuffer(GroupStore):
         *,
         sampling: str | Weights = "uniform",
         step: int = 0,
-        before_step: int | None = None,
+        before_number: int | None = None,
     ) -> list[Group]:
         """`count` different groups, or fewer if there are not so many to choose from.
 
@@ -243,15 +243,15 @@ class ReplayBuffer(GroupStore):
             sampling: "uniform", "recent" (half the chance for every 8 steps of age), "reward_variance", or a
                 function from `ReplayIndex` to weights.
             step: the current optimizer step, from which ages are measured; none older than `max_age`.
-            before_step: only groups of policies before this optimizer step.
+            before_number: only groups that were appended when `next_number` was below this.
 
         Raises:
             InputError: an unknown sampling, or a function that does not return weights.
         """
         live = self._live()
         allowed = np.ones(len(live), dtype=bool)
-        if before_step is not None:
-            allowed &= live["policy_step"] < before_step
+        if before_number is not None:
+            allowed &= live["number"] < before_number
         if self.max_age is not None:
             allowed &= live["policy_step"] >= step - self.max_age
         if allowed.all():

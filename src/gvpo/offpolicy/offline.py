@@ -1,0 +1,220 @@
+"""Logged completions with rewards, for training without generation.
+
+A file (.parquet or .jsonl) or a data set has either one row a group or one row a completion:
+
+    prompt: text or messages | completions: [answers] | rewards: [numbers]                     a row a group
+    prompt                   | completion: answer     | reward: number   (| group: anything)   a row each
+
+Rows of one completion each make a group where `group` is the same, or the prompt if there is no such
+column. Optional columns, a list per group or one value per completion: `complete` (False where the completion
+was cut off and has no end-of-turn), `reference_logp(s)` (S' in nats) with `reference` (the name of the policy
+that they are from). Instead of texts there may be token ids: `prompt_ids`, `completion_ids`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gvpo.data.sources import read_file
+from gvpo.errors import InputError
+from gvpo.offpolicy.group import Group, Response
+from gvpo.offpolicy.store import MANIFEST
+from gvpo.offpolicy.tokens import Encoder, check_ids, fingerprint
+from gvpo.offpolicy.view import ReplayView
+
+Row = Mapping[str, Any]
+
+# One row a group: its column → one row a completion: its column.
+_PER_COMPLETION = {
+    "completions": "completion",
+    "completion_ids": "completion_ids",
+    "rewards": "reward",
+    "complete": "complete",
+    "reference_logps": "reference_logp",
+    "references": "reference",
+}
+
+
+@dataclass
+class Logged:
+    """Groups read from logs.
+
+    Attributes:
+        groups: with two or more responses each.
+        alone: prompts left out because they have a single response, which nothing can be compared with.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    alone: int = 0
+
+    @property
+    def group_size(self) -> int:
+        """k of the largest group."""
+        return max(map(len, self.groups))
+
+    @property
+    def scored(self) -> bool:
+        """Whether every group came with reference log-probs."""
+        return all(group.reference is not None for group in self.groups)
+
+
+def load_offline(
+    source: str | Path | Iterable[Row], encoder: Encoder, *, longest: int | None = None
+) -> Logged:
+    """Groups of logged completions; nothing is generated and no reward function is called.
+
+    Args:
+        source: a .parquet or .jsonl file, a data set in the same columns, or the folder of a replay buffer.
+        encoder: makes tokens of the texts.
+        longest: tokens that a completion may have; None: any number.
+
+    Raises:
+        InputError: an unreadable file, missing columns, a completion that is empty or too long, a reward
+            that is missing or no number, token ids outside the vocabulary, a group that mixes references, or
+            no group of two; with the row, counting from 1.
+    """
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        return _from_replay(Path(source), encoder, longest)
+    name = str(source) if isinstance(source, str | Path) else "The data"
+    rows = read_file(source) if isinstance(source, str | Path) else source
+    gathered: dict[Any, tuple[Any, list[Response]]] = {}
+    for number, row in enumerate(rows, start=1):
+        _gather(row, number, f"{name}, row {number}", encoder, longest, gathered)
+    logged = Logged()
+    for where, (prompt_ids, responses) in gathered.items():
+        if len(responses) < 2:
+            logged.alone += 1
+            continue
+        try:
+            logged.groups.append(Group.of_responses(prompt_ids, responses))
+        except InputError as error:
+            raise InputError(f"{name}, the group {_short(where)}: {error}") from error
+    if not logged.groups:
+        raise InputError(
+            f"{name} has no prompt with two or more completions, and a single one has nothing to be compared "
+            "with."
+        )
+    return logged
+
+
+def _gather(
+    row: Row,
+    number: int,
+    where: str,
+    encoder: Encoder,
+    longest: int | None,
+    gathered: dict[Any, tuple[Any, list[Response]]],
+) -> None:
+    """Put the responses of one row into their group."""
+    per_group = "completions" in row or isinstance(_first(row.get("completion_ids")), list)
+    if per_group:
+        columns = {ours: row[ours] for ours in _PER_COMPLETION if row.get(ours) is not None}
+        if "reference_logps" in columns:
+            columns["references"] = [row.get("reference") or "logged"] * len(columns["reference_logps"])
+        key: Any = number
+    else:
+        columns = {
+            ours: [row[theirs]] for ours, theirs in _PER_COMPLETION.items() if row.get(theirs) is not None
+        }
+        if "reference_logps" in columns:
+            columns.setdefault("references", ["logged"])
+        key = row["group"] if row.get("group") is not None else _key(row.get("prompt", row.get("prompt_ids")))
+    prompt = row.get("prompt")
+    try:
+        prompt_ids = _prompt_ids(row, encoder)
+        responses = _responses(columns, prompt, encoder, longest)
+    except InputError as error:
+        raise InputError(f"{where}: {error}.") from error
+    known = gathered.setdefault(key, (prompt_ids, []))
+    if known[0] != prompt_ids:
+        raise InputError(f"{where} has another prompt than the rows before it of the group {_short(key)}.")
+    known[1].extend(responses)
+
+
+def _prompt_ids(row: Row, encoder: Encoder) -> list[int]:
+    if row.get("prompt_ids") is not None:
+        return check_ids(list(row["prompt_ids"]), encoder.vocabulary_size)
+    if not row.get("prompt"):
+        raise InputError("there is no prompt (columns: " + (", ".join(row) or "none") + ")")
+    return encoder.prompt(row["prompt"])
+
+
+def _responses(
+    columns: dict[str, list[Any]], prompt: Any, encoder: Encoder, longest: int | None
+) -> list[Response]:
+    answers = columns.get("completion_ids", columns.get("completions"))
+    if answers is None:
+        raise InputError("there is no completion: give a column completion, completions or completion_ids")
+    if "rewards" not in columns:
+        raise InputError("there is no reward: give a column reward, or rewards")
+    for name, values in columns.items():
+        if len(values) != len(answers):
+            raise InputError(f"there are {len(values)} {name} for {len(answers)} completions: give one each")
+    responses = []
+    for i, answer in enumerate(answers):
+        row = {name: values[i] for name, values in columns.items()}
+        try:
+            ids = _completion_ids(answer, row, prompt, encoder)
+            if longest is not None and len(ids) > longest:
+                raise InputError(f"it has {len(ids)} tokens, but max_completion_length is {longest}")
+            response = Response(
+                ids, _number(row["rewards"], "reward"), row.get("references"), row.get("reference_logps")
+            )
+        except InputError as error:
+            raise InputError(f"completion {i}: {error}" if len(answers) > 1 else str(error)) from error
+        responses.append(response)
+    return responses
+
+
+def _completion_ids(answer: Any, row: dict[str, Any], prompt: Any, encoder: Encoder) -> list[int]:
+    if "completion_ids" not in row:
+        return encoder.answer(prompt, answer, complete=bool(row.get("complete", True)))
+    ids = check_ids(list(answer), encoder.vocabulary_size)
+    if not ids:
+        raise InputError("the answer is empty")
+    return ids
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool | int | float) and math.isfinite(value):
+        return float(value)
+    raise InputError(f"the {name} is {value!r}, not a finite number")
+
+
+def _from_replay(folder: Path, encoder: Encoder, longest: int | None) -> Logged:
+    with ReplayView(folder) as view:
+        ours = fingerprint(encoder.tokenizer)
+        for store in view.stores:
+            if store.manifest["tokenizer"] not in (None, ours):
+                raise InputError(
+                    f"The replay buffer {store.folder / MANIFEST} was filled with another tokenizer: its "
+                    "token ids mean something else here."
+                )
+        groups = view.read(range(len(view)))
+    for number, group in enumerate(groups):
+        check_ids([int(group.token_ids.max()), int(group.prompt_ids.max())], encoder.vocabulary_size)
+        if longest is not None and group.lengths.max() > longest:
+            raise InputError(
+                f"{folder}, group {number}: a completion has {group.lengths.max()} tokens, but "
+                f"max_completion_length is {longest}."
+            )
+    if not groups:
+        raise InputError(f"The replay buffer in {folder} is empty.")
+    return Logged(groups)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else None
+
+
+def _key(prompt: Any) -> Any:
+    return prompt if isinstance(prompt, str) else repr(prompt)
+
+
+def _short(key: Any) -> str:
+    text = repr(key)
+    return text if len(text) < 60 else text[:56] + " …'"

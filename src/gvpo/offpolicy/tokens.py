@@ -1,0 +1,114 @@
+"""Prompts and given answers as the tokens that the policy would have read and written."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gvpo.errors import InputError
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of the vocabulary: two tokenizers with the same one give the same token ids a meaning."""
+    return _fingerprint_of(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])))
+
+
+@functools.lru_cache(maxsize=4)
+def _fingerprint_of(vocabulary: str) -> str:
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:32]
+
+
+@dataclass
+class Encoder:
+    """Encodes prompts and answers as generation would have made them.
+
+    Args:
+        tokenizer: of the policy, with a chat template if prompts or answers are messages.
+        end_ids: tokens at which generation ends; the tokenizer's end-of-sequence token by default.
+        vocabulary_size: token ids must be below it.
+        chat_template, chat_template_kwargs: as for the tokenizer's `apply_chat_template`.
+    """
+
+    tokenizer: Any
+    end_ids: Collection[int] = ()
+    vocabulary_size: int | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.end_ids = set(self.end_ids) or {self.tokenizer.eos_token_id}
+
+    def prompt(self, prompt: str | Messages) -> list[int]:
+        """Tokens of a prompt, up to where the policy goes on."""
+        if isinstance(prompt, str):
+            return self._checked(self.tokenizer(text=prompt)["input_ids"])
+        return self._checked(
+            self.tokenizer(self._render(prompt, True), add_special_tokens=False)["input_ids"]
+        )
+
+    def answer(self, prompt: str | Messages, answer: str | Messages, *, complete: bool = True) -> list[int]:
+        """Tokens of an answer to `prompt`, its end-of-turn included (unless it is not `complete`).
+
+        Raises:
+            InputError: an empty answer, or messages that the chat template cannot render.
+        """
+        text = self._after(prompt, answer)
+        if not text.strip():
+            raise InputError("the answer is empty")
+        ids = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Some templates write a line break after the end of a turn, which generation never gets to.
+        ends = [i for i, token in enumerate(ids) if token in self.end_ids]
+        if ends:
+            ids = ids[: ends[0] + 1]
+        if complete and not ends:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return ids if complete or not ends else ids[:-1]
+
+    def _after(self, prompt: str | Messages, answer: str | Messages) -> str:
+        """What follows the prompt's text."""
+        if isinstance(prompt, str):
+            return answer if isinstance(answer, str) else str(answer[-1]["content"])
+        turn = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+        before = self._render(prompt, True)
+        whole = self._render([*prompt, *turn], False)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        # A template that opens the turn otherwise for generation (with an empty thought, say).
+        return str(turn[-1]["content"])
+
+    def _render(self, messages: Messages, generation: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.chat_template,
+                add_generation_prompt=generation,
+                tokenize=False,
+                **self.chat_template_kwargs,
+            )
+        except Exception as error:  # whatever a template, which is a program, may raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the chat template cannot render it ({reason})") from error
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        return check_ids(ids, self.vocabulary_size)
+
+
+def check_ids(ids: list[int], vocabulary_size: int | None) -> list[int]:
+    """The ids, all of them in the vocabulary.
+
+    Raises:
+        InputError: one that is not.
+    """
+    if vocabulary_size is not None:
+        for token in ids:
+            if not 0 <= token < vocabulary_size:
+                raise InputError(
+                    f"the token id {token} is outside the model's vocabulary of {vocabulary_size}"
+                )
+    return ids
