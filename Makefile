@@ -26,7 +26,7 @@ test: $(VENV)/dev.installed $(VENV)/trl-lowest  ## all tests (15 minutes at most
 	PYTHONPATH=$(VENV)/trl-lowest GVPO_EXPECTED_TRL=$(LOWEST_TRL) $(RUN) pytest tests/trl
 
 test-fast: $(VENV)/dev.installed  ## unit tests alone (a minute at most)
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -m "not slow" -n 2 --dist loadfile
 
 lint: $(VENV)/dev.installed  ## ruff and mypy
 	$(BIN)/ruff check
