@@ -13,6 +13,7 @@ from gvpo import __version__
 from gvpo.data.command import data
 from gvpo.errors import InputError
 from gvpo.evaluate.command import evaluate, report
+from gvpo.verl.command import verl
 
 app = typer.Typer(
     name="gvpo",
@@ -79,6 +80,7 @@ def train(context: typer.Context) -> None:
 app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.add_typer(verl, name="verl")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -44,6 +44,7 @@ _COMPANIONS: tuple[tuple[str, Any, str], ...] = (
     ("distillation.enabled", (None, False), "distillation adds a loss of its own"),
     ("trainer.use_v1", (None, True), "only verl's V1 trainer is supported"),
     ("trainer.v1.trainer_mode", (None, "sync"), "the asynchronous trainers are not tested with GVPO"),
+    ("algorithm.rollout_is", (None, False), "GVPO needs no importance weights, whatever engine sampled"),
     (
         "algorithm.rollout_correction.rollout_is",
         None,

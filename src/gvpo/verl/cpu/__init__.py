@@ -26,6 +26,9 @@ def use() -> dict[str, str]:
         # Ray would hide the pretended GPUs from actors that ask for none.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
+        "TQ_NUM_THREADS": "1",
+        # Ray makes its workers nice, which starves them on a busy laptop.
+        "RAY_worker_niceness": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
     others = [m for m in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if m and m != MODULE]

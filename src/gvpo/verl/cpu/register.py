@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import verl.utils.distributed
+import verl.utils.fsdp_utils
+from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
@@ -18,6 +20,13 @@ def _initialize_with_gloo(timeout_second: int | None = None, backend: str | None
     return _initialize(timeout_second=timeout_second, backend="cpu:gloo")
 
 
+class _UnpinnedOffload(CPUOffloadPolicy):
+    """verl asks for pinned memory for the reference model, of which there is none without an accelerator."""
+
+    def __init__(self, pin_memory: bool = False) -> None:
+        super().__init__(pin_memory=False)
+
+
 def _replica() -> Any:
     from gvpo.verl.cpu.rollout import HFReplica
 
@@ -25,5 +34,6 @@ def _replica() -> Any:
 
 
 verl.utils.distributed.initialize_global_process_group_ray = _initialize_with_gloo
+verl.utils.fsdp_utils.CPUOffloadPolicy = _UnpinnedOffload
 _ROLLOUT_REGISTRY["hf", "async"] = "gvpo.verl.cpu.rollout.HFServerAdapter"
 RolloutReplicaRegistry.register("hf", _replica)

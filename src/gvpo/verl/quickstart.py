@@ -1,0 +1,286 @@
+"""The quickstart's task on verl: Ray, FSDP and a rollout server, all on a CPU.
+
+The same tiny model as in `gvpo quickstart`, warmed up by the same sloppy teacher, is trained by
+`python -m gvpo.verl` with two Ray workers. Run it with `gvpo verl quickstart` or `make quickstart-verl`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from rich.console import Console
+from transformers import LlamaForCausalLM, set_seed
+from transformers import logging as transformers_logging
+
+from gvpo.errors import InputError
+from gvpo.quickstart import TASKS, WARMUP_STEPS, Task, answers, make_model, make_tokenizer, warm_up
+from gvpo.run import RunDirectory, Ticker, plot_curves
+from gvpo.verl.cpu import overrides, use
+from gvpo.verl.versions import check_versions
+
+PROMPTS, RESPONSES, EPOCHS = 32, 8, 2  # of a rollout
+_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_SHOWN = {  # verl's names and ours
+    "critic/score/mean": "reward",
+    "gvpo/loss": "gvpo/loss",
+    "gvpo/explained_variance": "gvpo/explained_variance",
+    "gvpo/kl": "gvpo/kl",
+    "gvpo/rows_left_out": "gvpo/rows_left_out",
+    "gvpo/scoring_passes": "gvpo/scoring_passes",
+    "actor/grad_norm": "grad_norm",
+    "actor/lr": "learning_rate",
+    "timing_s/gen": "seconds_generation",
+    "timing_s/update_actor": "seconds_update",
+    "timing_s/step": "seconds_step",
+}
+
+
+def quickstart(
+    task_name: str = "addition",
+    seed: int = 0,
+    output: str | Path = "runs/quickstart-verl",
+    *,
+    steps: int = 30,
+    beta: float = 0.2,
+    workers: int = 2,
+    console: Console | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
+    """Warm up the quickstart's model, train it on verl, and write the run to `output`.
+
+    Args:
+        task_name: one of `gvpo.quickstart.TASKS`.
+        seed: of everything.
+        output: the run directory.
+        steps: rollouts; each feeds four optimizer updates.
+        beta: temperature of the implicit reward.
+        workers: Ray workers that train.
+        console: where to show progress.
+        started: `time.time()` at which the job began, for `seconds_total`; now by default.
+
+    Returns:
+        What is also written to `summary.json`, with the quickstart's keys.
+
+    Raises:
+        InputError: an unknown task, verl missing, or an output directory that cannot be written to.
+        RuntimeError: verl failed; its log is in the run directory.
+    """
+    started = time.time() if started is None else started
+    console = console or Console()
+    if task_name not in TASKS:
+        raise InputError(f"There is no quickstart task {task_name!r}: choose one of {', '.join(TASKS)}.")
+    if check_versions() != "0.9":
+        raise InputError("The quickstart needs verl 0.9: pip install -c constraints.txt 'gvpo[verl]'.")
+    task, run = TASKS[task_name], RunDirectory(output)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    set_seed(seed)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = _TEMPLATE
+    model = make_model(tokenizer)
+    train_pairs, test_pairs = task.pairs(seed)
+    ticker = Ticker(console, "Warm-up", WARMUP_STEPS)
+    with ticker.running():
+        warm_up(model, tokenizer, task, train_pairs, ticker, seed)
+    for part in (model, tokenizer):
+        part.save_pretrained(run.path / "warmed-up-model")
+    prompts, gold = [task.prompt(*p) for p in test_pairs], [task.right(*p) for p in test_pairs]
+    _write_prompts(run.path / "train.parquet", task, train_pairs)
+    _write_prompts(run.path / "held_out.parquet", task, test_pairs[:200])
+    run.write_lines("held_out.jsonl", ({"prompt": p, "answer": g} for p, g in zip(prompts, gold, strict=True)))
+
+    def accuracy(given: list[str]) -> float:
+        return sum(a == b for a, b in zip(given, gold, strict=True)) / len(gold)
+
+    before = answers(model, tokenizer, prompts)
+    console.print(f"Greedy accuracy on {len(gold):,} held-out problems: {accuracy(before):.1%}")
+    console.print(
+        f"verl starts {workers} Ray workers, a rollout server and a trainer: half a minute or more …"
+    )
+    arguments = _arguments(run.path.resolve(), steps=steps, beta=beta, workers=workers, seed=seed)
+    run.start({"command": "verl quickstart", "task": task_name, "seed": seed, "overrides": arguments})
+    run.log({"step": 0, "accuracy": accuracy(before)})
+    seconds = _train(run, arguments, console, steps)
+    trained = LlamaForCausalLM.from_pretrained(_last_model(run.path), attn_implementation="eager")
+    after = answers(trained, tokenizer, prompts)
+    sampled = answers(trained, tokenizer, prompts, sample=True)
+    run.log({"step": steps, "accuracy": accuracy(after)})
+    for part in (trained, tokenizer):
+        part.save_pretrained(run.path / "model")
+    summary = {
+        "accuracy_before": accuracy(before),
+        "accuracy_after": accuracy(after),
+        "sampled_accuracy_after": accuracy(sampled),
+        "seconds_total": round(time.time() - started, 1),
+        **{name: round(value, 1) for name, value in seconds.items()},
+        "steps": steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "beta": beta,
+        "seed": seed,
+        "workers": workers,
+    }
+    _finish(run, console, task_name, summary, list(zip(prompts, before, after, gold, strict=True)))
+    return summary
+
+
+def _write_prompts(path: Path, task: Task, pairs: list[tuple[int, int]]) -> None:
+    rows = [
+        {
+            "data_source": "quickstart",
+            "prompt": [{"role": "user", "content": task.prompt(*pair)}],
+            "ability": "arithmetic",
+            "reward_model": {"style": "rule", "ground_truth": task.right(*pair)},
+            "extra_info": {"index": index},
+        }
+        for index, pair in enumerate(pairs)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _arguments(run: Path, *, steps: int, beta: float, workers: int, seed: int) -> list[str]:
+    """The overrides of the run: what a user on a cluster would write, and `overrides` for the CPU."""
+    return [
+        *overrides(workers),
+        f"data.train_files={run / 'train.parquet'}",
+        f"data.val_files={run / 'held_out.parquet'}",
+        f"data.train_batch_size={PROMPTS}",
+        f"data.seed={seed}",
+        "data.max_prompt_length=8",
+        "data.max_response_length=4",
+        f"actor_rollout_ref.model.path={run / 'warmed-up-model'}",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=gvpo",
+        f"actor_rollout_ref.actor.gvpo_beta={beta}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 2}",
+        f"actor_rollout_ref.actor.ppo_epochs={EPOCHS}",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64",
+        "actor_rollout_ref.actor.optim.lr=7e-4",
+        "actor_rollout_ref.actor.optim.weight_decay=0",
+        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+        "actor_rollout_ref.actor.optim.min_lr_ratio=0.05",
+        "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
+        f"actor_rollout_ref.rollout.n={RESPONSES}",
+        f"actor_rollout_ref.rollout.seed={seed}",
+        f"reward.custom_reward_function.path={Path(__file__).parent / 'cpu' / 'exact.py'}",
+        "trainer.logger=[file]",
+        "trainer.project_name=gvpo",
+        "trainer.experiment_name=quickstart-verl",
+        "trainer.val_before_train=False",
+        f"trainer.test_freq={max(1, steps // 3)}",
+        f"trainer.save_freq={steps}",
+        f"trainer.total_training_steps={steps}",
+        "trainer.total_epochs=1000",
+        f"trainer.default_local_dir={run / 'checkpoints'}",
+        "trainer.resume_mode=disable",
+        "gvpo.reference=initial",
+    ]
+
+
+def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int) -> dict[str, float]:
+    """Run `python -m gvpo.verl`, follow its metrics, and add up seconds of generation and of updates."""
+    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    metrics, log = run.path / "verl-metrics.jsonl", run.path / "verl.log"
+    metrics.unlink(missing_ok=True)
+    environment = {**os.environ, **use(), "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
+    environment |= {"HF_HUB_OFFLINE": "1", "RAY_DEDUP_LOGS": "0"}
+    seconds = {"seconds_generation": 0.0, "seconds_update": 0.0}
+    ticker = Ticker(console, "GVPO on verl", steps)
+    command = [sys.executable, "-m", "gvpo.verl", *arguments]
+    with open(log, "wb") as out, ticker.running():
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        # Without this, ending the quickstart would leave verl running.
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            for entry in _follow(metrics, process):
+                run.log(entry)
+                for name in seconds:
+                    seconds[name] += entry.get(name, 0.0)
+                note = "  ".join(
+                    f"{label} {entry[key]:.2f}"
+                    for key, label in (("reward", "reward"), ("gvpo/kl", "KL"), ("accuracy", "accuracy"))
+                    if key in entry
+                )
+                ticker.advance(entry["step"], note if entry["step"] % 5 == 0 else "")
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            code = process.wait()
+            signal.signal(signal.SIGTERM, previous)
+    if code:
+        tail = log.read_text(errors="replace").splitlines()[-15:]
+        raise RuntimeError("verl ended with an error; the end of {}:\n{}".format(log, "\n".join(tail)))
+    return seconds
+
+
+def _follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """The entries that verl's file logger appends, as they come, under our names."""
+    read = 0
+    while True:
+        running = process.poll() is None
+        text = path.read_text() if path.exists() else ""
+        whole = text.rfind("\n") + 1
+        for line in text[read:whole].splitlines():
+            entry = json.loads(line)
+            data = entry["data"]
+            found = {ours: data[theirs] for theirs, ours in _SHOWN.items() if data.get(theirs) is not None}
+            right = next((v for k, v in data.items() if re.fullmatch(r"val-core/.*/reward/mean@\d+", k)), None)
+            yield {"step": entry["step"], **found, **({} if right is None else {"accuracy_200": right})}
+        read = whole
+        if not running:
+            return
+        time.sleep(0.5)
+
+
+def _last_model(run: Path) -> Path:
+    checkpoints = run / "checkpoints"
+    step = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
+    return checkpoints / f"global_step_{step}" / "actor" / "huggingface"
+
+
+def _finish(
+    run: RunDirectory,
+    console: Console,
+    task_name: str,
+    summary: dict[str, Any],
+    samples: list[tuple[str, str, str, str]],
+) -> None:
+    records = [
+        {"prompt": prompt.removeprefix("<bos>"), "before": before, "after": after, "answer": gold}
+        for prompt, before, after, gold in samples[:100]
+    ]
+    (run.path / "samples.json").write_text(json.dumps(records, indent=1) + "\n")
+    logged = run.metrics()
+
+    def curve(label: str, *keys: str) -> tuple[str, list[float], list[float]]:
+        points = [(m["step"], m[k]) for m in logged for k in keys if m.get(k) is not None]
+        return label, [x for x, _ in points], [y for _, y in points]
+
+    plot_curves(
+        run.path / "learning_curve.png",
+        [
+            ("accuracy", [curve("greedy, held out", "accuracy", "accuracy_200"), curve("sampled", "reward")]),
+            ("explained variance of the reward", [curve("", "gvpo/explained_variance")]),
+            ("KL to the initial policy (nats)", [curve("", "gvpo/kl")]),
+        ],
+        title=f"GVPO on verl: two-digit {task_name}",
+        x="rollout",
+    )
+    run.finish(summary)
+    console.print(
+        f"Greedy accuracy {summary['accuracy_before']:.1%} → [bold]{summary['accuracy_after']:.1%}[/bold], "
+        f"sampled {summary['sampled_accuracy_after']:.1%}, in {summary['seconds_total']:.0f} s."
+    )
+    console.print(f"Model, metrics and learning_curve.png are in {run.path}; verl's own log is verl.log.")

@@ -1,0 +1,90 @@
+"""`gvpo verl convert`: the shell still reads the script, and GVPO's own checks pass what it says."""
+
+import os
+import subprocess
+
+import pytest
+from hydra import compose, initialize_config_dir
+from typer.testing import CliRunner
+
+from gvpo.cli import app
+from gvpo.errors import InputError
+from gvpo.verl.convert import convert_script
+from gvpo.verl.main import _CONFIG
+from gvpo.verl.settings import check
+
+SCRIPT = """#!/usr/bin/env bash
+set -x
+# python3 -m verl.trainer.main_ppo runs below
+train_files="['$HOME/data/gsm8k/train.parquet']"
+python3 -m verl.trainer.main_ppo --config-path=./config --config-name='ppo_trainer' \\
+    algorithm.adv_estimator=grpo \\
+    data.train_files="$train_files" \\
+    data.train_batch_size=1024 \\
+    actor_rollout_ref.model.path=Qwen/Qwen2-7B-Instruct \\
+    actor_rollout_ref.actor.use_kl_loss=True \\
+    actor_rollout_ref.actor.kl_loss_coef=0.001 \\
+    actor_rollout_ref.actor.entropy_coeff=0.001 \\
+    actor_rollout_ref.actor.ppo_mini_batch_size=256 \\
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 \\
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16 \\
+    actor_rollout_ref.rollout.n=5 actor_rollout_ref.actor.clip_ratio_high=0.28 \\
+    trainer.total_epochs=15 $@ \\
+    actor_rollout_ref.actor.loss_agg_mode="token-mean"
+echo finished
+"""
+
+
+def arguments(script, folder):
+    """What the script calls Python with, according to the shell."""
+    stub = folder / "python3"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$ARGUMENTS"\n')
+    stub.chmod(0o755)
+    out = folder / "arguments.txt"
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "ARGUMENTS": str(out)}
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "finished\n"
+    return out.read_text().splitlines()
+
+
+def test_the_converted_script_runs_gvpo_with_settings_that_pass(tmp_path):
+    converted = convert_script(SCRIPT)
+    words = arguments(converted.script, tmp_path)
+    assert words[:2] == ["-m", "gvpo.verl"]
+    kept = [w for w in arguments(SCRIPT, tmp_path)[2:] if not w.startswith("--")]
+    changed = ("kl_loss", "entropy_coeff", "clip_ratio", "loss_agg_mode")
+    assert set(w for w in kept if not any(c in w for c in changed)) <= set(words)
+    with initialize_config_dir(str(_CONFIG), version_base=None):
+        config = compose("gvpo_trainer", overrides=words[2:])
+    assert not any("without effect" in note for note in check(config, words[2:]))
+    assert config.actor_rollout_ref.actor.gvpo_beta == 0.1
+
+
+def test_it_says_each_change_once_and_changes_nothing_twice():
+    converted = convert_script(SCRIPT)
+    for name in ("use_kl_loss", "kl_loss_coef", "entropy_coeff", "clip_ratio_high", "loss_agg_mode", "gvpo_beta"):
+        assert sum(f"{name}" in change.split(":")[0].split(" ")[0] for change in converted.changes) == 1, name
+    assert "# python3 -m verl.trainer.main_ppo runs below" in converted.script
+    again = SCRIPT.replace("python3 -m verl.trainer.main_ppo -", "python3 -m verl.trainer.main_ppo \\\n -")
+    assert convert_script(again).script.count("-m gvpo.verl") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("echo hello", "verl.trainer.main_ppo"),
+        ("python -m verl.trainer.main_ppo algorithm.adv_estimator=gae", "gae"),
+        ("python -m verl.trainer.main_ppo --config-name=mine", "mine"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_with_the_reason(text, words):
+    with pytest.raises(InputError, match=words):
+        convert_script(text)
+
+
+def test_the_command_prints_the_script(tmp_path):
+    file = tmp_path / "run_grpo.sh"
+    file.write_text(SCRIPT)
+    result = CliRunner().invoke(app, ["verl", "convert", str(file)])
+    assert result.exit_code == 0
+    assert result.stdout == convert_script(SCRIPT).script

@@ -1,0 +1,139 @@
+"""The published names work, and what contradicts GVPO is refused by name."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from gvpo.errors import InputError
+from gvpo.verl import versions
+from gvpo.verl.main import _CONFIG
+from gvpo.verl.settings import check, prepare, read_settings
+
+ACTOR = "actor_rollout_ref.actor"
+SIZES = [
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.rollout.n=4",
+]
+PUBLISHED = [
+    "algorithm.adv_estimator=grpo",
+    f"{ACTOR}.use_kl_loss=False",
+    f"{ACTOR}.policy_loss.loss_mode=gvpo",
+    f"{ACTOR}.gvpo_beta=0.1",
+    "algorithm.use_kl_in_reward=False",
+    "algorithm.norm_adv_by_std_in_grpo=False",
+]
+
+
+def config(*overrides):
+    with initialize_config_dir(str(_CONFIG), version_base=None):
+        return compose("gvpo_trainer", overrides=[*SIZES, *overrides])
+
+
+def test_the_published_names_make_the_published_settings():
+    given = config(*PUBLISHED)
+    assert check(given, PUBLISHED) == []
+    settings = read_settings(given)
+    assert (settings.beta, settings.reference, settings.scale) == (0.1, "rollout", 1)
+    assert settings.updates_per_step(1024) == 4
+    prepare(given)
+    actor = given.actor_rollout_ref.actor
+    assert (actor.policy_loss.loss_mode, actor.loss_agg_mode) == ("gpg", "seq-mean-token-sum")
+    assert "gvpo_beta" not in actor
+    assert not actor.use_kl_loss
+    assert read_settings(given) == settings
+
+
+def test_published_scale_is_micro_batch_over_n_and_initial_reference_switches_the_worker_on():
+    given = config("gvpo.loss_scale=published", "gvpo.reference=initial")
+    assert read_settings(given).scale == 16 / 4
+    prepare(given)
+    assert given.actor_rollout_ref.actor.use_kl_loss
+    assert given.actor_rollout_ref.actor.kl_loss_coef == 0
+    assert given.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        (f"{ACTOR}.use_kl_loss=True", "use_kl_loss"),
+        ("algorithm.use_kl_in_reward=True", "use_kl_in_reward"),
+        ("algorithm.norm_adv_by_std_in_grpo=True", "norm_adv_by_std_in_grpo"),
+        ("algorithm.adv_estimator=gae", "adv_estimator"),
+        (f"{ACTOR}.policy_loss.loss_mode=vanilla", "loss_mode"),
+        (f"{ACTOR}.entropy_coeff=0.01", "entropy_coeff"),
+        ("critic.enable=True", "critic.enable"),
+        ("trainer.v1.trainer_mode=colocate_async", "trainer_mode"),
+        ("trainer.use_v1=False", "use_v1"),
+        ("algorithm.rollout_correction.rollout_is=token", "rollout_is"),
+        ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode"),
+        ("gvpo.beta=0", "beta"),
+        (f"{ACTOR}.gvpo_beta=-1", "beta"),
+        ("gvpo.reference=latest", "gvpo.reference"),
+        ("gvpo.loss_scale=sum", "gvpo.loss_scale"),
+        ("actor_rollout_ref.rollout.n=1", "rollout.n=1"),
+        ("data.train_batch_size=100", "ppo_mini_batch_size=256"),
+        (f"{ACTOR}.ppo_micro_batch_size_per_gpu=null", "ppo_micro_batch_size_per_gpu"),
+    ],
+)
+def test_what_contradicts_gvpo_is_refused_by_name(override, word):
+    with pytest.raises(InputError, match=word.replace(".", r"\.")):
+        check(config(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False", "log_prob_use_dynamic_bsz"),
+        (f"{ACTOR}.ppo_max_token_len_per_gpu=100", "ppo_max_token_len_per_gpu=100"),
+    ],
+)
+def test_a_dynamic_batch_that_cannot_work_is_refused_with_the_numbers(override, word):
+    with pytest.raises(InputError, match=word):
+        check(config(f"{ACTOR}.use_dynamic_bsz=True", override))
+
+
+def test_two_different_betas_are_refused_and_equal_ones_are_not():
+    with pytest.raises(InputError, match="give one"):
+        check(config("gvpo.beta=0.2", f"{ACTOR}.gvpo_beta=0.1"))
+    assert read_settings(config("gvpo.beta=0.2", f"{ACTOR}.gvpo_beta=0.2")).beta == 0.2
+
+
+def test_a_word_on_options_without_effect_and_on_a_beta_that_cannot_be_felt():
+    given = [f"{ACTOR}.clip_ratio=0.3", f"{ACTOR}.ppo_mini_batch_size=1024"]
+    clipping, beta = check(config(*given), given)
+    assert "clip_ratio" in clipping
+    assert "beta" in beta
+
+
+@pytest.mark.parametrize(("installed", "words"), [("0.8.2", "0.9.1"), ("0.6.1", "0.6.0"), (None, "not installed")])
+def test_other_versions_of_verl_are_refused_with_the_range(monkeypatch, installed, words):
+    monkeypatch.setattr(versions, "version", _versions(verl=installed))
+    with pytest.raises(InputError, match=words):
+        versions.check_versions()
+
+
+def test_missing_transfer_queue_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(versions, "version", _versions(verl="0.9.1"))
+    with pytest.raises(InputError, match="pip install TransferQueue"):
+        versions.check_versions()
+
+
+def test_bad_input_ends_the_command_in_seconds_with_one_sentence_and_code_2(tmp_path):
+    words = [sys.executable, "-m", "gvpo.verl", *SIZES, f"{ACTOR}.use_kl_loss=True"]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "use_kl_loss=True does not go with GVPO" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _versions(**installed):
+    def version(package):
+        if installed.get(package) is None:
+            raise versions.PackageNotFoundError(package)
+        return installed[package]
+
+    return version
