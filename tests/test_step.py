@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gvpo.batch import GroupBatch
-from gvpo.step import GVPOStep
+from gvpo.step import Backend, GVPOStep
 from tests.models import (
     gradients,
     literal_gradient,
@@ -70,6 +70,43 @@ def test_lora_adapters_on_layers_and_on_the_head(targets):
     step = GVPOStep(model, beta=BETA, token_budget=100)
     step(batch)
     assert step.scorer.fused
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied", "softcap"])
+def test_gradients_of_head_and_embedding_are_handed_over_once(kind):
+    """With the padding token inside a row, a scaled loss, and whatever else reads the embedding."""
+    model = tiny_model(kind)
+    batch = random_batch(reference=True)
+    batch.input_ids[:, 1] = batch.input_ids[3, 4] = model.config.pad_token_id
+    expected, _ = double_gradient(model, batch)
+    seen = []
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+
+    class Scaling(Backend):
+        def backward(self, loss, *, last):
+            (loss * 8).backward()
+            seen.append([p.grad is not None for p in (embedding, head)])
+
+    GVPOStep(model, beta=BETA, token_budget=60, backend=Scaling())(batch)
+    assert relative_error({n: g / 8 for n, g in gradients(model).items()}, expected) < 1e-5
+    early = {"llama": False, "untied": False, "softcap": True}[kind]  # Gemma scales its embedding itself
+    assert len(seen) > 2
+    assert seen[-2] == [early, False]
+    assert seen[-1] == [True, True]
+
+
+@pytest.mark.parametrize("frozen", ["embed_tokens", "lm_head", "nothing, LoRA on a tied head"])
+def test_partly_frozen_vocabularies(frozen):
+    model = tiny_model("llama" if "tied" in frozen else "untied")
+    if "tied" in frozen:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+        model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+    else:
+        model.get_submodule("model.embed_tokens" if frozen == "embed_tokens" else frozen).requires_grad_(False)
+    batch = random_batch(reference=True)
+    expected, _ = double_gradient(model, batch)
+    GVPOStep(model, beta=BETA, token_budget=60)(batch)
     assert relative_error(gradients(model), expected) < 1e-5
 
 

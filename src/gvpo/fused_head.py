@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gvpo.vocabulary import VocabularyGradients
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -58,18 +60,6 @@ class LogitTransform:
 
 
 @dataclass
-class HeadGradient:
-    """Sums the head's gradient over the micro-batches of a step in one buffer, handed to autograd once.
-
-    Without it every micro-batch would add a (vocabulary × hidden) matrix to `.grad`. Exact as long as the
-    micro-batches of the step are scaled alike.
-    """
-
-    buffer: Tensor | None = None
-    last: bool = False
-
-
-@dataclass
 class _HeadGrads:
     """Where the gradients of one call gather; None where no gradient is asked for."""
 
@@ -91,12 +81,12 @@ class WeightedNLL(torch.autograd.Function):
         token_weights: Float[Tensor, "tokens"],
         transform: LogitTransform,
         tile_rows: int,
-        head_gradient: HeadGradient | None,
+        sums: VocabularyGradients | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         compute = _compute_dtype(hidden)
         exact = torch.promote_types(compute, torch.float32)
         w, token_weights = weight.to(compute), token_weights.to(exact)
-        grads = _new_grads(ctx.needs_input_grad, hidden, weight, exact, head_gradient)
+        grads = _new_grads(ctx.needs_input_grad, hidden, weight, exact, sums)
         logps = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         entropy = torch.empty_like(logps)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -116,21 +106,26 @@ class WeightedNLL(torch.autograd.Function):
                     p = e.div_(total[:, None])
                     entropy[rows] = torch.special.entr(p).sum(1)
                     _add_curved_tile(grads, rows, p, curvature.mul_(transform.slope), h, w, t, a)
-        grad_weight = grads.weight
-        if head_gradient is not None and grad_weight is not None:
-            head_gradient.buffer = grad_weight
-            grad_weight = grad_weight if head_gradient.last else None
-        ctx.save_for_backward(
-            None if grads.hidden is None else grads.hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
-        )
+        if sums is not None and grads.weight is not None:
+            grads.weight = sums.keep_head(grads.weight)
+        ctx.grads, ctx.sums = grads, sums
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(logps, entropy)
         return -(logps * token_weights).sum(), logps, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = (None if g is None else g.mul_(grad_nll.to(g.dtype)) for g in ctx.saved_tensors)
+        if ctx.grads is None:
+            raise RuntimeError("The fused head's gradients were already taken: backward works once.")
+        # Given away rather than saved, so that autograd can make the head's `.grad` of it without a copy.
+        grads = [ctx.grads.hidden, ctx.grads.weight, ctx.grads.bias]
+        ctx.grads = None
+        if ctx.sums is not None:
+            ctx.sums.loss_scale = grad_nll
+        for i, dtype in enumerate(ctx.dtypes):
+            if (grad := grads[i]) is not None:
+                grads[i] = grad.mul_(grad_nll.to(grad.dtype)).to(dtype)
+        del grad
         return (*grads, None, None, None, None, None)
 
 
@@ -139,10 +134,10 @@ def _new_grads(
     hidden: Tensor,
     weight: Tensor,
     exact: torch.dtype,
-    head_gradient: HeadGradient | None,
+    sums: VocabularyGradients | None,
 ) -> _HeadGrads:
     device = hidden.device
-    buffer = head_gradient.buffer if head_gradient is not None and needed[1] else None
+    buffer = sums.head if sums is not None and needed[1] else None
     if buffer is None and needed[1]:
         buffer = torch.zeros(weight.shape, dtype=exact, device=device)
     return _HeadGrads(

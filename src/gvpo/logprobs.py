@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from gvpo.fused_head import TILE_BYTES, HeadGradient, LogitTransform, WeightedNLL, chunked_logps
+from gvpo.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
+from gvpo.vocabulary import VocabularyGradients, embedding_summed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -48,7 +49,7 @@ class ScoreRequest:
     token_weights: Float[Tensor, "tokens"] | None
     transform: LogitTransform
     float32_head: bool = False
-    head_gradient: HeadGradient | None = None
+    sums: VocabularyGradients | None = None
     tile_bytes: int = TILE_BYTES
 
     def score(self, hidden: Float[Tensor, "rows length dim"], head: nn.Module) -> TokenScores:
@@ -58,7 +59,7 @@ class ScoreRequest:
             average = [Partial("avg")] * weight.device_mesh.ndim
             weight = weight.full_tensor(grad_placements=average)
             bias = bias.full_tensor(grad_placements=average) if isinstance(bias, DTensor) else bias
-            self.head_gradient = None  # a deferred gradient cannot pass through full_tensor's backward
+            self.sums = None  # a deferred gradient cannot pass through full_tensor's backward
         h = hidden[self.chosen.to(hidden.device)].to(weight.device)
         outside_autocast = self.float32_head
         if outside_autocast:
@@ -72,7 +73,7 @@ class ScoreRequest:
             return TokenScores(
                 *WeightedNLL.apply(
                     h, weight, bias, self.targets, self.token_weights, self.transform, tile_rows,
-                    self.head_gradient,
+                    self.sums,
                 )
             )  # fmt: skip
 
@@ -105,7 +106,8 @@ def prepare_model(model: nn.Module) -> None:
     def forward(self: Any, *args: Any, gvpo: ScoreRequest | None = None, **kwargs: Any) -> Any:
         if gvpo is None:
             return self._forward_before_gvpo(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        with embedding_summed(self, gvpo.sums):
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return gvpo.score(hidden, self.get_output_embeddings())
 
     base.forward = types.MethodType(forward, model)
@@ -146,7 +148,7 @@ class TokenScorer:
         lengths: Int[Tensor, "rows"],
         chosen: Bool[Tensor, "rows length"],
         token_weights: Float[Tensor, "tokens"] | None = None,
-        head_gradient: HeadGradient | None = None,
+        sums: VocabularyGradients | None = None,
     ) -> TokenScores:
         """Score the tokens where `chosen` is True (never in column 0), each given the ones before it.
 
@@ -163,7 +165,7 @@ class TokenScorer:
             token_weights,
             self._transform,
             self.float32_head,
-            head_gradient,
+            sums,
             self.tile_bytes,
         )
         return model(input_ids=input_ids[:, :-1], gvpo=request)

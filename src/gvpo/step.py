@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import GroupBatch, MicroBatch, widest_float
-from gvpo.fused_head import HeadGradient
 from gvpo.logprobs import TokenScorer, TokenScores
 from gvpo.objective import GVPOLoss, gvpo_loss
 from gvpo.packing import plan_micro_batches
+from gvpo.vocabulary import VocabularyGradients
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -297,14 +297,14 @@ class GVPOStep(SequenceScorer):
         # At least one micro-batch, if of weight 0: ranks share gradients in the last one, and a gradient
         # of 0 is not the same to an optimizer with momentum as none.
         n_micro = self._equal_count(max(1, len(plan)))
-        head_gradient = HeadGradient()
+        sums = VocabularyGradients(with_embedding=not self.backend.collective_forward(self.model))
         tokens, entropies = 0, []
         for index in range(n_micro):
             micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
-            head_gradient.last = last = index == n_micro - 1
+            sums.last = last = index == n_micro - 1
             self._retry_is_safe &= not self._shares(last)
             with nullcontext() if last else self.backend.without_sync(self.model):
-                scores = self._backward(micro, weights, head_gradient, last)
+                scores = self._backward(micro, weights, sums, last)
             tokens += micro.input_ids.numel()
             if micro.rows and scores.entropy is not None:
                 entropies.append(scores.entropy)
@@ -319,7 +319,7 @@ class GVPOStep(SequenceScorer):
         )
 
     def _backward(
-        self, micro: MicroBatch, weights: Tensor, head_gradient: HeadGradient, last: bool
+        self, micro: MicroBatch, weights: Tensor, sums: VocabularyGradients, last: bool
     ) -> TokenScores:
         with self.backend.forward_context():
             scores = self.scorer(
@@ -328,7 +328,7 @@ class GVPOStep(SequenceScorer):
                 micro.lengths,
                 micro.chosen,
                 micro.per_token(weights),
-                head_gradient,
+                sums,
             )
         assert scores.nll is not None
         self.backend.backward(scores.nll, last=last)

@@ -75,13 +75,13 @@ class Group:
     @classmethod
     def of(
         cls,
-        prompt_ids: Sequence[int],
-        completions: Sequence[Sequence[int]],
-        rewards: Sequence[float],
+        prompt_ids: Sequence[int] | np.ndarray,
+        completions: Sequence[Sequence[int]] | Sequence[np.ndarray],
+        rewards: Sequence[float] | np.ndarray,
         *,
         reference: str | None = None,
         reference_logps: Sequence[float] | None = None,
-        counted: Sequence[Sequence[bool]] | None = None,
+        counted: Sequence[Sequence[bool]] | Sequence[np.ndarray] | None = None,
         valid: Sequence[bool] | None = None,
         policy_step: int = 0,
         components: Mapping[str, Sequence[float]] | None = None,

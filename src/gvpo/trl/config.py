@@ -9,6 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from gvpo.errors import InputError
+from gvpo.trl.offpolicy_config import OffPolicyConfig, check_off_policy
 
 _NO_RATIO = "GVPO has no probability ratio that could be clipped or corrected"
 _NO_BEHAVIOUR = "GVPO needs no behaviour probabilities, so nothing corrects for the inference engine's"
@@ -53,8 +54,10 @@ REFUSED: dict[str, str] = {
 
 
 @dataclass
-class GVPOConfig(GRPOConfig):
+class GVPOConfig(OffPolicyConfig, GRPOConfig):
     """Training arguments of `GVPOTrainer`: those of `trl.GRPOConfig`, with the differences below.
+
+    For replay, demonstrations and logged completions see `OffPolicyConfig`.
 
     `per_device_train_batch_size × gradient_accumulation_steps × processes` responses make an optimizer step,
     as in TRL. How they are cut into micro-batches has no influence on the update.
@@ -113,6 +116,7 @@ class GVPOConfig(GRPOConfig):
             self.num_generations,
             self.world_size,
         )
+        check_off_policy(self)
 
     def _check_gvpo(self) -> None:
         if not (isinstance(self.beta, int | float) and math.isfinite(self.beta) and self.beta > 0):

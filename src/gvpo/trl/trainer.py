@@ -32,6 +32,7 @@ from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size
 from gvpo.trl.guard import guard
+from gvpo.trl.offpolicy import OffPolicy, placeholder, unrewarded
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts, split, window_batch
 
 
@@ -101,6 +102,9 @@ class GVPOTrainer(GRPOTrainer):
             twin = copy.deepcopy(model)
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
         check_size(kwargs.get("train_dataset", others[0] if others else None), args)
+        if args.offline is not None:
+            kwargs["train_dataset"] = placeholder(args, *others, **kwargs)
+            reward_funcs = reward_funcs or unrewarded
         with _temporarily(args, beta=args.beta if initial and twin is None else 0.0):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
@@ -111,6 +115,7 @@ class GVPOTrainer(GRPOTrainer):
         self._rewards_seen: Tensor | None = None
         self._small_beta_warned = False
         self._token_cap = math.inf  # what memory allowed last time it ran out
+        self.off_policy = OffPolicy(self)
         self._warn_of_settings()
 
     # ------------------------------------------------------------------------------------------- set-up
@@ -137,7 +142,8 @@ class GVPOTrainer(GRPOTrainer):
 
     def _warn_of_settings(self) -> None:
         args = self.args
-        if args.reference == "rollout" and args.updates_per_rollout <= 1:
+        fresh_only = args.offline is None and not args.replay_ratio
+        if fresh_only and args.reference == "rollout" and args.updates_per_rollout <= 1:
             warnings.warn(
                 f"beta={args.beta} cannot be felt: with reference='rollout' and one update per rollout the "
                 "implicit reward is 0 when it is compared, so beta only scales the gradient (and drops out "
@@ -167,24 +173,31 @@ class GVPOTrainer(GRPOTrainer):
         self._rewards_seen = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_seen
 
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any) -> Any:
+        return self.off_policy.generate(super()._generate_single_turn, prompt_ids, *others)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GroupBatch:
         """This rank's rows of a generation. Rewards and groups come from all ranks, in rank order."""
         train = self.model.training
+        k = self.num_generations if train else self.num_generations_eval
+        # Unique over the run, so that groups of two generations in one optimizer step stay apart.
+        first_group = self._step * (len(inputs) * self.accelerator.num_processes // k)
+        if train and self.off_policy.logged is not None:
+            return self.off_policy.logged_batch(inputs, first_group)
+        self.off_policy.place_demonstrations(inputs, first_group)
         # Told that generation ends with each optimizer step, TRL leaves out its own padded scoring pass.
         every = self.args.steps_per_generation * self.num_iterations
         with _temporarily(self.args, gradient_accumulation_steps=every):
             out = super()._generate_and_score_completions(inputs)
         if "pixel_values" in out:
             raise InputError("The data set has images, but GVPOTrainer trains text models only.")
-        k = self.num_generations if train else self.num_generations_eval
         rewards, valid = self._total_rewards()
         n = len(inputs)
         mine = slice(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
         completion_mask = out["completion_mask"]
         not_truncated = completion_mask.any(1)
         scored = completion_mask * out.get("tool_mask", 1)
-        # Unique over the run, so that groups of two generations in one optimizer step stay apart.
-        first_group = self._step * (len(rewards) // k)
+        self.off_policy.reward_demonstrations(rewards[mine], valid[mine])
         group_ids = first_group + torch.arange(len(rewards), device=rewards.device) // k
         return GroupBatch.from_padded(
             torch.cat([out["prompt_ids"], out["completion_ids"]], 1),
@@ -235,13 +248,14 @@ class GVPOTrainer(GRPOTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             slices = [Slice(part, self.state.global_step) for part in split(batch, spg)]
             self._attach_reference(slices)
+            self.off_policy.store(slices, self._rewards_seen)
             self._buffered_inputs = slices
         return self._buffered_inputs[self._step % spg]
 
     def _attach_reference(self, slices: list[Slice]) -> None:
         """Score under the reference the slices that will meet another policy than that."""
         late = slices[self._free_slices(len(slices)) :]
-        if not late:
+        if not late or late[0].batch.reference_logps is not None:  # logged with their reference
             return
         logps = self._score_reference(GroupBatch.concatenate([item.batch for item in late]))
         for item, part in zip(late, logps.split([len(item.batch) for item in late]), strict=True):
@@ -249,7 +263,8 @@ class GVPOTrainer(GRPOTrainer):
 
     def _free_slices(self, count: int) -> int:
         """How many of a generation's first slices are used in free steps only (see `_is_free`)."""
-        if self.args.reference == "initial" or (self._window and not self._is_free(self._window)):
+        kept = self.args.reference == "initial" or self.args.offline is not None or self.args.replay_ratio
+        if kept or (self._window and not self._is_free(self._window)):
             return 0
         room = self.current_gradient_accumulation_steps - len(self._window)
         if self.num_iterations > 1:
@@ -293,10 +308,11 @@ class GVPOTrainer(GRPOTrainer):
     def _is_free(self, window: list[Slice]) -> bool:
         """Whether the policy is still the one that sampled every row, and that one is the reference."""
         fresh = all(item.policy_step == self.state.global_step for item in window)
-        return fresh and self.args.reference == "rollout"
+        return fresh and self.args.reference == "rollout" and self.args.offline is None
 
     def _update(self, model: nn.Module) -> Tensor:
         batch = window_batch(self._window, free=self._is_free(self._window))
+        batch = self.off_policy.with_replay(batch, self._window)
         self._gvpo_step.model = model
         self._gvpo_step.token_budget = self._token_budget(batch)
         report = self._gvpo_step(batch)
@@ -361,20 +377,25 @@ class GVPOTrainer(GRPOTrainer):
             "metrics": dict(self._metrics["train"]),
             "train_tokens": self._total_train_tokens,
             "layout": self._layout(),
+            "off_policy": self.off_policy.state(),
         }
+        self.off_policy.save(folder)
         save_rollouts(self._rollout_file(folder), self._buffered_inputs or [], state)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
+            self.off_policy.begin(None)
             return
         path = self._rollout_file(Path(checkpoint))
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if not path.exists():
+            self.off_policy.begin(Path(checkpoint))
             self._warn_of_lost_rollouts(f"{path.name} is not in {checkpoint}")
             return
         slices, state = load_rollouts(path, self.accelerator.device)
+        self.off_policy.begin(Path(checkpoint), state["off_policy"])
         if state["layout"] != self._layout():
             self._warn_of_lost_rollouts(f"the run was started with {state['layout']}, not {self._layout()}")
             return
