@@ -1,0 +1,121 @@
+"""The options of `GVPOConfig` for responses that the current policy did not sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gvpo.errors import InputError
+from gvpo.offpolicy.demonstrations import check_slots
+from gvpo.offpolicy.sampling import SAMPLING
+
+
+@dataclass
+class OffPolicyConfig:
+    """Replay, demonstrations and logged completions; see docs/guide/off-policy.md.
+
+    Args:
+        replay_ratio: replayed groups per fresh group in each optimizer step, such as 0.5; 0 for no replay.
+        replay_capacity: groups kept, over all processes; the oldest leave first.
+        replay_max_age: groups older than this many optimizer steps leave.
+        replay_reference: what a replayed group is measured against. "stored": the reference of its time.
+            "current": the whole group is scored anew under `reference`; with reference="rollout" that is the
+            policy as it is now (re-anchoring).
+        replay_sampling: "uniform", "recent" (half the chance for every 8 steps of age) or "reward_variance".
+            For a function of your own, set `trainer.off_policy.sampling`.
+        replay_directory: where the groups are kept: a folder for each process. Groups that are already there
+            are used. Default: a folder of its own in `output_dir`, emptied when training starts anew.
+        replay_memory: MB of groups held in memory by each process.
+        demonstrations_per_group: slots of each group that demonstrations take, where a prompt has so many.
+        demonstration_slots: which slots, 0 … num_generations − 1. Default: the last ones.
+        demonstration_column: column of the data set with a prompt's demonstration, or a list of them.
+        demonstration_reward: reward of demonstrations. Default: the reward functions are asked.
+        offline: logged completions with rewards to train on instead of prompts: a .parquet or .jsonl file
+            (`gvpo.offpolicy.offline` says which columns), or the folder of a replay buffer. Nothing is
+            generated.
+
+    Raises:
+        InputError: options out of range, or that exclude each other.
+    """
+
+    replay_ratio: float = field(
+        default=0.0, metadata={"help": "Replayed groups per fresh group in each optimizer step."}
+    )
+    replay_capacity: int = field(
+        default=10_000, metadata={"help": "Groups kept for replay, over all processes."}
+    )
+    replay_max_age: int | None = field(
+        default=None, metadata={"help": "Groups older than this many optimizer steps leave the buffer."}
+    )
+    replay_reference: str = field(
+        default="stored",
+        metadata={
+            "help": "Measure replayed groups against the reference 'stored' with them, or score them anew "
+            "under the 'current' one.",
+            "choices": ["stored", "current"],
+        },
+    )
+    replay_sampling: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which groups to replay: uniform, recent, reward_variance.",
+            "choices": [*SAMPLING],
+        },
+    )
+    replay_directory: str | None = field(
+        default=None, metadata={"help": "Where groups are kept. Default: replay/ in output_dir."}
+    )
+    replay_memory: int = field(
+        default=256, metadata={"help": "MB of replayed groups held in memory by each process."}
+    )
+    demonstrations_per_group: int = field(
+        default=0, metadata={"help": "Slots of each group that demonstrations take."}
+    )
+    demonstration_slots: list[int] | None = field(
+        default=None, metadata={"help": "Which slots. Default: the last ones."}
+    )
+    demonstration_column: str = field(
+        default="demonstrations", metadata={"help": "Column with a prompt's demonstration(s)."}
+    )
+    demonstration_reward: float | None = field(
+        default=None, metadata={"help": "Reward of demonstrations. Default: from the reward functions."}
+    )
+    offline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on logged completions with rewards (.parquet, .jsonl or a replay folder) instead "
+            "of generating."
+        },
+    )
+
+
+def check_off_policy(args: Any) -> None:
+    """Raise an InputError for options out of range, or that exclude each other."""
+    if not (isinstance(args.replay_ratio, int | float) and 0 <= args.replay_ratio < float("inf")):
+        raise InputError(f"replay_ratio={args.replay_ratio!r} must be a number of at least 0.")
+    for name, least in (("replay_capacity", 1), ("replay_memory", 0), ("replay_max_age", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"{name}={value} must be at least {least}.")
+    if args.replay_reference not in ("stored", "current"):
+        raise InputError(f"replay_reference={args.replay_reference!r} is unknown: use 'stored' or 'current'.")
+    if args.replay_sampling not in SAMPLING:
+        raise InputError(
+            f"replay_sampling={args.replay_sampling!r} is unknown: use one of {', '.join(SAMPLING)}."
+        )
+    check_slots(args.demonstrations_per_group, args.num_generations, args.demonstration_slots)
+    if args.offline is not None and (args.replay_ratio or args.demonstrations_per_group):
+        raise InputError(
+            "offline trains on logged groups only: leave out replay_ratio and demonstrations_per_group "
+            "(logged groups come again each epoch, and may have demonstrations among their completions)."
+        )
+    needs_columns = "offline" if args.offline is not None else "demonstrations_per_group"
+    if (args.offline is not None or args.demonstrations_per_group) and args.remove_unused_columns:
+        raise InputError(f"{needs_columns} needs remove_unused_columns=False (the default here).")
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if args.replay_ratio and args.world_size > 1 and rows % args.num_generations:
+        raise InputError(
+            f"replay_ratio keeps whole groups in each of {args.world_size} processes, but a process has "
+            f"{rows} rows of a generation and groups have num_generations={args.num_generations}: make "
+            "per_device_train_batch_size × steps_per_generation a multiple of it."
+        )
