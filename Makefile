@@ -34,7 +34,7 @@ lint: $(VENV)/dev.installed  ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict links
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what was installed and built
 	rm -rf $(VENV) site dist
