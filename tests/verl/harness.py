@@ -70,7 +70,7 @@ def arguments(assets: Path, output: Path, *extra: str, workers: int = 2) -> list
         "actor_rollout_ref.actor.optim.clip_grad=1000",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
         "actor_rollout_ref.rollout.n=4",
         f"reward.custom_reward_function.path={Path(__file__).with_name('rewards.py')}",
         "gvpo.beta=0.3",
@@ -94,9 +94,9 @@ def start(arguments: list[str], output: Path, **environment: str) -> subprocess.
         )
 
 
-def run(arguments: list[str], output: Path, timeout: float = 280) -> str:
+def run(arguments: list[str], output: Path, timeout: float = 380, **environment: str) -> str:
     """Run to the end and return what was printed; whatever happens, nothing stays behind."""
-    process = start(arguments, output)
+    process = start(arguments, output, **environment)
     try:
         code = process.wait(timeout)
     finally:

@@ -53,7 +53,7 @@ def quickstart(
     seed: int = 0,
     output: str | Path = "runs/quickstart-verl",
     *,
-    steps: int = 30,
+    steps: int = 12,
     beta: float = 0.2,
     workers: int = 2,
     console: Console | None = None,
@@ -236,7 +236,7 @@ def _follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, 
             entry = json.loads(line)
             data = entry["data"]
             found = {ours: data[theirs] for theirs, ours in _SHOWN.items() if data.get(theirs) is not None}
-            right = next((v for k, v in data.items() if re.fullmatch(r"val-core/.*/reward/mean@\d+", k)), None)
+            right = next((v for k, v in data.items() if re.fullmatch(r"val-core/.*/acc/mean@\d+", k)), None)
             yield {"step": entry["step"], **found, **({} if right is None else {"accuracy_200": right})}
         read = whole
         if not running:
