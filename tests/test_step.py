@@ -90,9 +90,9 @@ def test_gradients_of_head_and_embedding_are_handed_over_once(kind):
 
     GVPOStep(model, beta=BETA, token_budget=60, backend=Scaling())(batch)
     assert relative_error({n: g / 8 for n, g in gradients(model).items()}, expected) < 1e-5
-    early = {"llama": False, "untied": False, "softcap": True}[kind]  # Gemma scales its embedding itself
     assert len(seen) > 2
-    assert seen[-2] == [early, False]
+    if kind != "softcap":  # Gemma's embedding, which scales itself, is left to autograd
+        assert seen[-2] == [False, False]
     assert seen[-1] == [True, True]
 
 
@@ -103,7 +103,9 @@ def test_partly_frozen_vocabularies(frozen):
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
         model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
     else:
-        model.get_submodule("model.embed_tokens" if frozen == "embed_tokens" else frozen).requires_grad_(False)
+        model.get_submodule("model.embed_tokens" if frozen == "embed_tokens" else frozen).requires_grad_(
+            False
+        )
     batch = random_batch(reference=True)
     expected, _ = double_gradient(model, batch)
     GVPOStep(model, beta=BETA, token_budget=60)(batch)
