@@ -1,5 +1,6 @@
 """Runs `python -m gvpo.verl` on CPUs with a tiny model, and computes its updates by plain autograd."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -108,10 +109,8 @@ def run(arguments: list[str], output: Path, timeout: float = 380, **environment:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a run and the processes of its session."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -42,7 +42,9 @@ def arguments(script, folder):
     stub.chmod(0o755)
     out = folder / "arguments.txt"
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "ARGUMENTS": str(out)}
-    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     assert result.stdout == "finished\n"
     return out.read_text().splitlines()
 
@@ -53,7 +55,7 @@ def test_the_converted_script_runs_gvpo_with_settings_that_pass(tmp_path):
     assert words[:2] == ["-m", "gvpo.verl"]
     kept = [w for w in arguments(SCRIPT, tmp_path)[2:] if not w.startswith("--")]
     changed = ("kl_loss", "entropy_coeff", "clip_ratio", "loss_agg_mode")
-    assert set(w for w in kept if not any(c in w for c in changed)) <= set(words)
+    assert {w for w in kept if not any(c in w for c in changed)} <= set(words)
     with initialize_config_dir(str(_CONFIG), version_base=None):
         config = compose("gvpo_trainer", overrides=words[2:])
     assert not any("without effect" in note for note in check(config, words[2:]))
@@ -62,7 +64,14 @@ def test_the_converted_script_runs_gvpo_with_settings_that_pass(tmp_path):
 
 def test_it_says_each_change_once_and_changes_nothing_twice():
     converted = convert_script(SCRIPT)
-    for name in ("use_kl_loss", "kl_loss_coef", "entropy_coeff", "clip_ratio_high", "loss_agg_mode", "gvpo_beta"):
+    for name in (
+        "use_kl_loss",
+        "kl_loss_coef",
+        "entropy_coeff",
+        "clip_ratio_high",
+        "loss_agg_mode",
+        "gvpo_beta",
+    ):
         assert sum(f"{name}" in change.split(":")[0].split(" ")[0] for change in converted.changes) == 1, name
     assert "# python3 -m verl.trainer.main_ppo runs below" in converted.script
     again = SCRIPT.replace("python3 -m verl.trainer.main_ppo -", "python3 -m verl.trainer.main_ppo \\\n -")

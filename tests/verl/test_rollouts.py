@@ -87,8 +87,8 @@ def test_row_sums_skip_tokens_that_do_not_count_whatever_they_hold():
 
 @pytest.mark.parametrize(("n", "micro_batch", "ranks"), [(4, 4, 2), (4, 8, 1), (4, 2, 2)])
 def test_published_scale_is_the_gradient_of_the_published_micro_steps(n, micro_batch, ranks):
-    """Their loop: each rank sums ½d²/(n−1) over a micro-batch and divides by the number of micro-batches, with the
-    group's mean held constant; ranks are averaged."""
+    """Their loop: a rank sums ½d²/(n−1) over a micro-batch and divides by the number of micro-batches, with
+    the group's mean held constant; ranks are averaged."""
     groups, beta = 4, 0.3
     rollouts = make([f"p{i // n}" for i in range(groups * n)])
     policy = (torch.randn(groups * n, dtype=torch.float64) - 20).requires_grad_()

@@ -108,7 +108,9 @@ def test_a_word_on_options_without_effect_and_on_a_beta_that_cannot_be_felt():
     assert "beta" in beta
 
 
-@pytest.mark.parametrize(("installed", "words"), [("0.8.2", "0.9.1"), ("0.6.1", "0.6.0"), (None, "not installed")])
+@pytest.mark.parametrize(
+    ("installed", "words"), [("0.8.2", "0.9.1"), ("0.6.1", "0.6.0"), (None, "not installed")]
+)
 def test_other_versions_of_verl_are_refused_with_the_range(monkeypatch, installed, words):
     monkeypatch.setattr(versions, "version", _versions(verl=installed))
     with pytest.raises(InputError, match=words):

@@ -29,7 +29,9 @@ def two_workers(assets, tmp_path_factory):
     metrics = output / "metrics.jsonl"
     extra = [*RAGGED, "trainer.logger=[file]", "trainer.save_freq=2", "trainer.test_freq=2"]
     run(arguments(assets, output, *extra), output, VERL_FILE_LOGGER_PATH=str(metrics))
-    return updates(output / "updates"), [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+    return updates(output / "updates"), [
+        json.loads(line)["data"] for line in metrics.read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,9 @@ def test_verl_logs_the_diagnostics_and_counts_its_passes(two_workers):
 
 
 @pytest.mark.timeout(400)
-def test_one_worker_with_dynamic_batches_makes_the_same_updates_as_two_without(assets, two_workers, one_worker):
+def test_one_worker_with_dynamic_batches_makes_the_same_updates_as_two_without(
+    assets, two_workers, one_worker
+):
     assert_exact(assets, one_worker)
     assert len(one_worker) == len(two_workers[0]) == 6
     for one, two in zip(one_worker, two_workers[0], strict=True):

@@ -17,7 +17,9 @@ verl = typer.Typer(
 
 @verl.command()
 def convert(
-    script: Annotated[Path, typer.Argument(help="A shell script that runs verl's GRPO; - for standard input.")],
+    script: Annotated[
+        Path, typer.Argument(help="A shell script that runs verl's GRPO; - for standard input.")
+    ],
 ) -> None:
     """Print the GVPO script for a verl GRPO script; comments at its top say what was changed and why."""
     from gvpo.errors import InputError

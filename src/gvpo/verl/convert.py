@@ -15,7 +15,7 @@ _OVERRIDE = re.compile(
     r"""(?<![\w.$/{-])(?P<plus>\+{0,2})(?P<name>[a-z_]\w*(?:\.\w+)+)=(?P<value>"[^"]*"|'[^']*'|[^\s\\)"']*)"""
 )
 _CONFIG_FLAG = re.compile(r"""--config-(?P<what>name|path|dir)[= ](?P<value>"[^"]*"|'[^']*'|[^\s\\]+)""")
-_KL = "GVPO's objective holds the KL term already, with beta as its coefficient"
+_KL = "the KL term is part of GVPO's objective, with beta as its coefficient"
 _CLIPPING = "GVPO has no clipping"
 _SUMS = "GVPO sums over tokens: its weights are for whole sequences"
 _CORRECTION = "GVPO needs no correction for the engine that sampled"
@@ -26,7 +26,11 @@ _SET = (
     ("algorithm.adv_estimator", "grpo", "it is what keeps a prompt's responses together"),
     ("algorithm.norm_adv_by_std_in_grpo", "False", "GVPO's optimum is defined by the reward itself"),
     ("algorithm.use_kl_in_reward", "False", _KL),
-    (f"{_ACTOR}.use_kl_loss", "False", _KL + "; for a pull towards the initial policy set gvpo.reference=initial"),
+    (
+        f"{_ACTOR}.use_kl_loss",
+        "False",
+        _KL + "; gvpo.reference=initial pulls to the initial policy",
+    ),
     (f"{_ACTOR}.entropy_coeff", "0", "an entropy bonus moves the optimum; raise beta instead"),
     (f"{_ACTOR}.policy_loss.loss_mode", "gvpo", "the objective"),
     (f"{_ACTOR}.gvpo_beta", str(DEFAULT_BETA), "the published temperature"),
@@ -78,10 +82,10 @@ def convert_script(text: str, name: str = "the script") -> Converted:
         name: of the script, for messages.
 
     Raises:
-        InputError: it does not run verl's PPO trainer, trains with a critic, or has a configuration file of its own.
+        InputError: it does not run verl's PPO trainer, has a critic or a configuration file of its own.
     """
     if not _ENTRY.search(_without_comments(text)):
-        raise InputError(f"{name} does not run verl.trainer.main_ppo: give a script that trains with verl's GRPO.")
+        raise InputError(f"{name} does not run verl.trainer.main_ppo: give a script of verl's GRPO.")
     changes: list[str] = []
     text, flags = _convert_config_flags(text, name)
     changes += flags
@@ -96,7 +100,9 @@ def convert_script(text: str, name: str = "the script") -> Converted:
     added = [(key, value, why) for key, value, why in _SET if key in _ADD and key not in found]
     changes += [f"{key}={value} added: {why}." for key, value, why in added]
     words = "".join(f" \\\n    {key}={value}" for key, value, _ in added)
-    body = _map_code("\n".join(lines), lambda line: _ENTRY.sub(lambda _: "gvpo.verl" + words, line)).splitlines()
+    body = _map_code(
+        "\n".join(lines), lambda line: _ENTRY.sub(lambda _: "gvpo.verl" + words, line)
+    ).splitlines()
     changes.insert(0, "verl.trainer.main_ppo → gvpo.verl: the same Hydra overrides, GVPO's updates.")
     start = 1 if body and body[0].startswith("#!") else 0
     body[start:start] = ["# Converted by `gvpo verl convert`:", *(f"#   {change}" for change in changes)]
@@ -112,7 +118,7 @@ def _convert_line(line: str, found: set[str], changes: list[str]) -> str:
         plain = value.strip("\"'")
         if name == "algorithm.adv_estimator" and plain in ("gae", "remax"):
             raise InputError(
-                f"algorithm.adv_estimator={plain} needs more than a group of responses: convert a GRPO script."
+                f"algorithm.adv_estimator={plain} needs more than a group: convert a GRPO script."
             )
         if name in _DROP:
             changes.append(f"{name}={value} removed: {_DROP[name]}.")
@@ -137,11 +143,11 @@ def _convert_config_flags(text: str, name: str) -> tuple[str, list[str]]:
     def convert(match: re.Match[str]) -> str:
         value = match["value"].strip("\"'").removesuffix(".yaml")
         if match["what"] == "name" and value == "ppo_megatron_trainer":
-            changes.append("--config-name=ppo_megatron_trainer → model_engine=megatron: verl 0.9's way to say it.")
+            changes.append("--config-name=ppo_megatron_trainer → model_engine=megatron: as verl 0.9 says it.")
             return "model_engine=megatron"
         if match["what"] == "name" and value != "ppo_trainer":
             raise InputError(
-                f"{name} uses a configuration file of its own, {value}: write what it sets as overrides instead, "
+                f"{name} uses a configuration file of its own, {value}: write its settings as overrides, "
                 "for gvpo.verl has its own primary file."
             )
         changes.append(f"{match[0]} removed: gvpo.verl finds verl's configuration itself.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             prepare(config)
             _tell_ray(config)
             train = _train_09 if adapter == "0.9" else _train_06
-            train(config)
+            _train_or_explain(train, config)
         except InputError as error:
             _refuse(error)
 
@@ -61,6 +62,25 @@ def _tell_ray(config: Any) -> None:
     OmegaConf.update(
         config, f"ray_kwargs.ray_init.runtime_env.env_vars.{_EXTERNAL}", os.environ[_EXTERNAL], force_add=True
     )
+
+
+def _train_or_explain(train: Callable[[Any], None], config: Any) -> None:
+    """Train; where a process of the run dies, say so in a sentence and end with 1."""
+    from ray.exceptions import RayActorError
+
+    from gvpo.verl.watch import WorkerDied
+
+    try:
+        train(config)
+    except (WorkerDied, RayActorError) as error:
+        reason = getattr(error, "cause", None) or error
+        print(f"gvpo: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(
+            "gvpo: the same command with trainer.resume_mode=auto goes on from the last checkpoint in "
+            f"{config.trainer.default_local_dir}.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def _train_09(config: Any) -> None:

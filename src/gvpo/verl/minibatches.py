@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Prompt = TypeVar("Prompt")
 
@@ -36,11 +39,13 @@ def rows_short(rows: int, multiple: int) -> int:
     return -rows % multiple
 
 
-def choose_rows(weights: Tensor, lengths: Sequence[int], multiple: int, *, spare: Sequence[int] = ()) -> list[int]:
+def choose_rows(
+    weights: Float[Tensor, "rows"], lengths: Sequence[int], multiple: int, *, spare: Sequence[int] = ()
+) -> list[int]:
     """The rows of an update: all of weight other than 0, filled up to a multiple by the shortest others.
 
-    Rows of weight 0 add nothing to the gradient (docs/theory.md, fact 4), so that leaving them out is exact and
-    so is taking them as filling.
+    Rows of weight 0 add nothing to the gradient (docs/theory.md, fact 4): leaving them out is exact, and so
+    is taking them as filling.
 
     Args:
         weights: (rows,); padding rows have weight 0.
@@ -57,5 +62,5 @@ def choose_rows(weights: Tensor, lengths: Sequence[int], multiple: int, *, spare
     idle = [i for i, weight in enumerate(weights.tolist()) if weight == 0]
     filling = sorted(idle, key=lambda i: (i in last_resort, lengths[i]))[:short]
     if len(filling) < short:
-        raise ValueError(f"{short} rows of weight 0 are needed to fill up an update, there are {len(filling)}.")
+        raise ValueError(f"an update needs {short} rows of weight 0 to fill it up and has {len(filling)}.")
     return sorted(used + filling)

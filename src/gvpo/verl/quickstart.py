@@ -20,7 +20,6 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, set_seed
 from transformers import logging as transformers_logging
@@ -100,7 +99,9 @@ def quickstart(
     prompts, gold = [task.prompt(*p) for p in test_pairs], [task.right(*p) for p in test_pairs]
     _write_prompts(run.path / "train.parquet", task, train_pairs)
     _write_prompts(run.path / "held_out.parquet", task, test_pairs[:200])
-    run.write_lines("held_out.jsonl", ({"prompt": p, "answer": g} for p, g in zip(prompts, gold, strict=True)))
+    run.write_lines(
+        "held_out.jsonl", ({"prompt": p, "answer": g} for p, g in zip(prompts, gold, strict=True))
+    )
 
     def accuracy(given: list[str]) -> float:
         return sum(a == b for a, b in zip(given, gold, strict=True)) / len(gold)

@@ -60,7 +60,7 @@ class Rollouts:
 
 def row_sums(values: Tensor, mask: Tensor) -> Float[Tensor, "rows"]:
     """Sums of jagged `values` over the tokens where jagged `mask` is not 0, in float64."""
-    lengths = mask.offsets().diff()
+    lengths = mask.offsets().diff()  # type: ignore[attr-defined]
     row = torch.arange(len(lengths)).repeat_interleave(lengths)
     # A token that does not count may hold anything.
     counted = torch.where(mask.values() != 0, values.values().double(), 0.0)

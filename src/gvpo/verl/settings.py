@@ -1,4 +1,4 @@
-"""GVPO's settings in a verl configuration: what they are, what contradicts them, what verl is told instead."""
+"""GVPO's settings in a verl configuration: what they are, what contradicts them, what verl is told."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _COMPANIONS: tuple[tuple[str, Any, str], ...] = (
         "gvpo",
         "gvpo.verl trains with no other loss; use verl.trainer.main_ppo for that",
     ),
-    ("algorithm.adv_estimator", "grpo", "GVPO compares the responses of a group, which only grpo keeps together"),
+    (
+        "algorithm.adv_estimator",
+        "grpo",
+        "it is what keeps the responses to a prompt together",
+    ),
     (
         "algorithm.norm_adv_by_std_in_grpo",
         False,
@@ -30,12 +34,12 @@ _COMPANIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "actor_rollout_ref.actor.use_kl_loss",
         False,
-        "GVPO's objective holds the KL term already, with beta as its coefficient; a second one moves the optimum",
+        "the KL term is part of GVPO's objective, with beta as its coefficient; a second moves the optimum",
     ),
     (
         "algorithm.use_kl_in_reward",
         False,
-        "GVPO's objective holds the KL term already, with beta as its coefficient; a second one moves the optimum",
+        "the KL term is part of GVPO's objective, with beta as its coefficient; a second moves the optimum",
     ),
     ("actor_rollout_ref.actor.entropy_coeff", 0, "an entropy bonus moves the optimum; raise beta instead"),
     ("algorithm.use_pf_ppo", False, "it draws rows again by weight and so changes the groups"),
@@ -50,7 +54,11 @@ _COMPANIONS: tuple[tuple[str, Any, str], ...] = (
         None,
         "GVPO needs no importance weights, whatever engine sampled",
     ),
-    ("algorithm.rollout_correction.rollout_rs", None, "GVPO needs no rejection of samples, whatever engine sampled"),
+    (
+        "algorithm.rollout_correction.rollout_rs",
+        None,
+        "GVPO needs no correction, whatever engine sampled",
+    ),
     (
         "algorithm.rollout_correction.bypass_mode",
         (None, False),
@@ -177,9 +185,9 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
     prompts = config.data.train_batch_size
     if settings.reference == "rollout" and settings.updates_per_step(prompts) == 1:
         notes.append(
-            "one update for each rollout with the rollout policy as reference: beta only scales the gradient, "
-            "which Adam undoes. It acts with ppo_mini_batch_size below train_batch_size, ppo_epochs above 1, or "
-            "gvpo.reference=initial."
+            "one update for each rollout with the rollout policy as reference: beta only scales the "
+            "gradient, which Adam undoes. It acts with ppo_mini_batch_size below train_batch_size, "
+            "ppo_epochs above 1, or gvpo.reference=initial."
         )
     return notes
 
@@ -202,7 +210,9 @@ def prepare(config: DictConfig) -> None:
             actor.use_kl_loss = True
             actor.kl_loss_coef = 0.0
             if not actor.use_dynamic_bsz:
-                config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu = _reference_micro_batch(config)
+                config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu = _reference_micro_batch(
+                    config
+                )
 
 
 def _beta(config: DictConfig) -> float:
@@ -210,9 +220,11 @@ def _beta(config: DictConfig) -> float:
     published = config.actor_rollout_ref.actor.get("gvpo_beta", None)
     if ours is not None and published is not None and float(ours) != float(published):
         raise InputError(
-            f"gvpo.beta={ours} and actor_rollout_ref.actor.gvpo_beta={published} name the same thing: give one."
+            f"gvpo.beta={ours} and actor_rollout_ref.actor.gvpo_beta={published} are one thing: give one."
         )
-    beta = DEFAULT_BETA if ours is None and published is None else float(ours if ours is not None else published)
+    beta = (
+        DEFAULT_BETA if ours is None and published is None else float(ours if ours is not None else published)
+    )
     if not (math.isfinite(beta) and beta > 0):
         raise InputError(f"beta must be a finite number above 0, got {beta}; the published setting is 0.1.")
     return beta
@@ -224,11 +236,11 @@ def _reference_micro_batch(config: DictConfig) -> int | None:
 
 
 def _check_sizes(config: DictConfig, settings: Settings) -> None:
-    actor, rollout, prompts = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, None
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     prompts = config.data.train_batch_size
     if rollout.n < 2:
         raise InputError(
-            f"actor_rollout_ref.rollout.n={rollout.n}: a group of one response has no variance; set it to 2 or more."
+            f"actor_rollout_ref.rollout.n={rollout.n}: one response has no variance; set it to 2 or more."
         )
     if not 1 <= settings.mini_batch <= prompts:
         raise InputError(
@@ -264,6 +276,6 @@ def _check_dynamic(config: DictConfig) -> None:
     ):
         if value < longest:
             raise InputError(
-                f"actor_rollout_ref.{name}={value} tokens cannot hold one row: set it to {longest} or more, the "
-                "larger of data.max_prompt_length + data.max_response_length and a padding row."
+                f"actor_rollout_ref.{name}={value} tokens cannot hold one row: set it to {longest} or "
+                "more, which data.max_prompt_length + data.max_response_length or a padding row may take."
             )

@@ -1,8 +1,9 @@
 """GVPO on verl 0.9: the driver computes weights, verl's own workers do the rest.
 
-What differs from verl's synchronous PPO trainer: a mini-batch is a number of whole prompts; before each but the
-first, the workers score its rows under the current policy (their own `compute_log_prob`); the driver turns sequence
-log-probabilities and rewards into weights and hands them to the workers' own `update_actor` as advantages.
+What differs from verl's synchronous PPO trainer: a mini-batch is a number of whole prompts; before each but
+the first, the workers score its rows under the current policy (their own `compute_log_prob`); the driver
+turns sequence log-probabilities and rewards into weights and hands them to the workers' own `update_actor` as
+advantages.
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ class GVPOTrainer(PPOTrainerSync):
         self, batch: KVBatchMeta, rows: Sequence[int], weights: Tensor, masks: list[Tensor]
     ) -> dict[str, float]:
         """One optimizer update with the gradient of −Σ w S, by the workers' own code."""
-        advantages = _jagged([weight * masks[i].float() for i, weight in zip(rows, weights.float(), strict=True)])
+        each = zip(rows, weights.float(), strict=True)
+        advantages = _jagged([weight * masks[i].float() for i, weight in each])
         tq.kv_batch_put(
             keys=[batch.keys[i] for i in rows],
             partition_id=batch.partition_id,
@@ -225,15 +227,11 @@ class GVPOTrainer(PPOTrainerSync):
             dataloader_kwargs={"shuffle": False},
         )
         output = self.actor_rollout_wg.update_actor(part)
-        metrics = {name: value for name, value in output["metrics"].items() if name not in _SURROGATES}
-        metrics = {
-            "perf/mfu/actor" if name == "mfu" else name if name.startswith("actor/") else f"actor/{name}": value
-            for name, value in metrics.items()
-        }
+        found = {name.removeprefix("actor/"): value for name, value in output["metrics"].items()}
+        kept = reduce_metrics({name: value for name, value in found.items() if name not in _SURROGATES})
         return {
-            name: float(value)
-            for name, value in reduce_metrics(metrics).items()
-            if name.removeprefix("actor/") not in _SURROGATES
+            "perf/mfu/actor" if name == "mfu" else f"actor/{name}": float(value)
+            for name, value in kept.items()
         }
 
     def _part(self, batch: KVBatchMeta, rows: Sequence[int], **extra: Any) -> KVBatchMeta:
@@ -258,7 +256,7 @@ class GVPOTrainer(PPOTrainerSync):
         keys = [batch.keys[i] for i in rows]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         mini = rollouts.take(rows)
-        record = {name: [row.clone() for row in data[name].unbind()] for name in fields}
+        record: dict[str, Any] = {name: [row.clone() for row in data[name].unbind()] for name in fields}
         record |= {
             "prompts": mini.prompts,
             "sessions": mini.sessions,

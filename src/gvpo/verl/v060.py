@@ -1,7 +1,7 @@
 """GVPO on verl 0.6.0, the version that the published recipe names, with the same driver-side weights.
 
-What differs from verl's own trainer: `update_actor` of its worker group is called once for each mini-batch of whole
-prompts, with weights as advantages. The workers run verl's own code.
+What differs from verl's own trainer: `update_actor` of its worker group is called once for each mini-batch of
+whole prompts, with weights as advantages. The workers run verl's own code.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class _Updates:
         config = trainer.config
         self.trainer, self.group, self.update_actor = trainer, group, update_actor
         self.settings: Settings = trainer.settings
-        self.ranks = group.world_size // config.actor_rollout_ref.actor.get("ulysses_sequence_parallel_size", 1)
+        self.ranks = group.world_size // config.actor_rollout_ref.actor.get(
+            "ulysses_sequence_parallel_size", 1
+        )
         # verl 0.6.0 divides by this number of rows, whatever the mini-batch holds.
         self.rows = self.settings.mini_batch * config.actor_rollout_ref.rollout.n
         self.dumped = 0
@@ -101,7 +103,9 @@ class _Updates:
         scored = self.group.compute_log_prob(part).batch["old_log_probs"]
         return _sums(scored, part.batch["response_mask"])[: len(rows)]
 
-    def _train(self, batch: DataProto, rollouts: Rollouts, rows: list[int], weights: Tensor) -> dict[str, float]:
+    def _train(
+        self, batch: DataProto, rollouts: Rollouts, rows: list[int], weights: Tensor
+    ) -> dict[str, float]:
         """One update with the gradient of −Σ w S; a row of weight 0 stands in for each that is missing."""
         short = self.rows - len(rows)
         taken = rows + rows[:1] * short
@@ -194,13 +198,14 @@ def train(config: DictConfig) -> None:
     rows = actor.ppo_mini_batch_size * n
     if rows % multiple:
         raise InputError(
-            f"verl 0.6.0 needs ppo_mini_batch_size × rollout.n = {rows} rows to be a multiple of {multiple}, which is "
-            "workers × ppo_micro_batch_size_per_gpu: change one of them, or use verl 0.9, which fills up."
+            f"verl 0.6.0 needs ppo_mini_batch_size × rollout.n = {rows} rows to be a multiple of {multiple}, "
+            "which is workers × ppo_micro_batch_size_per_gpu: change one, or use verl 0.9, which fills up."
         )
-    if config.data.train_batch_size * n % ranks:
+    rows = config.data.train_batch_size * n
+    if rows % ranks:
         raise InputError(
-            f"verl 0.6.0 needs train_batch_size × rollout.n = {config.data.train_batch_size * n} rows to be a multiple "
-            f"of the {ranks} workers: change one of them, or use verl 0.9, which fills up."
+            f"verl 0.6.0 needs train_batch_size × rollout.n = {rows} rows to be a multiple of the "
+            f"{ranks} workers: change one, or use verl 0.9, which fills up."
         )
     with open_dict(config):
         actor.ppo_epochs = 1  # the driver repeats

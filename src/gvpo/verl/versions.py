@@ -14,7 +14,7 @@ def check_versions() -> str:
     """The adapter that fits the installed verl: "0.9" or "0.6".
 
     Raises:
-        InputError: verl is missing or outside the range that is tested; for verl 0.9, TransferQueue is missing.
+        InputError: verl is missing or outside the tested range, or verl 0.9 has no TransferQueue.
     """
     installed = _version("verl")
     if installed is None:

@@ -23,8 +23,8 @@ class WorkerDied(RuntimeError):
 class Watch:
     """Asks every actor, over and over, for a sign of life.
 
-    A dead actor fails at once whatever call is pending with it; a busy one answers when it is done, so that this
-    never mistakes long work for death.
+    A dead actor fails whatever call is pending with it at once; a busy one answers when it is done, so that
+    long work is never mistaken for death.
 
     Args:
         seconds: between two rounds.

@@ -1,7 +1,7 @@
 """verl without a GPU: a CPU platform and a Hugging Face rollout, registered from outside verl 0.9.
 
-Name this module in the environment variable VERL_USE_EXTERNAL_MODULES, for verl imports it then in every process
-(`use()` sets it for this one and those that it starts), and choose `trainer.device=cpu` and
+verl imports `gvpo.verl.cpu.register` in every process when VERL_USE_EXTERNAL_MODULES names it: `use()` sets
+that for this process and those that it starts. Besides, choose `trainer.device=cpu` and
 `actor_rollout_ref.rollout.name=hf`. For trying verl on a laptop and for tests; nothing here is fast.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -29,12 +29,13 @@ def _memory(*_: Any, **__: Any) -> tuple[int, int]:
 class _Device(ModuleType):
     """`torch.cpu`, with what verl asks of `torch.cuda` besides."""
 
-    _EXTRA: dict[str, Callable[..., Any]] = {
+    _EXTRA: ClassVar[dict[str, Callable[..., Any]]] = {
         **dict.fromkeys(
             ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), _no_bytes
         ),
         **dict.fromkeys(
-            ("empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_device", "manual_seed_all"), _nothing
+            ("empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_device", "manual_seed_all"),
+            _nothing,
         ),
         "manual_seed": torch.manual_seed,
         "mem_get_info": _memory,

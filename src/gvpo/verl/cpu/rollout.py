@@ -58,8 +58,8 @@ class HFServer:
         tied = set(getattr(self.model, "all_tied_weights_keys", ()))
         if set(missing) - tied or unexpected:
             raise RuntimeError(
-                f"The trainer's weights do not fit the rollout's model: {sorted(set(missing) - tied)} are missing, "
-                f"{sorted(unexpected)} unknown."
+                "The trainer's weights do not fit the rollout's model: "
+                f"{sorted(set(missing) - tied)} are missing, {sorted(unexpected)} unknown."
             )
         self.version = version
         self._seen.clear()

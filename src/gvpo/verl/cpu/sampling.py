@@ -72,10 +72,10 @@ class _GumbelNoise(LogitsProcessor):
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocabulary"]) -> Tensor:
-        noise = torch.stack(
-            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators]
-        )
+    def __call__(
+        self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocabulary"]
+    ) -> Tensor:
+        noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
         return scores - noise.log()
 
 
@@ -90,7 +90,7 @@ def sample(
 ) -> list[Response]:
     """Sample one response to each prompt, all in one batch.
 
-    A row depends on its prompt and its seed, up to the rounding of the model's arithmetic; not on its companions.
+    A row depends on its prompt and its seed, not on its companions, up to rounding.
 
     Args:
         model: in evaluation mode.

@@ -1,0 +1,75 @@
+"""A run that loses a process ends soon and says so; the next one goes on where the checkpoint was."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.verl.harness import arguments, make_assets, replay, run, start, stop, updates
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+STEPS = 6
+
+
+def steps(metrics):
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def wait_for(condition, seconds, what):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} took more than {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", ["WorkerDict", "AgentLoopWorkerTQ"])
+def test_kill_9_of_a_ray_process_ends_the_run_and_the_next_one_resumes(tmp_path, victim):
+    assets = make_assets(tmp_path / "assets")
+    metrics = tmp_path / "metrics.jsonl"
+    settings = [
+        "trainer.logger=[file]",
+        "trainer.save_freq=1",
+        "trainer.resume_mode=auto",
+        "data.shuffle=True",
+        "data.seed=3",
+        f"trainer.total_training_steps={STEPS}",
+    ]
+    words = arguments(assets, tmp_path, *settings)
+    process = start(words, tmp_path, VERL_FILE_LOGGER_PATH=str(metrics))
+    try:
+        wait_for(lambda: len(steps(metrics)) >= 2, 300, "two steps")
+        found = [p for p in psutil.Process(process.pid).children(recursive=True) if victim in _name(p)]
+        os.kill(found[0].pid, signal.SIGKILL)
+        assert process.wait(90) != 0
+    finally:
+        stop(process)
+    printed = (tmp_path / "log.txt").read_text(errors="replace")
+    assert re.search(r"gvpo: .*died, and the run ends here", printed), printed[-4000:]
+    assert re.search(r"gvpo: .*resume_mode=auto", printed), printed[-4000:]
+
+    saved = int((tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved >= 2
+    for file in (tmp_path / "updates").iterdir():
+        if int(file.name.split("_")[1]) > saved:
+            file.unlink()  # made after the checkpoint, and lost with the run
+    metrics.unlink()
+    run(words, tmp_path, VERL_FILE_LOGGER_PATH=str(metrics))
+    assert steps(metrics) == list(range(saved + 1, STEPS + 1))
+    # Both halves together are one run of the formula: weights, optimizer and data went on where they were.
+    done = replay(assets, updates(tmp_path / "updates"), beta=0.3, lr=0.05)
+    assert [update.dump["step"] for update in done] == [s for s in range(1, STEPS + 1) for _ in range(2)]
+    for update in done:
+        assert update.dump["metrics"]["actor/grad_norm"] == pytest.approx(update.gradient_norm, rel=1e-3)
+
+
+def _name(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
