@@ -9,7 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from gvpo.offpolicy import ReplayView
+from gvpo.errors import InputError
+from gvpo.offpolicy import Group, ReplayBuffer, ReplayView
+from gvpo.offpolicy.tokens import fingerprint
 from gvpo.step import GVPOStep
 from gvpo.trl import GVPOTrainer
 from tests.gloo import run_ranks
@@ -238,3 +240,156 @@ def test_two_processes_make_the_update_of_the_union(tmp_path):
     for errors in run_ranks(spread, 2, path):
         assert [len(e) for e in errors] == [8] * 4
         assert max(map(max, errors)) < 1e-5, errors
+
+
+def test_resuming_is_as_if_never_stopped(tmp_path):
+    """Replayed groups and their order come back, mid-generation, and after the run went on beyond."""
+    settings = {
+        "cls": GVPOTrainer,
+        "data": demonstrated(),
+        "replay_ratio": 0.7,
+        "replay_capacity": 30,
+        "steps_per_generation": 8,
+        "demonstrations_per_group": 1,
+        "max_steps": 7,
+        "output_dir": str(tmp_path),
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    straight = run(**settings)
+    straight.train()
+    straight.off_policy.buffer.close()  # as the end of the process would
+    assert straight.state.log_history[-2]["replay/size"] == 30
+    for step in (6, 3):
+        again = run(**settings)
+        assert len(again.off_policy.buffer) == 30
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert distance(parameters(again), parameters(straight)) == 0
+        for name in ("replay/size", "replay/age_mean", "replay/size_age_mean", "loss"):
+            assert again.state.log_history[-2][name] == straight.state.log_history[-2][name]
+        again.off_policy.buffer.close()
+    # A run of its own begins with nothing of the last one.
+    fresh = run(**{**settings, "max_steps": 1, "save_strategy": "no"})
+    fresh.train()
+    assert fresh.state.log_history[0]["replay/groups"] == 0
+    fresh.off_policy.buffer.close()
+
+
+def test_groups_from_elsewhere_enter_by_the_replay_directory(tmp_path):
+    """Say, of another model: scored under the initial policy, as a whole group."""
+    folder = tmp_path / "foreign" / "rank-00000"
+    foreign = [Group.of([5, 6], [[7, 8], [9], [10, 2], [11]], [1.0, 0.0, 0.5, 0.0], policy_step=10**6)] * 8
+    with ReplayBuffer(folder, tokenizer=fingerprint(tokenizer())) as buffer:
+        buffer.append(foreign)
+    settings = {
+        "data": dataset(),
+        "replay_ratio": 1.0,
+        "replay_directory": str(folder.parent),
+        "max_steps": 2,
+    }
+    unscored = run(**settings)
+    with pytest.raises(
+        InputError, match="without reference log-probabilities: use replay_reference='current'"
+    ):
+        unscored.train()
+    unscored.off_policy.buffer.close()
+    trainer = run(**settings, replay_reference="current", reference="initial")
+    trainer.train()
+    assert len(trainer.replayed[0]) == 8
+    assert max(trainer.errors[:2]) < 1e-5
+    trainer.off_policy.buffer.close()
+
+
+def test_no_generation_for_demonstrations_only(monkeypatch):
+    """Groups of given answers with given rewards: nothing is sampled but one row, which is thrown away."""
+    answers = [["1", "22", "333", "4444"]] * 64
+    data = Dataset.from_dict({"prompt": dataset()["prompt"], "demonstrations": answers})
+    trainer = run(data, demonstrations_per_group=4, max_steps=2)
+    rows = []
+    original = type(trainer.model).generate
+    monkeypatch.setattr(
+        type(trainer.model), "generate", lambda *a, **k: rows.append(len(k["input_ids"])) or original(*a, **k)
+    )
+    trainer.train()
+    assert rows == [1, 1]
+    assert max(trainer.errors) < 1e-5
+    assert trainer.state.log_history[0]["demonstrations/rows"] == 32
+
+
+BAD_SETTINGS = {
+    "replay_ratio=-1 must be a number of at least 0": {"replay_ratio": -1},
+    "replay_capacity=0 must be at least 1": {"replay_ratio": 1, "replay_capacity": 0},
+    "replay_reference='new' is unknown": {"replay_reference": "new"},
+    "replay_sampling='best' is unknown: use one of uniform": {"replay_sampling": "best"},
+    "demonstrations_per_group=5 does not fit": {"demonstrations_per_group": 5},
+    r"demonstration_slots=\[7\] must be 1 different slots": {
+        "demonstrations_per_group": 1,
+        "demonstration_slots": [7],
+    },
+    "offline trains on logged groups only": {"offline": "x.parquet", "replay_ratio": 1},
+    "offline needs remove_unused_columns=False": {"offline": "x.parquet", "remove_unused_columns": True},
+}
+
+
+@pytest.mark.parametrize("message", list(BAD_SETTINGS))
+def test_bad_settings_are_refused(message):
+    with pytest.raises(InputError, match=message):
+        config(**BAD_SETTINGS[message])
+
+
+def test_bad_data_are_refused_before_training(tmp_path):
+    path = write(tmp_path, logged_rows(10))
+    short = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    for message, settings in {
+        "needs reference='initial'": {"offline": path},
+        "groups of up to 4 responses, but num_generations=2: set it to 4": {
+            "offline": path,
+            "num_generations": 2,
+            **short,
+        },
+        "has 10 groups, fewer than the 16": {
+            "offline": path,
+            "reference": "initial",
+            "per_device_train_batch_size": 16,
+        },
+        "it has 9 tokens, but max_completion_length is 5": {
+            "offline": path,
+            "reference": "initial",
+            "max_completion_length": 5,
+        },
+        "is the training data: give no train_dataset": {"offline": path, "data": dataset()},
+        "no column 'demonstrations' with demonstrations": {"data": dataset(), "demonstrations_per_group": 1},
+        "demonstration 0 has 5 tokens, but max_completion_length is 3": {
+            "data": demonstrated(),
+            "demonstrations_per_group": 1,
+            "max_completion_length": 3,
+        },
+    }.items():
+        with pytest.raises(InputError, match=message):
+            run(**{"data": None, "cls": GVPOTrainer, "rewards": digit_reward, **settings})
+    unrated = run(
+        demonstrated(),
+        rewards=lambda completions, **_: [0.5 if len(c) > 8 else None for c in completions],
+        demonstrations_per_group=1,
+        cls=GVPOTrainer,
+    )
+    with pytest.raises(InputError, match=r"gave a demonstration no reward .* set demonstration_reward"):
+        unrated.train()
+
+
+def test_a_buffer_of_another_group_size_is_refused(tmp_path):
+    settings = {"data": dataset(), "replay_ratio": 1.0, "replay_directory": str(tmp_path), "cls": GVPOTrainer}
+    run(**settings).off_policy.buffer.close()
+    with pytest.raises(InputError, match="holds groups of 4 responses, not of 8"):
+        run(**settings, num_generations=8)
+
+
+def test_re_anchoring_is_warned_about():
+    with pytest.warns(UserWarning, match="re-anchors: .* diverged so"):
+        GVPOTrainer(
+            tiny_model(),
+            digit_reward,
+            config(replay_ratio=1.0, replay_reference="current"),
+            train_dataset=dataset(),
+            processing_class=tokenizer(),
+        )

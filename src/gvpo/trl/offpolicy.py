@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from transformers import TrainerCallback
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
@@ -25,7 +26,7 @@ from gvpo.offpolicy.offline import Logged, load_offline
 from gvpo.offpolicy.replay import ReplayBuffer
 from gvpo.offpolicy.sampling import Weights
 from gvpo.offpolicy.tokens import Encoder, fingerprint
-from gvpo.offpolicy.view import rank_folder
+from gvpo.offpolicy.view import ReplayView, rank_folder
 from gvpo.trl.rollouts import Slice
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def unrewarded(**_: Any) -> list[float]:
     raise InputError("evaluation samples completions, and no reward function was given to rate them")
 
 
-class OffPolicy:
+class OffPolicy(TrainerCallback):
     """The off-policy part of a trainer.
 
     Attributes:
@@ -75,6 +76,7 @@ class OffPolicy:
             self.demonstrations = self._make_demonstrations()
         if args.replay_ratio:
             self.buffer = self._open_buffer()
+        trainer.add_callback(self)
 
     # -------------------------------------------------------------------------------------------- set-up
 
@@ -341,25 +343,38 @@ class OffPolicy:
         if self.buffer is not None:
             self.buffer.save(self._saved(folder))
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """transformers tells that training starts; groups of an earlier run leave a new one's own folder."""
+        if state.global_step == 0:
+            self._due, self._first_numbers = 0.0, {}
+            if self.buffer is not None and self.args.replay_directory is None:
+                self.buffer.clear()
+
     def begin(self, checkpoint: Path | None, state: dict[str, Any] | None = None) -> None:
-        """Training starts: anew, or from a checkpoint."""
+        """Go on from a checkpoint, with what was in the buffer then."""
         self._due, self._first_numbers = 0.0, {}
         if state is not None:
             self._run, self._due = state["run"], state["due"]
             self._first_numbers = {int(step): number for step, number in state["first_numbers"].items()}
-        if self.buffer is None:
+        if self.buffer is None or checkpoint is None:
             return
-        if checkpoint is None:
-            if self.args.replay_directory is None:
-                self.buffer.clear()
-        elif self._saved(checkpoint).exists():
-            self.buffer.restore(self._saved(checkpoint))
-        else:
-            warnings.warn(
-                f"{self._saved(checkpoint).name} is not in {checkpoint}: replay goes on with the "
-                f"{len(self.buffer)} groups in {self._folder()}.",
-                stacklevel=2,
-            )
+        world, rank = self.trainer.accelerator.num_processes, self.trainer.accelerator.process_index
+        saved = sorted(checkpoint.glob("gvpo_replay_*"), key=lambda path: int(path.name.split("_")[-1]))
+        if len(saved) == world:
+            self.buffer.restore(saved[rank])
+            return
+        # Shared out among other processes than before; which group is drawn next is another matter then.
+        self._first_numbers = {}
+        self.buffer.clear()
+        for folder in saved[rank::world]:
+            with ReplayView(folder) as view:
+                for start in range(0, len(view), 1000):
+                    self.buffer.append(view.read(range(start, min(start + 1000, len(view)))))
+        warnings.warn(
+            f"{checkpoint} has the replay buffers of {len(saved)} process(es), not of {world}: "
+            + ("their groups were shared out." if saved else "replay starts empty."),
+            stacklevel=2,
+        )
 
     def _saved(self, folder: Path) -> Path:
         return folder / f"gvpo_replay_{self.trainer.accelerator.process_index}"
