@@ -12,10 +12,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gvpo.quickstart import make_model, make_tokenizer
 from gvpo.verl.cpu import overrides, use
+from tests.models import tiny_model
 from tests.test_objective import literal_loss
 
 RESPONSE = 12
@@ -23,12 +27,16 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def make_assets(folder: Path, prompts: int = 24) -> Path:
-    """A random model of the quickstart's shape and prompts of several lengths."""
-    tokenizer = make_tokenizer()
+    """A random model of a few thousand parameters, a token a character, and prompts of several lengths."""
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+-="]
+    inner = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Split(Regex("."), behavior="isolated")
+    inner.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
     tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    model = make_model(tokenizer)
-    model.config.max_position_embeddings = 256
+    model = tiny_model("llama", vocab_size=len(vocabulary), max_position_embeddings=256)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for part in (tokenizer, model):
@@ -136,10 +144,12 @@ def replay(
     lr: float,
     reference: str = "rollout",
     scale: float = 1,
+    optimizer: str = "SGD",
 ) -> list[Update]:
-    """The same updates in one process: the formula on the model's own logits, autograd, SGD."""
+    """The same updates in one process: the formula on the model's own logits, autograd, torch's optimizer."""
     model = AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="eager").double()
     initial = AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="eager").double()
+    steps = getattr(torch.optim, optimizer)(model.parameters(), lr=lr, weight_decay=0)
     done, step, anchor = [], None, None
     for dump in dumps:
         if dump["step"] != step:
@@ -161,9 +171,7 @@ def replay(
         model.zero_grad()
         (scale * loss).backward()
         norm = sum(p.grad.pow(2).sum() for p in model.parameters()).sqrt().item()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= lr * p.grad
+        steps.step()
         done.append(Update(dump, loss.item(), norm, torch.bincount(groups).tolist()))
     return done
 

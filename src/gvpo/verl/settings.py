@@ -147,7 +147,7 @@ def read_settings(config: DictConfig) -> Settings:
         reference=reference,
         scale=micro_batch / rollout.n if loss_scale == "published" else 1.0,
         mini_batch=actor.ppo_mini_batch_size,
-        epochs=actor.ppo_epochs,
+        epochs=gvpo.get("epochs", None) or actor.ppo_epochs,
         shuffle=bool(actor.shuffle),
         seed=actor.get("data_loader_seed", None) or 0,
         row_multiple=row_multiple,

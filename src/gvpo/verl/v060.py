@@ -208,6 +208,7 @@ def train(config: DictConfig) -> None:
             f"{ranks} workers: change one, or use verl 0.9, which fills up."
         )
     with open_dict(config):
-        actor.ppo_epochs = 1  # the driver repeats
+        # The driver repeats, and the workers don't.
+        config.gvpo.epochs, actor.ppo_epochs = actor.ppo_epochs, 1
     main_ppo.TaskRunner = ray.remote(num_cpus=1)(GVPOTaskRunner)
     main_ppo.run_ppo(config)
