@@ -29,12 +29,16 @@ def test_records_are_plain_json_and_yaml(tmp_path: Path) -> None:
     assert not list(run.path.glob(".*"))
 
 
-def test_new_run_drops_old_records_and_a_resumed_one_keeps_them(tmp_path: Path) -> None:
+def test_new_run_drops_old_records_and_a_resumed_one_keeps_its_past(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.start({})
-    run.log({"step": 1})
-    run.start({}, resumed=True)
-    assert len(run.metrics()) == 1
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    run.start({}, resumed_at=2)
+    run.log({"step": 3, "again": True})
+    assert run.metrics() == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
     run.start({})
     assert run.metrics() == []
 

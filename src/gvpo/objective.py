@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gvpo.errors import NonFiniteError
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -103,7 +105,11 @@ def gvpo_loss(
     Gradients flow to `policy_logps` only, and are those of this rank's rows: the gradient of the union is
     their *sum* over ranks, so an engine that averages gradients over n ranks needs the loss times n.
     """
-    weights, metrics = _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)
+    weights, rows, terms, all_weights = _solve(
+        policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group
+    )
+    with torch.no_grad():
+        metrics = _diagnose(rows, terms, all_weights)
     # A row that is masked out may hold anything, NaN too, and 0 · NaN is NaN.
     scored = policy_logps if mask is None else policy_logps.masked_fill(~mask.bool(), 0.0)
     linear = -(weights * scored).sum()
@@ -124,6 +130,18 @@ class _Rows:
     first_row: list[int]  # of each rank
 
 
+@dataclass(frozen=True)
+class _Terms:
+    """The centred terms of the rows of all ranks; rows that do not count are 0."""
+
+    implicit: Float[Tensor, "rows"]  # Rθ − mean Rθ
+    reward: Float[Tensor, "rows"]  # R − mean R
+    residual: Float[Tensor, "rows"]  # d, their difference
+    share: Float[Tensor, "rows"]  # 1/((k−1) G), and 0 in groups with fewer than two valid rows
+    kept: Bool[Tensor, "rows"]
+    kept_group: Bool[Tensor, "groups"]
+
+
 def _solve(
     policy_logps: Tensor,
     reference_logps: Tensor,
@@ -132,63 +150,62 @@ def _solve(
     beta: float,
     mask: Tensor | None,
     process_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, _Rows, _Terms, Tensor]:
+    """This rank's weights in its dtype; then all rows, their terms and their weights in float64."""
     problem = _find_problem(policy_logps, reference_logps, rewards, group_ids, beta, mask)
     if process_group is None and problem:
         raise ValueError(problem)
     with torch.no_grad():
         rows = _union(policy_logps, reference_logps, rewards, group_ids, mask, process_group, problem)
         _check_finite(rows)
-        weights, metrics = _solve_union(rows, float(beta))
-        return weights[rows.local].to(device=policy_logps.device, dtype=policy_logps.dtype), metrics
+        terms = _centre(rows, float(beta))
+        # Centred terms that are both exactly 0 make a weight of exactly 0 (and not −0).
+        weights = torch.where(terms.residual == 0, 0.0, terms.residual * terms.share * -float(beta))
+        local = weights[rows.local].to(device=policy_logps.device, dtype=policy_logps.dtype)
+    return local, rows, terms, weights
 
 
-def _solve_union(rows: _Rows, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights and metrics of the whole step (docs/theory.md, facts 2 and 5)."""
+def _centre(rows: _Rows, beta: float) -> _Terms:
+    """Implicit rewards and rewards less their group's mean (docs/theory.md, fact 2)."""
     ids, group = torch.unique(rows.group_ids, return_inverse=True)
     n_ids = len(ids)
-
-    def per_group(x: Tensor) -> Tensor:
-        return x.new_zeros(n_ids).index_add_(0, group, x)
-
-    size = per_group(rows.valid.double())
+    size = torch.bincount(group, rows.valid.double(), n_ids)
     kept_group = size >= 2
     kept = rows.valid & kept_group[group]
-    n_groups = kept_group.sum().clamp(min=1)
+    values = torch.stack([beta * (rows.policy - rows.reference), rows.rewards])
+    values = torch.where(kept, values, -torch.inf)
+    # Shifted by the group's maximum first: equal values then centre to exactly 0, not to 1e-17.
+    top = values.new_full((2, n_ids), -torch.inf).scatter_reduce(1, group.expand(2, -1), values, "amax")
+    shifted = torch.where(kept, values - top[:, group], 0.0)
+    mean = values.new_zeros(2, n_ids).index_add_(1, group, shifted) / size.clamp(min=1)
+    implicit, reward = torch.where(kept, shifted - mean[:, group], 0.0)
+    per_group = 1 / ((size - 1) * kept_group.sum())
+    share = torch.where(kept, per_group[group], 0.0)
+    return _Terms(implicit, reward, implicit - reward, share, kept, kept_group)
 
-    def centred(x: Tensor) -> Tensor:
-        # Shifted by the group's maximum first: equal values then centre to exactly 0, not to 1e-17.
-        x = torch.where(kept, x, -torch.inf)
-        top = x.new_full((n_ids,), -torch.inf).scatter_reduce(0, group, x, "amax")
-        shifted = torch.where(kept, x - top[group], 0.0)
-        mean = per_group(shifted) / size.clamp(min=1)
-        return torch.where(kept, shifted - mean[group], 0.0)
 
-    implicit = centred(beta * (rows.policy - rows.reference))
-    reward = centred(rows.rewards)
-    residual = implicit - reward
-    share = torch.where(kept, 1 / ((size - 1).clamp(min=1)[group] * n_groups), 0.0)
-    # Centred terms that are both exactly 0 make a weight of exactly 0 (and not −0).
-    weights = torch.where(residual == 0, 0.0, -beta * residual * share)
-
-    n_valid, n_kept = rows.valid.sum().clamp(min=1), kept.sum().clamp(min=1)
-    residual_variance, reward_variance = (share * residual**2).sum(), (share * reward**2).sum()
-    log_ratio = torch.where(kept, rows.policy - rows.reference, 0.0)
-    metrics = {
+def _diagnose(rows: _Rows, terms: _Terms, weights: Tensor) -> dict[str, Tensor]:
+    """The metrics of `GVPOLoss` (docs/theory.md, fact 5)."""
+    centred = torch.stack([terms.implicit, terms.reward, terms.residual])
+    (implicit_variance, covariance, _), (_, reward_variance, _), (_, _, residual_variance) = (
+        terms.share * centred
+    ) @ centred.t()
+    n_valid, n_groups = rows.valid.sum().clamp(min=1), terms.kept_group.sum().double()
+    log_ratio = torch.where(terms.kept, rows.policy - rows.reference, 0.0)
+    return {
         "loss": residual_variance / 2,
-        "implicit_reward_variance": (share * implicit**2).sum(),
-        "covariance": (share * implicit * reward).sum(),
+        "implicit_reward_variance": implicit_variance,
+        "covariance": covariance,
         "reward_variance": reward_variance,
         "explained_variance": torch.where(
             reward_variance > 0, 1 - residual_variance / reward_variance, torch.nan
         ),
         "weight_abs_mean": weights.abs().sum() / n_valid,
         "weight_zero_fraction": ((weights == 0) & rows.valid).sum() / n_valid.double(),
-        "groups": kept_group.sum().double(),
-        "groups_dropped": (~kept_group).sum().double(),
-        "kl": log_ratio.sum() / n_kept,
+        "groups": n_groups,
+        "groups_dropped": len(terms.kept_group) - n_groups,
+        "kl": log_ratio.sum() / terms.kept.sum().clamp(min=1),
     }
-    return weights, metrics
 
 
 def _union(
@@ -210,6 +227,8 @@ def _union(
     else:
         valid = torch.ones_like(group_ids, dtype=torch.bool) if mask is None else mask.bool()
         floats = [t.detach().to(home, torch.float64) for t in (policy_logps, reference_logps, rewards)]
+        if process_group is None:
+            return _Rows(*floats, group_ids.to(home), valid.to(home), slice(0, n), [0])
         # int64 carries the bits of the float64 columns, and ids beyond 2^53, in one message.
         columns = torch.stack(
             [*(f.view(torch.int64) for f in floats), group_ids.to(home, torch.int64), valid.to(home).long()],
@@ -272,16 +291,19 @@ def _find_problem(
 
 
 def _check_finite(rows: _Rows) -> None:
+    # The one host synchronisation of the good case: a sum is finite only if its terms are.
+    if torch.where(rows.valid, rows.policy + rows.reference + rows.rewards, 0.0).isfinite().all():
+        return
     columns = {"policy_logps": rows.policy, "reference_logps": rows.reference, "rewards": rows.rewards}
     bad = torch.stack([~c.isfinite() & rows.valid for c in columns.values()])
-    if not bad.any():  # the one host synchronisation of the good case
+    if not bad.any():  # the sum was beyond float64
         return
     argument, row = (int(i) for i in bad.nonzero()[0])
     name = list(columns)[argument]
     value = columns[name][row].item()
     rank = sum(first <= row for first in rows.first_row) - 1
     place = f"row {row - rows.first_row[rank]}" + (f" of rank {rank}" if len(rows.first_row) > 1 else "")
-    raise ValueError(
+    raise NonFiniteError(
         f"{name} is {value} in {place}: set mask to False there to leave the row out of its group, "
         "or repair what made it."
     )

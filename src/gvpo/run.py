@@ -56,12 +56,15 @@ class RunDirectory:
                 f"The output directory {self.path} cannot be written to ({error.strerror}): choose another."
             ) from error
 
-    def start(self, config: Mapping[str, Any], *, resumed: bool = False) -> None:
-        """Write `config.yaml`; unless the run goes on, drop the records of an earlier one."""
+    def start(self, config: Mapping[str, Any], *, resumed_at: int | None = None) -> None:
+        """Write `config.yaml` and drop earlier records; of a run that goes on, those after its step."""
         self._write("config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
-        if not resumed:
-            for name in (METRICS, "summary.json"):
-                (self.path / name).unlink(missing_ok=True)
+        (self.path / "summary.json").unlink(missing_ok=True)
+        kept = [] if resumed_at is None else [m for m in self.metrics() if m.get("step", 0) <= resumed_at]
+        if kept:
+            self.write_lines(METRICS, kept)
+        else:
+            (self.path / METRICS).unlink(missing_ok=True)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -73,11 +76,10 @@ class RunDirectory:
         self._write("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`."""
+        """The lines of `metrics.jsonl`, but for a last one that was torn by a kill."""
         path = self.path / METRICS
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n") if path.exists() else ("", "", "")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one metric, where it was logged."""

@@ -144,7 +144,7 @@ def test_two_processes_learn_with_lora_and_evaluate(chat_model: Path, inside: Pa
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
         (["--output_dir", "own_reward.py/out"], "own_reward.py is a file"),
         (["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
-        (["--resume", "out/checkpoint-7"], "out/checkpoint-7 is not a checkpoint"),
+        (["--resume", "out/checkpoint-7"], "out/checkpoint-7 is not a whole checkpoint"),
         (["--reward_weights", "1"], "1 reward_weights"),
         (["--chat_template", "missing.jinja"], "missing.jinja"),
     ],

@@ -118,7 +118,7 @@ def _start(run: RunDirectory, settings: Settings, prompts: "datasets.Dataset") -
                 f"{run.path} holds an evaluation with {key} {before.get(key)!r} instead of {config[key]!r}: "
                 "choose another --output, or remove it."
             )
-    run.start(config, resumed=True)
+    run.start(config)
 
 
 def _batch_seed(seed: int, start: int) -> int:

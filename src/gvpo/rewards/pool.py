@@ -116,7 +116,7 @@ class VerifierPool:
 
     def __init__(self, workers: int | None = None, seconds: float = DEFAULT_SECONDS) -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise InputError("Math-Verify is not installed: pip install 'math-verify[antlr4_13_2]'.")
+            raise InputError("Math-Verify is not installed: pip install 'math-verify[antlr4_9_3]'.")
         self.workers = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
         self.seconds = seconds
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()

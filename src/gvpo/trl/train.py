@@ -5,6 +5,7 @@ Everything that can be checked is checked before the model is loaded, and nothin
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
-from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 
 from gvpo.data import load_prompts
@@ -24,6 +24,8 @@ from gvpo.rewards import load_reward
 from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import GVPOScriptArguments, TrainArguments, parse_arguments
 from gvpo.trl.callback import RunCallback
+from gvpo.trl.checkpoints import flaw, last_checkpoint
+from gvpo.trl.signals import StopOnSignal
 from gvpo.trl.trainer import GVPOTrainer
 
 _CURVES = [
@@ -61,14 +63,24 @@ def main(argv: Sequence[str]) -> None:
     run = RunDirectory(training.output_dir)
     if trainer.accelerator.is_main_process:
         record = arguments.given | {"beta": training.beta, "reference": training.reference}
-        run.start(record, resumed=checkpoint is not None)
+        run.start(record, resumed_at=None if checkpoint is None else _step_of(checkpoint))
         _announce(console, arguments, len(train_dataset), checkpoint)
-    callback = RunCallback(run, console)
+    callback, stop = RunCallback(run, console), StopOnSignal()
     callback.attach(trainer)
+    trainer.add_callback(stop)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         callback.close()
+        stop.restore()
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        if trainer.accelerator.is_main_process:
+            console.print(
+                f"Stopped by {stop.received.name} at step {trainer.state.global_step}, with a checkpoint. "
+                "Go on with the same command and --resume auto.",
+                soft_wrap=True,
+            )
+        return
     trainer.save_model(training.output_dir)
     if trainer.accelerator.is_main_process:
         _finish(run, console, arguments, trainer, time.time() - started)
@@ -82,19 +94,22 @@ def _checkpoint(arguments: TrainArguments) -> str | None:
     """The checkpoint to go on from, if any."""
     folder = Path(arguments.training.output_dir)
     wanted = arguments.script.resume or arguments.training.resume_from_checkpoint
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if wanted is None:
-        if last is not None:
+        if any(folder.glob("checkpoint-*")):
             raise InputError(
-                f"{folder} already has {Path(last).name}: go on from it with --resume auto, or choose "
+                f"{folder} already has checkpoints: go on from the last with --resume auto, or choose "
                 "another --output_dir."
             )
         return None
     if wanted.lower() in ("auto", "true"):
-        return last
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise InputError(f"{wanted} is not a checkpoint: give the path of a checkpoint-… folder, or auto.")
+        return last_checkpoint(folder)
+    if why := flaw(Path(wanted)):
+        raise InputError(f"{wanted} is not a whole checkpoint: {why}; give another, or auto.")
     return wanted
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])
 
 
 def _datasets(arguments: TrainArguments) -> tuple[Dataset, Dataset | None]:

@@ -14,14 +14,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
@@ -30,10 +28,11 @@ from gvpo.errors import InputError
 from gvpo.step import GVPOStep, SequenceScorer, StepReport
 from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
 from gvpo.trl.backend import AccelerateBackend
+from gvpo.trl.checkpoints import Checkpoints
 from gvpo.trl.config import GVPOConfig, check_size
 from gvpo.trl.guard import guard
 from gvpo.trl.offpolicy import OffPolicy, placeholder, unrewarded
-from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts, split, window_batch
+from gvpo.trl.rollouts import Slice, split, window_batch
 
 
 @contextmanager
@@ -48,7 +47,7 @@ def _temporarily(target: Any, **values: Any) -> Iterator[None]:
             setattr(target, name, value)
 
 
-class GVPOTrainer(GRPOTrainer):
+class GVPOTrainer(Checkpoints):
     """Trains a causal language model with GVPO (arXiv 2504.19599) in TRL's `GRPOTrainer`.
 
     Arguments, data sets and reward functions are those of `trl.GRPOTrainer`, with a `GVPOConfig`.
@@ -61,7 +60,6 @@ class GVPOTrainer(GRPOTrainer):
     """
 
     # The policy's slices that wait for their step, and TRL's own counters.
-    _buffered_inputs: list[Slice] | None
     _current_train_step_time: float
 
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 (as in the parent)
@@ -366,57 +364,3 @@ class GVPOTrainer(GRPOTrainer):
         result, _ = self._gvpo_step.weigh(inputs)
         self._log_objective(result.metrics, "eval")
         return result.loss.to(self.accelerator.device, torch.float32)
-
-    # --------------------------------------------------------------------------------------- checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the rest, so that a checkpoint that has its trainer state has its rollouts.
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        state = {
-            "micro_step": self._step,
-            "metrics": dict(self._metrics["train"]),
-            "train_tokens": self._total_train_tokens,
-            "layout": self._layout(),
-            "off_policy": self.off_policy.state(),
-        }
-        self.off_policy.save(folder)
-        save_rollouts(self._rollout_file(folder), self._buffered_inputs or [], state)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            self.off_policy.begin(None)
-            return
-        path = self._rollout_file(Path(checkpoint))
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        if not path.exists():
-            self.off_policy.begin(Path(checkpoint))
-            self._warn_of_lost_rollouts(f"{path.name} is not in {checkpoint}")
-            return
-        slices, state = load_rollouts(path, self.accelerator.device)
-        self.off_policy.begin(Path(checkpoint), state["off_policy"])
-        if state["layout"] != self._layout():
-            self._warn_of_lost_rollouts(f"the run was started with {state['layout']}, not {self._layout()}")
-            return
-        self._step = state["micro_step"]
-        self._total_train_tokens = state["train_tokens"]
-        self._buffered_inputs = slices or None
-        for name, values in state["metrics"].items():
-            self._metrics["train"][name].extend(values)
-
-    def _warn_of_lost_rollouts(self, why: str) -> None:
-        warnings.warn(f"The rollouts in flight were not restored ({why}): new ones are made.", stacklevel=2)
-
-    def _rollout_file(self, folder: Path) -> Path:
-        return folder / f"gvpo_rollouts_{self.accelerator.process_index}.safetensors"
-
-    def _layout(self) -> dict[str, int]:
-        """What the buffered slices depend on."""
-        return {
-            "processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "steps_per_generation": self.args.steps_per_generation,
-            "num_iterations": self.num_iterations,
-            "num_generations": self.num_generations,
-        }

@@ -1,0 +1,204 @@
+"""Checkpoints that are whole or not there, and runs that are killed and go on as if nothing had been."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from gvpo.errors import InputError
+from gvpo.run import RunDirectory
+from gvpo.trl import GVPOTrainer
+from gvpo.trl.callback import RunCallback
+from gvpo.trl.checkpoints import flaw, last_checkpoint
+from gvpo.trl.signals import StopOnSignal
+from tests.trl.common import parameters, trainer
+
+STEPS = 12
+
+
+def run(folder: Path) -> GVPOTrainer:
+    """Real sampling, AdamW, a schedule, replay; goes on from what it finds."""
+    made = trainer(
+        GVPOTrainer,
+        output_dir=str(folder),
+        reference="initial",
+        steps_per_generation=8,
+        replay_ratio=0.5,
+        max_steps=STEPS,
+        optim="adamw_torch",
+        lr_scheduler_type="linear",
+        learning_rate=0.01,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+    )
+    checkpoint = last_checkpoint(folder)
+    records = RunDirectory(folder)
+    step = (
+        0
+        if checkpoint is None
+        else json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
+    )
+    records.start({}, resumed_at=step)
+    RunCallback(records, Console(quiet=True)).attach(made)
+    made.train(resume_from_checkpoint=checkpoint)
+    torch.save({"parameters": parameters(made), "optimizer": made.optimizer.state_dict()}, folder / "end.pt")
+    return made
+
+
+def in_child(folder: Path) -> multiprocessing.Process:
+    child = multiprocessing.get_context("fork").Process(target=run, args=(folder,))
+    child.start()
+    return child
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    clocks = ("time", "runtime", "per_second", "flos")
+    return [
+        {key: value for key, value in entry.items() if not any(clock in key for clock in clocks)}
+        for entry in RunDirectory(folder).metrics()
+        if "loss" in entry
+    ]
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    ends = [torch.load(folder / "end.pt", weights_only=True) for folder in (a, b)]
+    assert all(value.equal(ends[1]["parameters"][name]) for name, value in ends[0]["parameters"].items())
+    states = [end["optimizer"]["state"] for end in ends]
+    assert states[0].keys() == states[1].keys()
+    for key, state in states[0].items():
+        assert all(value.equal(states[1][key][name]) for name, value in state.items())
+    assert len(records(a)) == STEPS
+    assert records(a) == records(b)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """SIGKILL at eight random moments of a run, checkpoint writing included, each followed by a resume."""
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    child = in_child(tmp_path / "whole")
+    child.join()
+    assert child.exitcode == 0
+    seconds = time.monotonic() - started
+    rng = random.Random(0)
+    kills = 0
+    while kills < 8:
+        child = in_child(tmp_path / "killed")
+        child.join(rng.uniform(0.05, 0.6) * seconds)
+        if child.exitcode is None:
+            os.kill(child.pid or 0, signal.SIGKILL)
+            kills += 1
+        child.join()
+        if child.exitcode == 0:  # it came to its end: start it over
+            assert_same_end(tmp_path / "whole", tmp_path / "killed")
+            shutil.rmtree(tmp_path / "killed")
+    child = in_child(tmp_path / "killed")
+    child.join()
+    assert child.exitcode == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    left = {p.name for p in (tmp_path / "killed").iterdir() if p.name.startswith(("checkpoint", ".check"))}
+    assert left == {f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"}
+
+
+def checkpoints(folder: Path, **changes: Any) -> GVPOTrainer:
+    made = trainer(output_dir=str(folder), save_strategy="steps", save_steps=1, **changes)
+    made.train()
+    return made
+
+
+def test_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    checkpoints(tmp_path)
+    newest = tmp_path / "checkpoint-3"
+    assert last_checkpoint(tmp_path) == str(newest)
+    model = newest / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"checkpoint-3 is torn \(model\.safetensors is not"):
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    with pytest.raises(InputError, match="is torn"):
+        trainer(output_dir=str(tmp_path)).train(resume_from_checkpoint=str(newest))
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-1" / "gvpo_checkpoint.json").write_text("{")
+    with pytest.warns(UserWarning, match="is torn"):
+        assert last_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_of_trl_is_taken(tmp_path: Path) -> None:
+    checkpoints(tmp_path)
+    (tmp_path / "checkpoint-3" / "gvpo_checkpoint.json").unlink()
+    assert flaw(tmp_path / "checkpoint-3") is None
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("")
+    assert flaw(tmp_path / "checkpoint-3") is not None
+
+
+def test_best_model_and_limit_are_kept(tmp_path: Path) -> None:
+    from tests.trl.common import dataset
+
+    made = checkpoints(
+        tmp_path,
+        eval_dataset=dataset(8),
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        save_total_limit=1,
+        max_steps=4,
+    )
+    best = made.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{made.state.best_global_step}")
+    left = {p.name for p in tmp_path.glob("checkpoint-*")}
+    assert Path(best).name in left
+    assert len(left) <= 2
+
+
+def test_full_disk_is_one_sentence_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    made = trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=2)
+    made.args.max_steps = 1
+    made.train()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    again = trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=2)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # writing more than 2 kB fails
+    try:
+        with pytest.raises(InputError, match=r"checkpoint of step 2 cannot be written .*checkpoint-1"):
+            again.train(resume_from_checkpoint=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p.name for p in tmp_path.iterdir()} <= {"checkpoint-1", "README.md"}
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_signal_saves_and_stops_after_the_step(tmp_path: Path) -> None:
+    made = trainer(output_dir=str(tmp_path), max_steps=5)
+    stop = StopOnSignal()
+    made.add_callback(stop)
+    made.reward_funcs[0] = _raising_signal_at(made, step=1)
+    before = signal.getsignal(signal.SIGTERM)
+    made.train()
+    assert stop.received is signal.SIGTERM
+    assert made.state.global_step == 2
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def _raising_signal_at(made: GVPOTrainer, step: int) -> Any:
+    original: Any = made.reward_funcs[0]
+
+    def reward(**columns: Any) -> Any:
+        if made.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(**columns)
+
+    return reward
