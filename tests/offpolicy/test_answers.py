@@ -76,8 +76,8 @@ def test_demonstrations_take_their_slots():
 
 BAD_DEMONSTRATIONS = {
     r"Row 1, demonstration 1 has 7 tokens, but max_completion_length is 6": ["3", "123456"],
-    "Row 1, demonstration 0: the answer is empty": "",
-    "Row 1, demonstration 2: the answer is empty": ["3", "4", " "],
+    "Row 1, demonstration 0 is empty": "",
+    "Row 1, demonstration 2 is empty": ["3", "4", " "],
     "Row 1: a demonstration is text or a list of messages, not int": 3,
 }
 
@@ -131,6 +131,8 @@ def test_rows_of_groups_and_rows_of_completions_are_the_same(tmp_path):
     assert all(same(a, b) for a, b in zip(grouped.groups, flat.groups[::-1], strict=True))
     named = [{**row, "prompt": "1", "group": i % 2} for i, row in enumerate(FLAT[:4])]
     assert [g.rewards.tolist() for g in load_offline(named, encoder()).groups] == [[1.0, 0.5], [0.0, 1.0]]
+    empty = [{**FLAT[0], "completion": ""}, FLAT[1]]  # ended at once
+    assert load_offline(empty, encoder()).groups[0].completions[0].tolist() == [EOS]
     ids = [{"prompt_ids": [5], "completion_ids": [[6], [7, 2]], "rewards": [0.0, 1.0]}]
     assert load_offline(ids, encoder()).groups[0].lengths.tolist() == [1, 2]
 
@@ -153,7 +155,7 @@ BAD_ROWS = {
     "row 2: the reward is None, not a finite number|row 2: there is no reward": {"reward": None},
     "row 2: the reward is nan, not a finite number": {"reward": float("nan")},
     "row 2: the reward is 'good', not a finite number": {"reward": "good"},
-    "row 2: the answer is empty": {"completion": ""},
+    "row 2: the completion is empty and has no end": {"completion": "", "complete": False},
     "row 2: there is no completion": {"completion": None},
     "row 2: it has 9 tokens, but max_completion_length is 8": {"completion": "12345678"},
     "row 2: the token id 99 is outside": {"completion_ids": [5, 99]},

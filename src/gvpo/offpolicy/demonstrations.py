@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.tokens import Encoder
+from gvpo.offpolicy.tokens import Encoder, content
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Demonstrations:
             raise InputError(f"{where} has no column {self.column!r} with demonstrations.")
         found = []
         for number, answer in enumerate(_answers(row[self.column], where)):
+            if not content(answer).strip():
+                raise InputError(f"{where}, demonstration {number} is empty: leave it out.")
             try:
                 ids = self.encoder.answer(row["prompt"], answer)
             except InputError as error:

@@ -172,10 +172,11 @@ def _responses(
 
 def _completion_ids(answer: Any, row: dict[str, Any], prompt: Any, encoder: Encoder) -> list[int]:
     if "completion_ids" not in row:
-        return encoder.answer(prompt, answer, complete=bool(row.get("complete", True)))
-    ids = check_ids(list(answer), encoder.vocabulary_size)
+        ids = encoder.answer(prompt, answer, complete=bool(row.get("complete", True)))
+    else:
+        ids = check_ids(list(answer), encoder.vocabulary_size)
     if not ids:
-        raise InputError("the answer is empty")
+        raise InputError("the completion is empty and has no end")
     return ids
 
 

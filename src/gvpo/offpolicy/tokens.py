@@ -24,6 +24,11 @@ def _fingerprint_of(vocabulary: str) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:32]
 
 
+def content(answer: str | Messages) -> str:
+    """The text of an answer, or of its last message."""
+    return answer if isinstance(answer, str) else str(answer[-1]["content"])
+
+
 @dataclass
 class Encoder:
     """Encodes prompts and answers as generation would have made them.
@@ -56,11 +61,9 @@ class Encoder:
         """Tokens of an answer to `prompt`, its end-of-turn included (unless it is not `complete`).
 
         Raises:
-            InputError: an empty answer, or messages that the chat template cannot render.
+            InputError: messages that the chat template cannot render, or a token outside the vocabulary.
         """
         text = self._after(prompt, answer)
-        if not text.strip():
-            raise InputError("the answer is empty")
         ids = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         # Some templates write a line break after the end of a turn, which generation never gets to.
         ends = [i for i, token in enumerate(ids) if token in self.end_ids]
@@ -73,14 +76,14 @@ class Encoder:
     def _after(self, prompt: str | Messages, answer: str | Messages) -> str:
         """What follows the prompt's text."""
         if isinstance(prompt, str):
-            return answer if isinstance(answer, str) else str(answer[-1]["content"])
+            return content(answer)
         turn = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
         before = self._render(prompt, True)
         whole = self._render([*prompt, *turn], False)
         if whole.startswith(before):
             return whole[len(before) :]
         # A template that opens the turn otherwise for generation (with an empty thought, say).
-        return str(turn[-1]["content"])
+        return content(turn)
 
     def _render(self, messages: Messages, generation: bool) -> str:
         try:

@@ -1,0 +1,195 @@
+"""The replay buffer: groups per second, opening a million of them, memory, and 200 kills of its writer.
+
+    python -m benchmarks.replay_buffer [--kills 200] [--groups 1000000]
+
+Groups of 8 completions of 256 tokens (about 9 kB), except for the million, which are small. Prints a table
+and writes `results/replay_buffer.json`. Takes about five minutes and 1 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import RESULTS, clock, machine, peak_of
+from gvpo.offpolicy import Group, ReplayBuffer
+
+VOCABULARY = 150_000
+K, TOKENS = 8, 256
+
+
+def make_groups(count: int, k: int = K, tokens: int = TOKENS, seed: int = 0) -> list[Group]:
+    rng = np.random.default_rng(seed)
+    return [
+        Group.of(
+            rng.integers(0, VOCABULARY, min(64, tokens)),
+            list(rng.integers(0, VOCABULARY, (k, tokens))),
+            rng.integers(0, 2, k).astype(float),
+            reference="initial",
+            reference_logps=-200 * rng.random(k),
+            policy_step=i // 32,
+            components={"accuracy": rng.random(k)},
+        )
+        for i in range(count)
+    ]
+
+
+def throughput(folder: Path, groups: int = 8192) -> dict[str, float]:
+    """Groups per CPU second of this process."""
+    made = make_groups(groups)
+    out: dict[str, float] = {}
+    for batch in (1, 32, 256):
+        with ReplayBuffer(folder / str(batch), vocabulary_size=VOCABULARY, group_size=K, memory=0) as buffer:
+            rounds = [made[i : i + batch] for i in range(0, groups // (8 if batch == 1 else 1), batch)]
+            started = clock()
+            for part in rounds:
+                buffer.append(part)
+            out[f"in, {batch} at a time"] = len(rounds) * batch / (clock() - started)
+    with ReplayBuffer(folder / "256", memory=0) as buffer:
+        for sampling in ("uniform", "reward_variance"):
+            started = clock()
+            drawn = sum(len(buffer.sample(64, sampling=sampling)) for _ in range(128))
+            out[f"random out, 64 at a time, {sampling}"] = drawn / (clock() - started)
+    return {name: round(value) for name, value in out.items()}
+
+
+def memory(folder: Path) -> dict[str, float]:
+    """MiB that a process grows by while it reads ten times more than it may hold in memory."""
+    made = make_groups(4096)
+    out = {}
+    for limit in (0, 8, 32):
+        with ReplayBuffer(folder / f"memory-{limit}", memory=limit * 2**20) as buffer:
+
+            def fill_and_read(buffer: ReplayBuffer = buffer) -> None:
+                for i in range(0, len(made), 64):
+                    buffer.append(made[i : i + 64])
+                for _ in range(512):
+                    buffer.sample(64)
+
+            out[f"memory limit of {limit} MiB: growth in MiB"] = round(peak_of(fill_and_read), 1)
+            out[f"memory limit of {limit} MiB: held in MiB"] = round(buffer._cache.bytes / 2**20, 1)
+    return out
+
+
+def million(folder: Path, groups: int) -> dict[str, float]:
+    """CPU seconds to open a buffer of many groups, and to sample from it."""
+    made = make_groups(1000, k=2, tokens=4)
+    with ReplayBuffer(folder / "million", capacity=groups) as buffer:
+        for _ in range(groups // len(made)):
+            buffer.append(made)
+    started = clock()
+    with ReplayBuffer(folder / "million", capacity=groups) as buffer:
+        opened = clock() - started
+        assert len(buffer) == groups // len(made) * len(made)
+        started = clock()
+        buffer.sample(64, sampling="recent", step=10**6)
+        sampled = clock() - started
+    return {
+        f"opening {groups:,} groups: seconds": round(opened, 2),
+        f"64 of {groups:,} by age: seconds": round(sampled, 2),
+    }
+
+
+def kills(folder: Path, count: int) -> dict[str, float]:
+    """Kill a writing process at random moments, and compare all that is left with what was written."""
+    rng = random.Random(0)
+    committed = lost = corrupt = read = 0
+    settings: dict[str, Any] = {"segment_bytes": 2**20}
+    for _ in range(count):
+        told, process = _writer(folder / "killed", committed, settings)
+        time.sleep(rng.uniform(0, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        with os.fdopen(told, "rb") as pipe:
+            said = pipe.read()
+        acknowledged = int.from_bytes(said[-8:], "little") if said else committed
+        before = committed
+        with ReplayBuffer(folder / "killed", **settings) as buffer:
+            committed = buffer.next_number
+            lost += max(0, acknowledged - committed)
+            for number, group in zip(
+                range(before, committed), buffer.read(range(before, committed)), strict=True
+            ):
+                corrupt += not _is(group, number)
+                read += 1
+    return {"kills": count, "groups committed": read, "groups lost": lost, "groups corrupt": corrupt}
+
+
+def _writer(folder: Path, start: int, settings: dict[str, Any]) -> tuple[int, Any]:
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=_write, args=(folder, writer, start, settings)
+    )
+    process.start()
+    os.close(writer)
+    return reader, process
+
+
+def _numbered(number: int) -> Group:
+    rng = np.random.default_rng(number)
+    lengths = rng.integers(1, TOKENS, K)
+    return Group.of(
+        rng.integers(0, VOCABULARY, 20),
+        [rng.integers(0, VOCABULARY, n) for n in lengths],
+        rng.random(K),
+        reference="initial",
+        reference_logps=-rng.random(K),
+        policy_step=number,
+    )
+
+
+def _is(group: Group, number: int) -> bool:
+    wanted = _numbered(number)
+    pairs = [
+        (getattr(group, n), getattr(wanted, n)) for n in ("prompt_ids", "token_ids", "lengths", "rewards")
+    ]
+    return group.policy_step == number and all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _write(folder: Path, report: int, start: int, settings: dict[str, Any]) -> None:
+    buffer = ReplayBuffer(folder, **settings)
+    rng, number = np.random.default_rng(start), start
+    while True:
+        count = int(rng.integers(1, 33))
+        buffer.append([_numbered(n) for n in range(number, number + count)])
+        number += count
+        os.write(report, number.to_bytes(8, "little"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--groups", type=int, default=1_000_000)
+    parser.add_argument("--output", type=Path, default=RESULTS / "replay_buffer.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results: dict[str, Any] = throughput(folder)
+        results |= memory(folder)
+        results |= kills(folder, arguments.kills)
+        results |= million(folder, arguments.groups)
+    table = Table(title="Replay buffer, k = 8, 256 tokens", show_header=False)
+    for key, value in results.items():
+        table.add_row(key, f"{value:,}")
+    Console().print(table)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
+    if results["groups lost"] or results["groups corrupt"]:
+        sys.exit("Committed groups were lost or corrupt.")
+
+
+if __name__ == "__main__":
+    main()
