@@ -7,6 +7,7 @@ torn one that looks like the last. Here it is written aside, listed, synced to t
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -24,6 +25,7 @@ from gvpo.errors import InputError
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts
 
 if TYPE_CHECKING:
+    from gvpo.trl.health import Health
     from gvpo.trl.offpolicy import OffPolicy
 
 _LIST = "gvpo_checkpoint.json"
@@ -75,7 +77,9 @@ class Checkpoints(GRPOTrainer):
 
     _buffered_inputs: list[Slice] | None
     _aside: Path | None = None
+    _token_cap: float
     off_policy: OffPolicy
+    health: Health
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`; True resumes from the newest whole checkpoint in `output_dir`.
@@ -140,6 +144,8 @@ class Checkpoints(GRPOTrainer):
             "metrics": dict(self._metrics["train"]),
             "train_tokens": self._total_train_tokens,
             "layout": self._layout(),
+            "token_cap": None if math.isinf(self._token_cap) else self._token_cap,
+            "bad_steps": self.health.bad_steps,
             "off_policy": self.off_policy.state(),
         }
         self.off_policy.save(folder)
@@ -176,6 +182,8 @@ class Checkpoints(GRPOTrainer):
             return
         self._step = state["micro_step"]
         self._total_train_tokens = state["train_tokens"]
+        self._token_cap = math.inf if state["token_cap"] is None else state["token_cap"]
+        self.health.bad_steps = state["bad_steps"]
         self._buffered_inputs = slices or None
         for name, values in state["metrics"].items():
             self._metrics["train"][name].extend(values)

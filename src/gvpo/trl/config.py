@@ -9,6 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from gvpo.errors import InputError
+from gvpo.trl.health_config import HealthConfig, check_health
 from gvpo.trl.offpolicy_config import OffPolicyConfig, check_off_policy
 
 _NO_RATIO = "GVPO has no probability ratio that could be clipped or corrected"
@@ -54,10 +55,10 @@ REFUSED: dict[str, str] = {
 
 
 @dataclass
-class GVPOConfig(OffPolicyConfig, GRPOConfig):
+class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
     """Training arguments of `GVPOTrainer`: those of `trl.GRPOConfig`, with the differences below.
 
-    For replay, demonstrations and logged completions see `OffPolicyConfig`.
+    For replay, demonstrations and logged completions see `OffPolicyConfig`; for bad numbers `HealthConfig`.
 
     `per_device_train_batch_size × gradient_accumulation_steps × processes` responses make an optimizer step,
     as in TRL. How they are cut into micro-batches has no influence on the update.
@@ -117,6 +118,7 @@ class GVPOConfig(OffPolicyConfig, GRPOConfig):
             self.world_size,
         )
         check_off_policy(self)
+        check_health(self)
 
     def _check_gvpo(self) -> None:
         if not (isinstance(self.beta, int | float) and math.isfinite(self.beta) and self.beta > 0):

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
-from gvpo.offpolicy.batches import batch_of, groups_of, one_row
+from gvpo.offpolicy.batches import batch_of, groups_of, rows_of
 from gvpo.offpolicy.demonstrations import Demonstrations
 from gvpo.offpolicy.group import Group
 from gvpo.offpolicy.offline import Logged, load_offline
@@ -310,15 +310,11 @@ class OffPolicy(TrainerCallback):
         assert self.logged is not None
         trainer, k, n = self.trainer, self.args.num_generations, len(inputs)
         first_row = trainer.accelerator.process_index * n
-        chosen = [self.logged.groups[row[_GROUP]] for row in inputs]
+        groups = [self.logged.groups[row[_GROUP]] for row in inputs]
         slots = [(first_row + i) % k for i in range(n)]
         device = trainer.accelerator.device
-        whole = {id(g): batch_of([g], [0], torch.device("cpu"), stored=self.stored_reference) for g in chosen}
-        parts = [one_row(whole[id(g)], slot) for g, slot in zip(chosen, slots, strict=True)]
-        batch = GroupBatch.concatenate(parts)
-        batch.group_ids = first_group + (first_row + torch.arange(n)) // k
-        for name, value in vars(batch).items():
-            setattr(batch, name, None if value is None else value.to(device))
+        batch = rows_of(groups, slots, device, stored=self.stored_reference)
+        batch.group_ids = first_group + (first_row + torch.arange(n, device=device)) // k
         self._log_logged(batch)
         return batch
 

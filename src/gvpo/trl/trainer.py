@@ -24,13 +24,14 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
 from gvpo.batch import GroupBatch
-from gvpo.errors import InputError
+from gvpo.errors import InputError, NonFiniteError
 from gvpo.step import GVPOStep, SequenceScorer, StepReport
 from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.checkpoints import Checkpoints
 from gvpo.trl.config import GVPOConfig, check_size
 from gvpo.trl.guard import guard
+from gvpo.trl.health import Health, Watch
 from gvpo.trl.offpolicy import OffPolicy, placeholder, unrewarded
 from gvpo.trl.rollouts import Slice, split, window_batch
 
@@ -114,6 +115,8 @@ class GVPOTrainer(Checkpoints):
         self._small_beta_warned = False
         self._token_cap = math.inf  # what memory allowed last time it ran out
         self.off_policy = OffPolicy(self)
+        self.health = Health(self)
+        self.add_callback(Watch(args.warn_when, args.stop_when))
         self._warn_of_settings()
 
     # ------------------------------------------------------------------------------------------- set-up
@@ -313,7 +316,14 @@ class GVPOTrainer(Checkpoints):
         batch = self.off_policy.with_replay(batch, self._window)
         self._gvpo_step.model = model
         self._gvpo_step.token_budget = self._token_budget(batch)
-        report = self._gvpo_step(batch)
+        try:
+            report = self._gvpo_step(batch)
+            if not self.health.gradients_are_finite(model):
+                raise NonFiniteError("A gradient is not finite.")
+        except NonFiniteError as error:  # on all processes alike
+            self.health.bad_step(batch, str(error))
+            return torch.zeros((), device=self.accelerator.device)
+        self.health.good_step()
         # Creeps back, since one odd batch should not slow down the rest of a run.
         self._token_cap = self._gvpo_step.token_budget if report.retries else self._token_cap * 1.01
         if report.metrics["groups"].item() == 0:

@@ -1,0 +1,78 @@
+"""What to do when the numbers of a run go wrong: the settings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from gvpo.errors import InputError
+
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_RULE = re.compile(rf"\s*(?P<metric>[^\s<>]+)\s*(?P<sign>[<>])\s*(?P<limit>{_NUMBER})\s*")
+
+
+@dataclass
+class HealthConfig:
+    """Non-finite numbers and divergence; see docs/reliability.md.
+
+    Args:
+        max_bad_steps: optimizer steps in a row without finite numbers after which training stops.
+        warn_when: rules on logged metrics such as "gvpo/kl > 100"; each warns when it first holds.
+        stop_when: rules that save a checkpoint and stop training.
+    """
+
+    max_bad_steps: int = field(
+        default=3,
+        metadata={
+            "help": "A step with a log-probability, weight or gradient that is not finite is skipped and its "
+            "inputs are kept in output_dir/incidents; training stops after so many in a row."
+        },
+    )
+    warn_when: list[str] = field(
+        default_factory=lambda: ["gvpo/kl > 100", "gvpo/explained_variance < -4", "entropy < 0.001"],
+        metadata={"help": "Rules on logged metrics that warn, such as 'gvpo/kl > 100'."},
+    )
+    stop_when: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rules on logged metrics that save a checkpoint and stop training."},
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A limit on a logged metric."""
+
+    metric: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """From "metric > limit" or "metric < limit".
+
+        Raises:
+            InputError: it has another form.
+        """
+        found = _RULE.fullmatch(text)
+        if found is None:
+            raise InputError(f"The rule {text!r} is not METRIC > NUMBER or METRIC < NUMBER.")
+        return cls(found["metric"], found["sign"], float(found["limit"]))
+
+    def holds(self, logs: dict[str, Any]) -> bool:
+        """Whether the metric was logged and is beyond the limit."""
+        value = logs.get(self.metric)
+        if not isinstance(value, int | float):
+            return False
+        return value > self.limit if self.sign == ">" else value < self.limit
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.sign} {self.limit:g}"
+
+
+def check_health(config: HealthConfig) -> None:
+    """Raise an InputError for settings that cannot be."""
+    if config.max_bad_steps < 1:
+        raise InputError(f"max_bad_steps={config.max_bad_steps} must be at least 1.")
+    for text in (*config.warn_when, *config.stop_when):
+        Rule.parse(text)

@@ -1,0 +1,159 @@
+"""Numbers that go wrong do not reach the parameters, and do not go on for ever."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gvpo.errors import InputError
+from gvpo.trl import GVPOTrainer
+from gvpo.trl.health_config import Rule
+from gvpo.trl.rollouts import load_rollouts
+from tests.gloo import run_ranks
+from tests.trl.common import CannedTrainer, digit_reward, parameters, trainer
+
+
+def poison(made: GVPOTrainer, at: set[int]) -> None:
+    """A gradient that is not finite in the steps `at`, on this process."""
+    weight = list(made.model.parameters())[1]
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.nan if made.state.global_step in at else gradient
+
+    weight.register_hook(spoil)
+
+
+def test_bad_gradient_skips_the_step_and_keeps_its_inputs(tmp_path: Path) -> None:
+    made = trainer(output_dir=str(tmp_path), optim="adamw_torch", max_steps=3)
+    seen: list[dict[str, torch.Tensor]] = []
+    original = made._update
+
+    def recorded(model: Any) -> torch.Tensor:
+        seen.append(parameters(made))
+        return original(model)
+
+    made._update = recorded  # type: ignore[method-assign]
+    poison(made, {1})
+    with pytest.warns(UserWarning, match="Step 1 is skipped: A gradient is not finite"):
+        made.train()
+    assert not all(seen[0][name].equal(seen[1][name]) for name in seen[0])  # step 0 was made
+    assert all(seen[1][name].equal(seen[2][name]) for name in seen[0])  # step 1 was not
+    assert all(value.isfinite().all() for value in parameters(made).values())
+    assert not all(seen[2][name].equal(value) for name, value in parameters(made).items())  # step 2 was
+    assert [entry.get("gvpo/steps_skipped") for entry in made.state.log_history[:3]] == [None, 1.0, None]
+    slices, state = load_rollouts(tmp_path / "incidents" / "step-1-rank-0.safetensors", torch.device("cpu"))
+    assert len(slices[0].batch) == 32
+    assert "not finite" in state["why"]
+
+
+def test_policy_without_finite_probabilities_stops_with_a_diagnosis(tmp_path: Path) -> None:
+    made = trainer(output_dir=str(tmp_path), reference="initial", max_steps=5, max_bad_steps=2)
+    with torch.no_grad():
+        next(made.model.parameters()).fill_(torch.nan)
+    with (
+        pytest.warns(UserWarning, match="Step 0 is skipped"),
+        pytest.raises(InputError, match=r"2 steps in a row, the last at step 1, .* lower learning_rate"),
+    ):
+        made.train()
+    assert len(list((tmp_path / "incidents").iterdir())) == 2
+
+
+def _one_rank_spoils(rank: int, world: int) -> tuple[dict[str, torch.Tensor], int]:
+    made = trainer(max_steps=2, per_device_train_batch_size=4, max_bad_steps=5)
+    before = parameters(made)
+    if rank == 1:
+        poison(made, {0, 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.train()
+    unchanged = all(value.equal(before[name]) for name, value in parameters(made).items())
+    return unchanged, made.health.bad_steps  # type: ignore[return-value]
+
+
+@pytest.mark.slow
+def test_one_rank_s_bad_gradient_skips_the_step_on_all() -> None:
+    assert run_ranks(_one_rank_spoils, 2) == [(True, 2), (True, 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "logs", "holds"),
+    [
+        ("gvpo/kl > 100", {"gvpo/kl": 101.0}, True),
+        ("gvpo/kl>1e2", {"gvpo/kl": 99.0}, False),
+        ("entropy < .5", {"entropy": 0.4}, True),
+        ("entropy < .5", {"entropy": float("nan")}, False),
+        ("entropy < .5", {}, False),
+    ],
+)
+def test_rules(text: str, logs: dict[str, float], holds: bool) -> None:
+    assert Rule.parse(text).holds(logs) is holds
+
+
+def test_rules_warn_once_and_stop(tmp_path: Path) -> None:
+    made = trainer(
+        output_dir=str(tmp_path),
+        max_steps=5,
+        warn_when=["reward > 0"],
+        stop_when=["gvpo/groups > 7.5", "reward > 1e9"],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.train()
+    messages = [str(w.message) for w in caught]
+    assert sum("sign of divergence" in message for message in messages) == 1
+    assert sum("Training stops at step 1: gvpo/groups is 8" in message for message in messages) == 1
+    assert made.state.global_step == 1
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"warn_when": ["kl is big"]}, {"stop_when": ["kl >"]}, {"max_bad_steps": 0}]
+)
+def test_settings_that_cannot_be(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        trainer(**changes)
+
+
+class OddTrainer(CannedTrainer):
+    """Completions at the edge: `kind` says which."""
+
+    kind = ""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+        rows = {
+            "one token": [[2]] * len(prompt_ids),
+            "identical": [[7, 8, 9, 2]] * len(prompt_ids),
+            "all truncated": [[7, 8, 9, 10 + i % 4] for i in range(len(prompt_ids))],
+        }
+        return rows[self.kind], None
+
+
+@pytest.mark.parametrize("kind", ["one token", "identical", "all truncated"])
+@pytest.mark.parametrize("reference", ["rollout", "initial"])
+def test_odd_completions_give_finite_steps(kind: str, reference: str) -> None:
+    def by_place(completions: list[str], **_: Any) -> list[float]:
+        return [i % 3 / 2 for i, _ in enumerate(completions)]
+
+    made = trainer(
+        type("Odd", (OddTrainer,), {"kind": kind}), rewards=by_place, reference=reference, num_iterations=2
+    )
+    made.train()
+    assert made.health.bad_steps == 0
+    assert all(value.isfinite().all() for value in parameters(made).values())
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert all(loss > 0 for loss in losses)
+
+
+def test_when_all_are_truncated_and_masked_there_is_no_update() -> None:
+    made = trainer(
+        type("Odd", (OddTrainer,), {"kind": "all truncated"}),
+        rewards=digit_reward,
+        mask_truncated_completions=True,
+        max_steps=1,
+    )
+    before = parameters(made)
+    with pytest.warns(UserWarning, match="makes no update"):
+        made.train()
+    assert all(value.equal(before[name]) for name, value in parameters(made).items())
