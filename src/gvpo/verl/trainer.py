@@ -41,10 +41,11 @@ _TOUCHED = (
     "fit",
 )
 _missing = [name for name in _TOUCHED if not hasattr(PPOTrainerSync, name)]
+_missing += [name for name in ("_TQ_CONTROLLER", "_TQ_STORAGE") if not hasattr(tq.interface, name)]
 if _missing:
     raise ImportError(
-        f"gvpo.verl works with verl 0.9.1: this verl's PPOTrainerSync has no {', '.join(_missing)}. "
-        "Install verl==0.9.1, or tell the GVPO developers of the new one."
+        f"gvpo.verl works with verl 0.9.1 and TransferQueue 0.1.11: these here have no {', '.join(_missing)}. "
+        "Install those versions, or tell the GVPO developers of the new ones."
     )
 # Values of the workers' surrogate −Σ w S and of the KL term with coefficient 0: they mean nothing here.
 _SURROGATES = ("loss", "pg_loss", "kl_loss", "kl_coef")
@@ -81,11 +82,15 @@ class GVPOTrainer(PPOTrainerSync):
                 optim.lr_warmup_steps *= updates
 
     def fit(self, agent_loop_manager: Any) -> None:
+        servers, storage = self.llm_server_manager, tq.interface._TQ_STORAGE or {}
         watch = Watch(self.settings.watch_seconds)
         watch.add("a training worker", self.actor_rollout_wg.workers)
-        watch.add("a rollout server", [s for r in self.llm_server_manager.get_replicas() for s in r.servers])
+        watch.add("a rollout server", [s for replica in servers.get_replicas() for s in replica.servers])
+        watch.add("the rollouts' load balancer", [servers.global_load_balancer])
         watch.add("an agent loop worker", agent_loop_manager.agent_loop_workers)
         watch.add("a reward worker", self.get_reward_handles() or [])
+        watch.add("a store of TransferQueue", list(storage.get("SimpleStorage", {}).values()))
+        watch.add("TransferQueue's controller", [tq.interface._TQ_CONTROLLER])
         with watch.watching():
             super().fit(agent_loop_manager)
 

@@ -51,8 +51,12 @@ class Watch:
         thread.start()
         try:
             yield
-        except RayError as error:
-            # The call failed before the watch looked: say it in the same words.
+        except WorkerDied:
+            raise
+        except Exception as error:
+            # Something failed before the watch looked; if a death is behind it, that is what to tell.
+            self._stop.set()
+            thread.join()
             self._look(timeout=1.0)
             if self._reason:
                 raise WorkerDied(self._reason) from error
