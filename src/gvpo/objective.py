@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gvpo.errors import NonFiniteError
-
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -226,9 +224,11 @@ def _union(
         columns = torch.zeros(0, 5, dtype=torch.int64, device=home)
     else:
         valid = torch.ones_like(group_ids, dtype=torch.bool) if mask is None else mask.bool()
-        floats = [t.detach().to(home, torch.float64) for t in (policy_logps, reference_logps, rewards)]
+        policy, reference, reward = floats = [
+            t.detach().to(home, torch.float64) for t in (policy_logps, reference_logps, rewards)
+        ]
         if process_group is None:
-            return _Rows(*floats, group_ids.to(home), valid.to(home), slice(0, n), [0])
+            return _Rows(policy, reference, reward, group_ids.to(home), valid.to(home), slice(0, n), [0])
         # int64 carries the bits of the float64 columns, and ids beyond 2^53, in one message.
         columns = torch.stack(
             [*(f.view(torch.int64) for f in floats), group_ids.to(home, torch.int64), valid.to(home).long()],
@@ -303,7 +303,7 @@ def _check_finite(rows: _Rows) -> None:
     value = columns[name][row].item()
     rank = sum(first <= row for first in rows.first_row) - 1
     place = f"row {row - rows.first_row[rank]}" + (f" of rank {rank}" if len(rows.first_row) > 1 else "")
-    raise NonFiniteError(
+    raise ValueError(
         f"{name} is {value} in {place}: set mask to False there to leave the row out of its group, "
         "or repair what made it."
     )
