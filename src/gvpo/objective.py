@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gvpo.errors import NonFiniteError
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -303,7 +305,7 @@ def _check_finite(rows: _Rows) -> None:
     value = columns[name][row].item()
     rank = sum(first <= row for first in rows.first_row) - 1
     place = f"row {row - rows.first_row[rank]}" + (f" of rank {rank}" if len(rows.first_row) > 1 else "")
-    raise ValueError(
+    raise NonFiniteError(
         f"{name} is {value} in {place}: set mask to False there to leave the row out of its group, "
         "or repair what made it."
     )
