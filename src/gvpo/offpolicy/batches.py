@@ -87,12 +87,26 @@ def batch_of(
     return batch
 
 
-def one_row(group: GroupBatch, slot: int) -> GroupBatch:
-    """One row of a group; where a smaller group has no such slot, one that takes no part."""
-    exists = slot < len(group)
-    row = slice(slot, slot + 1) if exists else slice(0, 1)
-    values: Any = {name: None if value is None else value[row] for name, value in vars(group).items()}
-    part = GroupBatch(**values)
-    if not exists:
-        part.valid = torch.zeros(1, dtype=torch.bool)
-    return part
+def rows_of(
+    groups: Sequence[Group], slots: Sequence[int], device: torch.device, *, stored: bool = True
+) -> GroupBatch:
+    """One row of each of `groups`, which may come again: the response in its slot.
+
+    Where a group is smaller and has no such slot, the row takes no part.
+    """
+    different = list({id(group): group for group in groups}.values())
+    whole = batch_of(different, [0] * len(different), device, stored=stored)
+    first = np.cumsum([0, *(len(group) for group in different)])
+    place = {id(group): int(start) for group, start in zip(different, first, strict=False)}
+    exists = [slot < len(group) for group, slot in zip(groups, slots, strict=True)]
+    index = torch.tensor(
+        [
+            place[id(group)] + (slot if there else 0)
+            for group, slot, there in zip(groups, slots, exists, strict=True)
+        ],
+        device=device,
+    )
+    values: Any = {name: None if value is None else value[index] for name, value in vars(whole).items()}
+    batch = GroupBatch(**values)
+    batch.valid = torch.tensor(exists, device=device) & (True if batch.valid is None else batch.valid)
+    return batch
