@@ -7,11 +7,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# verl 0.6.0 wants older transformers, pyarrow and numpy.
+VENV060 := .venv-verl060
+PIP060 := $(VENV060)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl060.txt
 LOWEST_TRL := 1.10.0
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: help quickstart test test-fast test-engines lint docs clean
+.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast test-engines lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,6 +23,9 @@ help:  ## list the targets
 quickstart: $(VENV)/quickstart.installed  ## teach a tiny language model by GVPO: runs/quickstart
 	$(BIN)/gvpo quickstart
 
+quickstart-verl: $(VENV)/verl.installed  ## the same through verl and Ray, on a CPU: runs/quickstart-verl
+	$(BIN)/gvpo verl quickstart
+
 test: $(VENV)/dev.installed $(VENV)/trl-lowest  ## all tests (15 minutes at most on 2 cores)
 	$(RUN) pytest
 	@echo "The trainer's tests again, on the lowest TRL that gvpo claims ($(LOWEST_TRL)):"
@@ -27,6 +33,12 @@ test: $(VENV)/dev.installed $(VENV)/trl-lowest  ## all tests (15 minutes at most
 
 test-fast: $(VENV)/dev.installed  ## unit tests alone (a minute at most)
 	$(RUN) pytest -m "not slow" -n 2 --dist loadfile
+
+test-verl: $(VENV)/dev.installed  ## verl again: killed processes, resuming, learning (15 minutes)
+	$(RUN) pytest -m cluster tests/verl
+
+test-verl060: $(VENV060)/verl.installed  ## verl 0.6.0, in an environment of its own (5 minutes)
+	OMP_NUM_THREADS=1 $(VENV060)/bin/python -m pytest tests/verl060/end_to_end.py
 
 lint: $(VENV)/dev.installed  ## ruff and mypy
 	$(BIN)/ruff check
@@ -37,7 +49,7 @@ docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what was installed and built
-	rm -rf $(VENV) site dist
+	rm -rf $(VENV) $(VENV060) site dist
 
 $(VENV)/python.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -56,6 +68,17 @@ $(VENV)/quickstart.installed: $(VENV)/torch.installed pyproject.toml
 
 $(VENV)/dev.installed: $(VENV)/quickstart.installed
 	$(PIP) -e '.[dev,verl]'
+	touch $@
+
+$(VENV)/verl.installed: $(VENV)/quickstart.installed
+	$(PIP) -e '.[verl]'
+	touch $@
+
+$(VENV060)/verl.installed: constraints-verl060.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV060)
+	$(PIP060) torch
+	$(PIP060) verl tensordict typer rich pyyaml pytest pytest-timeout hypothesis jaxtyping
+	$(PIP060) --no-deps -e .
 	touch $@
 
 $(VENV)/docs.installed: $(VENV)/quickstart.installed

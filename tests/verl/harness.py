@@ -91,7 +91,9 @@ def arguments(assets: Path, output: Path, *extra: str, workers: int = 2) -> list
 def start(arguments: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start a run; what it prints goes to `output/log.txt`."""
     output.mkdir(parents=True, exist_ok=True)
-    variables = {**os.environ, **use(), "HYDRA_FULL_ERROR": "1", "RAY_DEDUP_LOGS": "0", **environment}
+    root = str(Path(__file__).parents[2])  # for tests.verl.agents
+    variables = {**os.environ, **use(), "HYDRA_FULL_ERROR": "1", "RAY_DEDUP_LOGS": "0", "PYTHONPATH": root}
+    variables |= environment
     with open(output / "log.txt", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "gvpo.verl", *arguments],
@@ -163,11 +165,14 @@ def replay(
                 against = torch.func.functional_call(
                     _Scorer(model), {f"model.{n}": p for n, p in anchor.items()}, dump
                 )
+        # Rows of a session are one response.
+        sessions = list(dict.fromkeys(dump["sessions"]))
+        joins = torch.tensor([[float(s == name) for s in dump["sessions"]] for name in sessions]).double()
+        rewards = joins @ dump["rewards"].double() / joins.sum(1)
         ids = {prompt: i for i, prompt in enumerate(dict.fromkeys(dump["prompts"]))}
-        groups = torch.tensor([ids[prompt] for prompt in dump["prompts"]])
-        loss = literal_loss(
-            policy, against, dump["rewards"].double(), groups, beta, torch.ones(len(groups), dtype=torch.bool)
-        )
+        groups = torch.tensor([ids[prompt] for prompt, _ in sessions])
+        every = torch.ones(len(groups), dtype=torch.bool)
+        loss = literal_loss(joins @ policy, joins @ against, rewards, groups, beta, every)
         model.zero_grad()
         (scale * loss).backward()
         norm = sum(p.grad.pow(2).sum() for p in model.parameters()).sqrt().item()

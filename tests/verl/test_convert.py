@@ -1,8 +1,5 @@
 """`gvpo verl convert`: the shell still reads the script, and GVPO's own checks pass what it says."""
 
-import os
-import subprocess
-
 import pytest
 from hydra import compose, initialize_config_dir
 from typer.testing import CliRunner
@@ -12,6 +9,7 @@ from gvpo.errors import InputError
 from gvpo.verl.convert import convert_script
 from gvpo.verl.main import _CONFIG
 from gvpo.verl.settings import check
+from tests.verl.shell import arguments
 
 SCRIPT = """#!/usr/bin/env bash
 set -x
@@ -31,22 +29,7 @@ python3 -m verl.trainer.main_ppo --config-path=./config --config-name='ppo_train
     actor_rollout_ref.rollout.n=5 actor_rollout_ref.actor.clip_ratio_high=0.28 \\
     trainer.total_epochs=15 $@ \\
     actor_rollout_ref.actor.loss_agg_mode="token-mean"
-echo finished
 """
-
-
-def arguments(script, folder):
-    """What the script calls Python with, according to the shell."""
-    stub = folder / "python3"
-    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$ARGUMENTS"\n')
-    stub.chmod(0o755)
-    out = folder / "arguments.txt"
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "ARGUMENTS": str(out)}
-    result = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "finished\n"
-    return out.read_text().splitlines()
 
 
 def test_the_converted_script_runs_gvpo_with_settings_that_pass(tmp_path):

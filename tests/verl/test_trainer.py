@@ -1,6 +1,7 @@
 """Whole runs of verl 0.9 on CPUs: every update is that of the formula, whatever computes it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from tests.verl.harness import arguments, make_assets, replay, run, updates
 pytestmark = pytest.mark.slow
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-RAGGED = ["data.train_batch_size=5"]  # mini-batches of 2, 2 and 1 prompts
+UNEVEN = [  # mini-batches of 2, 2 and 1 prompts, and sessions of no row, one or two
+    "data.train_batch_size=5",
+    f"{ROLLOUT}.agent.default_agent_loop=rewriting",
+    f"{ROLLOUT}.agent.agent_loop_config_path={Path(__file__).with_name('agents.yaml')}",
+]
 DYNAMIC = [
     f"{ACTOR}.use_dynamic_bsz=True",
     f"{ACTOR}.ppo_max_token_len_per_gpu=128",
@@ -27,7 +32,7 @@ def assets(tmp_path_factory):
 def two_workers(assets, tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
     metrics = output / "metrics.jsonl"
-    extra = [*RAGGED, "trainer.logger=[file]", "trainer.save_freq=2", "trainer.test_freq=2"]
+    extra = [*UNEVEN, "trainer.logger=[file]", "trainer.save_freq=2", "trainer.test_freq=2"]
     run(arguments(assets, output, *extra), output, VERL_FILE_LOGGER_PATH=str(metrics))
     return updates(output / "updates"), [
         json.loads(line)["data"] for line in metrics.read_text().splitlines()
@@ -37,7 +42,7 @@ def two_workers(assets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_worker(assets, tmp_path_factory):
     output = tmp_path_factory.mktemp("one")
-    run(arguments(assets, output, *RAGGED, *DYNAMIC, workers=1), output)
+    run(arguments(assets, output, *UNEVEN, *DYNAMIC, workers=1), output)
     return updates(output / "updates")
 
 
@@ -51,10 +56,13 @@ def assert_exact(assets, dumps, **how):
 
 
 @pytest.mark.timeout(400)
-def test_updates_of_two_workers_are_those_of_the_formula_with_a_ragged_last_mini_batch(assets, two_workers):
+def test_updates_of_two_workers_are_those_of_the_formula_however_ragged(assets, two_workers):
     dumps, _ = two_workers
     done = assert_exact(assets, dumps)
-    assert [update.groups for update in done] == [[4, 4], [4, 4], [4]] * 2
+    sizes = [update.groups for update in done]
+    assert [len(groups) for groups in sizes] == [2, 2, 1] * 2
+    assert any(group < 4 for groups in sizes for group in groups)
+    assert any(len(update.dump["sessions"]) > len(set(update.dump["sessions"])) for update in done)
     # Later updates of a step are not where the policy is the reference: there the groups' means matter.
     assert all(abs(update.dump["metrics"]["gvpo/kl"]) > 1e-3 for update in done[1:3])
     lengths = [len(row) for update in done for row in update.dump["responses"]]

@@ -1,7 +1,7 @@
 """verl 0.6.0 on CPUs, for this test alone: what it asks of an accelerator, and a Hugging Face rollout.
 
-verl imports this module in every process when VERL_USE_EXTERNAL_MODULES names it. Nothing of what is tested is
-touched: trainer, actor, loss and optimizer are verl's.
+verl imports this module in every process when VERL_USE_EXTERNAL_MODULES names it. Nothing of what is tested
+is touched: trainer, actor, loss and optimizer are verl's.
 """
 
 import contextlib

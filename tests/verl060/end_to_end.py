@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(assets, output, *extra, workers=2):
-    precision = [f"++{ACTOR}.fsdp_config.mixed_precision.{n}_dtype=fp32" for n in ("param", "reduce", "buffer")]
+    precision = [
+        f"++{ACTOR}.fsdp_config.mixed_precision.{n}_dtype=fp32" for n in ("param", "reduce", "buffer")
+    ]
     return [
         "trainer.device=cuda",  # what verl 0.6.0 asks Ray for; there is none
         f"trainer.n_gpus_per_node={workers}",

@@ -37,7 +37,7 @@ def quickstart(
     task: Annotated[str, typer.Option(help="What to learn: addition or subtraction.")] = "addition",
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     output: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/quickstart-verl"),
-    steps: Annotated[int, typer.Option(min=1, help="Rollouts; each feeds four updates.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Rollouts; each feeds four updates.")] = 10,
     beta: Annotated[float, typer.Option(help="Temperature of the implicit reward, above 0.")] = 0.2,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers that train.")] = 2,
 ) -> None:

@@ -44,7 +44,7 @@ _missing = [name for name in _TOUCHED if not hasattr(PPOTrainerSync, name)]
 _missing += [name for name in ("_TQ_CONTROLLER", "_TQ_STORAGE") if not hasattr(tq.interface, name)]
 if _missing:
     raise ImportError(
-        f"gvpo.verl works with verl 0.9.1 and TransferQueue 0.1.11: these here have no {', '.join(_missing)}. "
+        f"gvpo.verl works with verl 0.9.1 and TransferQueue 0.1.11: these have no {', '.join(_missing)}. "
         "Install those versions, or tell the GVPO developers of the new ones."
     )
 # Values of the workers' surrogate −Σ w S and of the KL term with coefficient 0: they mean nothing here.

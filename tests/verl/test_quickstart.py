@@ -1,0 +1,41 @@
+"""The laptop run learns, through the command."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+@pytest.mark.timeout(600)
+def test_the_laptop_run_gains_forty_points(tmp_path):
+    output = tmp_path / "run"
+    subprocess.run([sys.executable, "-m", "gvpo", "verl", "quickstart", "--output", str(output)], check=True)
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["accuracy_after"] - summary["accuracy_before"] >= 0.4
+    # The quickstart's keys, and how many workers there were.
+    assert summary.keys() == {
+        "accuracy_before",
+        "accuracy_after",
+        "sampled_accuracy_after",
+        "seconds_total",
+        "seconds_generation",
+        "seconds_update",
+        "steps",
+        "parameters",
+        "beta",
+        "seed",
+        "workers",
+    }
+    logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "reward" in entry] == list(range(1, summary["steps"] + 1))
+    for name in (
+        "config.yaml",
+        "held_out.jsonl",
+        "samples.json",
+        "learning_curve.png",
+        "model/model.safetensors",
+    ):
+        assert (output / name).stat().st_size > 0
