@@ -13,6 +13,7 @@ from gvpo import __version__
 from gvpo.data.command import data
 from gvpo.errors import InputError
 from gvpo.evaluate.command import evaluate, report
+from gvpo.lab.command import lab
 from gvpo.verl.command import verl
 
 app = typer.Typer(
@@ -81,6 +82,7 @@ app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.add_typer(verl, name="verl")
+app.add_typer(lab, name="lab")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -88,6 +90,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args=args, standalone_mode=True)
     except InputError as error:
+        if error.details:
+            typer.echo(error.details.rstrip(), err=True)
         typer.echo(f"gvpo: {error}", err=True)
         sys.exit(2)
 

@@ -1,0 +1,6 @@
+"""The laboratory: what GVPO does, where it wins and where it doesn't, on problems small enough to be sure.
+
+`gvpo lab optimum|offline|foreign|frontier|reuse|all` runs it; docs/evidence.md says what came out. The first
+three problems of `exact.py` can be enumerated, so that expectations, divergences and π* itself are computed,
+not estimated. Opponents are TRL's own losses where TRL has them (`opponents.py`).
+"""

@@ -1,0 +1,79 @@
+"""`gvpo lab`: see what GVPO does, where it wins and where it doesn't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+lab = typer.Typer(
+    help="Experiments on problems small enough to be sure: GVPO beside GRPO, RLOO, GSPO, DPO and others.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Seeds = Annotated[int, typer.Option(help="How many seeds to report over; settings are chosen on another.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer steps and settings: a look, not evidence.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes; they change the time, not the numbers.")]
+Output = Annotated[Path, typer.Option(help="Results go into a directory in it, named after the experiment.")]
+
+_HERE = Path("runs/lab")
+
+
+@lab.command()
+def optimum(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
+    """Where the updates lead, from ten samplers: KL to the optimum, exact."""
+    _run(["optimum"], seeds, quick, workers, output)
+
+
+@lab.command()
+def offline(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
+    """Learning from a fixed log of responses where several answers are good."""
+    _run(["offline"], seeds, quick, workers, output)
+
+
+@lab.command()
+def foreign(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
+    """Learning addition from another model's responses, whose probabilities nobody knows."""
+    _run(["foreign"], seeds, quick, workers, output)
+
+
+@lab.command()
+def frontier(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
+    """Reward against KL on-policy, beside the exact frontier."""
+    _run(["frontier"], seeds, quick, workers, output)
+
+
+@lab.command()
+def reuse(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
+    """Many updates on each rollout of addition: where GVPO loses, and why."""
+    _run(["reuse"], seeds, quick, workers, output)
+
+
+@lab.command("all")
+def all_(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
+    """All of them, one after the other."""
+    _run(["optimum", "offline", "foreign", "frontier", "reuse"], seeds, quick, workers, output)
+
+
+@lab.command()
+def check(
+    documentation: Annotated[Path, typer.Option(help="The pages to check.")] = Path("docs"),
+    results: Annotated[Path, typer.Option(help="What the laboratory found.")] = Path("results"),
+) -> None:
+    """Check every number that the documentation takes from the laboratory against its results."""
+    from gvpo.lab.check import main
+
+    main(documentation, results)
+
+
+def _run(names: list[str], seeds: int, quick: bool, workers: int, output: Path) -> None:
+    from gvpo.lab.comparison import Scale
+    from gvpo.lab.runner import run_experiment
+    from gvpo.run import check_writable
+
+    scale = Scale.of(seeds, quick)
+    check_writable(output)
+    for name in names:
+        run_experiment(name, scale, output / name, workers=workers)

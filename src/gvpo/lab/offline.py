@@ -1,0 +1,232 @@
+"""Learning from a fixed log where several answers are good, exactly measured (docs/evidence.md).
+
+The log holds 1,024 groups of 8 responses drawn by the reference policy, by another model, or uniformly; the
+task is that of `sequences.py`, β = 0.3. A second part goes over the reference's log for 37 epochs at a
+constant learning rate: who drifts? Each seed has its own reference policy, other model and log.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gvpo.lab.comparison import Arm, Interval, Record, Scale, grid, summarise
+from gvpo.lab.exact import Problem, make_log, train
+from gvpo.lab.losses import GVPO, RejectionSampling, RewardWeighted
+from gvpo.lab.opponents import DPO, GRPO, RLOO
+from gvpo.lab.report import COLOURS, by_condition, by_metric, dots, legend_below, new_figure, save
+from gvpo.lab.sequences import REWARDS, SequencePolicies, pretrained
+
+BETA, K, GROUPS, LOGGED = 0.3, 8, 32, 1024
+METRIC = "kl_optimum"
+LOGS = ("reference", "other model", "uniform")
+DRIFT = "reference, 37 epochs"
+DRIFT_STEPS = 1200
+DRIFT_AT = (32, 100, 200, 400, 800, DRIFT_STEPS)
+
+
+def arms(scale: Scale) -> list[Arm]:
+    """Six settings each (two in a quick run)."""
+    if scale.quick:
+        six: tuple[float, ...] = (3e-3, 1e-2)
+        two: tuple[float, ...] = (3e-3,)
+        three = two
+    else:
+        six, three, two = (3e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2), (1e-3, 3e-3, 1e-2), (1e-3, 3e-3)
+    return [
+        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(six)),
+        Arm(
+            "grpo_clip",
+            "GRPO, clipped",
+            lambda epsilon: GRPO(epsilon=epsilon),
+            grid(three, epsilon=(0.2, 0.5)),
+        ),
+        Arm("grpo_k3", "GRPO, clipped + k3", lambda kl: GRPO(kl=kl), grid(two, kl=(0.1, 0.3, 1.0))),
+        Arm(
+            "grpo_k3_corrected",
+            "GRPO, clipped + corrected k3",
+            lambda kl: GRPO(kl=kl, corrected=True),
+            grid(two, kl=(0.1, 0.3, 1.0)),
+        ),
+        Arm(
+            "dr_grpo",
+            "Dr. GRPO + corrected k3",
+            lambda kl: GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo"),
+            grid(two, kl=(0.03, 0.1, 0.3)),
+        ),
+        Arm(
+            "gspo",
+            "GSPO",
+            lambda epsilon: GRPO(level="sequence", epsilon=epsilon),
+            grid(three, epsilon=(0.03, 0.2)),
+        ),
+        Arm("rloo_is", "RLOO + KL, knows μ", lambda cap: RLOO(kl=BETA, cap=cap), grid(three, cap=(1, 5))),
+        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(two, beta=(0.1, 0.5, 2.0))),
+        Arm(
+            "rwr",
+            "reward-weighted SFT",
+            lambda beta: RewardWeighted(beta=beta),
+            grid(three, beta=(0.15, 0.3)),
+        ),
+        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(six)),
+    ]
+
+
+# Without a choice: what 37 epochs do at a learning rate that suits the shorter run.
+DRIFTERS = (
+    Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), [{"lr": 3e-3}]),
+    Arm("grpo_clip", "GRPO, clipped", lambda: GRPO(), [{"lr": 3e-3}]),
+    Arm("grpo_free", "GRPO, not clipped", lambda: GRPO(epsilon=1e9), [{"lr": 1e-3}]),
+    Arm("dpo", "DPO", lambda: DPO(beta=0.5), [{"lr": 1e-3}]),
+    Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), [{"lr": 3e-3}]),
+)
+
+
+def jobs(scale: Scale) -> list[str]:
+    return [arm.name for arm in arms(scale)] + [f"drift:{arm.name}" for arm in DRIFTERS]
+
+
+def run_job(name: str, scale: Scale) -> list[Record]:
+    """One algorithm on all logs, or over 37 epochs."""
+    if name.startswith("drift:"):
+        return _drift(next(a for a in DRIFTERS if a.name == name.removeprefix("drift:")), scale)
+    arm = next(a for a in arms(scale) if a.name == name)
+    starts = pretrain(scale.all_seeds)
+    steps = 150 if scale.quick else 400
+    records = []
+    for setting, rates in arm.by_loss():
+        runs = [(log, seed, lr) for log in LOGS for seed in scale.all_seeds for lr in rates]
+        outcome = _train(starts, runs, arm.loss(**setting), scale, steps=steps)[steps]
+        records += [
+            Record(arm.name, log, {"lr": lr, **setting}, seed, metrics)
+            for (log, seed, lr), metrics in zip(runs, outcome, strict=True)
+        ]
+    return records
+
+
+def _drift(arm: Arm, scale: Scale) -> list[Record]:
+    starts = pretrain(scale.all_seeds)
+    (setting,) = arm.grid
+    steps = DRIFT_STEPS // 4 if scale.quick else DRIFT_STEPS
+    runs = [("reference", seed, setting["lr"]) for seed in scale.seeds]
+    history = _train(starts, runs, arm.loss(), scale, steps=steps, constant=True, measure_at=DRIFT_AT)
+    return [
+        Record(arm.name, f"{DRIFT}: {step}", setting, seed, metrics)
+        for step, outcome in history.items()
+        for (_, seed, _), metrics in zip(runs, outcome, strict=True)
+    ]
+
+
+Start = tuple[SequencePolicies, SequencePolicies]  # the references and the other models, one a seed
+
+
+def pretrain(seeds: tuple[int, ...]) -> Start:
+    """References that prefer small first symbols, other models that prefer large ones; both half noise."""
+    references = pretrained(seeds, skew=-0.5, noise=0.5)
+    return references, pretrained([seed + 5000 for seed in seeds], skew=0.7, noise=0.5)
+
+
+def _train(
+    starts: Start, runs: list[tuple[str, int, float]], loss: Any, scale: Scale, *, steps: int, **others: Any
+) -> dict[int, list[dict[str, float]]]:
+    row = [scale.all_seeds.index(seed) for _, seed, _ in runs]
+    with torch.no_grad():
+        reference, other = (policies.table()[row] for policies in starts)
+    samplers: dict[str, Tensor] = {
+        "reference": reference.sum(-1),
+        "other model": other.sum(-1),
+        "uniform": torch.zeros_like(other.sum(-1)).log_softmax(-1),
+    }
+    sampler = torch.stack([samplers[log][i] for i, (log, *_) in enumerate(runs)])
+    seeds = [seed for _, seed, _ in runs]
+    rewards = REWARDS.expand(len(runs), -1, -1)
+    problem = Problem(rewards, reference, seeds, torch.tensor([lr for *_, lr in runs]), BETA)
+    log = make_log(sampler, seeds, LOGGED, K)
+    policies = starts[0].copies(row)
+    return train(policies, problem, log, loss, steps=steps, groups=GROUPS, k=K, clip=1.0, **others)
+
+
+def summary(records: list[Record], scale: Scale) -> dict[str, Any]:
+    return {
+        "question": "From a log, how close to π* does training come, in KL(π‖π*) nats, and does it stay?",
+        "metric": METRIC,
+        "problem": {"beta": BETA, "k": K, "groups": GROUPS, "logged_groups": LOGGED},
+        "start": _start(scale),
+        "rows": summarise(arms(scale), [r for r in records if r.condition in LOGS], METRIC),
+        "drift": [
+            {
+                "arm": arm.name,
+                "label": arm.label,
+                "setting": arm.grid[0],
+                "curve": _curve([r for r in records if r.arm == arm.name and r.condition.startswith(DRIFT)]),
+            }
+            for arm in DRIFTERS
+        ],
+    }
+
+
+def _start(scale: Scale) -> dict[str, Any]:
+    """Where all begin: KL(reference‖π*)."""
+    references = pretrained(scale.seeds, skew=-0.5, noise=0.5).table().detach().double().sum(-1)
+    optimum = (references + REWARDS / BETA).log_softmax(-1)
+    divergence = (references.exp() * (references - optimum)).sum(-1).mean(-1)
+    reward = (references.exp() * REWARDS).sum(-1).mean(-1)
+    best = (optimum.exp() * REWARDS).sum(-1).mean(-1)
+    return {
+        "kl_optimum": vars(Interval.of(divergence.tolist())),
+        "reward": vars(Interval.of(reward.tolist())),
+        "reward_of_optimum": vars(Interval.of(best.tolist())),
+    }
+
+
+def _curve(records: list[Record]) -> list[dict[str, Any]]:
+    steps = dict.fromkeys(int(r.condition.split()[-1]) for r in records)
+    return [
+        {
+            "step": step,
+            "epochs": round(step * GROUPS / LOGGED, 1),
+            METRIC: vars(
+                Interval.of([r.metrics[METRIC] for r in records if r.condition.endswith(f" {step}")])
+            ),
+        }
+        for step in sorted(steps)
+    ]
+
+
+def tables(found: dict[str, Any]) -> list[Any]:
+    first = by_condition(found["rows"], METRIC, "KL(π‖π*) in nats after training, by who made the log")
+    rows = [
+        {"label": arm["label"], **{f"{point['epochs']:g} epochs": point[METRIC] for point in arm["curve"]}}
+        for arm in found["drift"]
+    ]
+    metrics = {name: name for name in rows[0] if name != "label"}
+    return [*first, by_metric(rows, metrics, "KL(π‖π*) in nats over the epochs, the reference's log")]
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    figure, (left, right) = new_figure(2, width=10.5, height=4.8)
+    dots(left, found["rows"], METRIC, log=True)
+    left.set_ylabel("KL(π‖π*) after training, nats")
+    left.set_title("by who made the log", fontsize=10)
+    colours = {row["label"]: COLOURS[i] for i, row in enumerate(_first_rows(found["rows"]))}
+    spare = iter(COLOURS[len(colours) :])
+    for arm in found["drift"]:
+        colour = colours.get(arm["label"]) or next(spare)
+        xs = [point["epochs"] for point in arm["curve"]]
+        band = [point[METRIC] for point in arm["curve"]]
+        right.plot(xs, [b["mean"] for b in band], marker="o", markersize=3, color=colour, label=arm["label"])
+        right.fill_between(xs, [max(b["low"], b["mean"] / 3) for b in band], [b["high"] for b in band],
+                           alpha=0.15, color=colour)  # fmt: skip
+    right.set_yscale("log")
+    right.set_xlabel("epochs over the reference's log, constant learning rate")
+    right.set_title("and over the epochs", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    legend_below(figure, left)
+    save(figure, path)
+
+
+def _first_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["condition"] == rows[0]["condition"]]

@@ -1,0 +1,205 @@
+"""Where the updates lead: one prompt, 512 responses, every divergence exact (docs/evidence.md).
+
+A table of logits is trained from ten samplers with β = 0.2, and held against π* ∝ π_ref exp(R/β). GVPO gets
+one setting for all samplers and no sampler's probabilities; each opponent gets its best setting for each
+sampler, and those that say so know the probabilities.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gvpo.lab.comparison import Arm, Record, Scale, grid, summarise
+from gvpo.lab.exact import Problem, Table, train
+from gvpo.lab.losses import GVPO
+from gvpo.lab.opponents import DPO, GRPO, RLOO
+from gvpo.lab.report import by_condition, dots, legend_below, new_figure, save
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+RESPONSES, BETA, K, GROUPS = 512, 0.2, 8, 16
+METRIC = "kl_optimum"
+
+SAMPLERS = {
+    "on-policy": "the policy",
+    "T=1.5": "the policy at temperature 1.5",
+    "T=0.6": "the policy at temperature 0.6",
+    "quantised": "the policy with logits rounded to multiples of 0.5",
+    "perturbed": "the policy with normal noise of 0.5 on its logits, drawn once",
+    "reference": "the reference",
+    "uniform": "all responses alike",
+    "peaked": "a stranger: logits of normal noise of 3",
+    "inverse": "the reference upside down: likely where it is unlikely",
+    "top-p 0.8": "the policy's nucleus of 0.8: does not cover the optimum",
+}
+COVERING = tuple(name for name in SAMPLERS if name != "top-p 0.8")
+
+
+class Tables:
+    """A free logit for each response: (runs, 1, responses, 1)."""
+
+    def __init__(self, reference: Float[Tensor, "runs responses"]) -> None:
+        self.parameters = [reference[:, None, :, None].clone().requires_grad_()]
+
+    def table(self) -> Float[Tensor, "runs 1 responses 1"]:
+        return self.parameters[0].log_softmax(2)
+
+
+def make_problem(seed: int) -> dict[str, Float[Tensor, "responses"]]:
+    """Reference, rewards (nine in ten 0, the others between 0.5 and 1), stranger and noise."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(scale: float) -> Tensor:
+        return scale * torch.randn(RESPONSES, generator=g, dtype=torch.float64)
+
+    reference = normal(1.5).log_softmax(0)
+    good = torch.rand(RESPONSES, generator=g) < 0.1
+    rewards = good * (0.5 + 0.5 * torch.rand(RESPONSES, generator=g, dtype=torch.float64))
+    return {
+        "reference": reference,
+        "rewards": rewards,
+        "stranger": normal(3).log_softmax(0),
+        "noise": normal(0.5),
+    }
+
+
+def sampler_logps(name: str, policy: Tensor, problem: dict[str, Tensor]) -> Float[Tensor, "runs responses"]:
+    """log μ of a sampler, for runs of one kind of sampler."""
+    reference = problem["reference"]
+    if name.startswith("T="):
+        return (policy / float(name[2:])).log_softmax(-1)
+    if name == "quantised":
+        return ((policy / 0.5).round() * 0.5).log_softmax(-1)
+    if name == "perturbed":
+        return (policy + problem["noise"]).log_softmax(-1)
+    if name == "top-p 0.8":
+        p, order = policy.exp().sort(-1, descending=True)
+        kept = p * ((p.cumsum(-1) - p) < 0.8)
+        nucleus = torch.zeros_like(p).scatter(-1, order, kept)
+        return (nucleus / nucleus.sum(-1, keepdim=True)).clamp_min(1e-300).log()
+    fixed = {
+        "on-policy": policy,
+        "reference": reference,
+        "uniform": torch.zeros_like(reference).log_softmax(-1),
+        "peaked": problem["stranger"],
+        "inverse": (-reference).log_softmax(-1),
+    }
+    return fixed[name]
+
+
+def arms(scale: Scale) -> list[Arm]:
+    """Four settings each (two in a quick run)."""
+    two, four = ((0.1,), (0.03, 0.1)) if scale.quick else ((0.03, 0.1), (0.03, 0.1, 0.2, 0.3))
+
+    return [
+        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(four), one_setting=True),
+        Arm("rloo", "RLOO + KL in the reward", lambda: RLOO(kl=BETA), grid(four)),
+        Arm("rloo_is", "same, knows μ", lambda cap: RLOO(kl=BETA, cap=cap), grid(two, cap=(2, 10))),
+        Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(two, kl=(0.2, 1.0))),
+        Arm(
+            "grpo_k3_corrected",
+            "GRPO + corrected k3",
+            lambda kl: GRPO(kl=kl, corrected=True),
+            grid(two, kl=(0.2, 1.0)),
+        ),
+        Arm(
+            "dr_grpo_k3_corrected",
+            "Dr. GRPO + corrected k3",
+            lambda kl: GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo"),
+            grid(two, kl=(0.1, 0.2)),
+        ),
+        Arm(
+            "grpo_k3_is",
+            "GRPO + corrected k3, knows μ",
+            lambda kl: GRPO(kl=kl, corrected=True, cap=10),
+            grid(two, kl=(0.2, 1.0)),
+        ),
+        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(two, beta=(0.2, 1.0))),
+    ]
+
+
+def jobs(scale: Scale) -> list[str]:
+    return [arm.name for arm in arms(scale)]
+
+
+def run_job(name: str, scale: Scale) -> list[Record]:
+    """All samplers, seeds and settings of one algorithm."""
+    arm = next(a for a in arms(scale) if a.name == name)
+    problems = {seed: make_problem(seed) for seed in scale.all_seeds}
+    records = []
+    for setting, rates in arm.by_loss():
+        runs = [(s, seed, lr) for s in SAMPLERS for seed in scale.all_seeds for lr in rates]
+        drawn = {
+            key: torch.stack([problems[seed][key] for _, seed, _ in runs])
+            for key in ("reference", "rewards", "stranger", "noise")
+        }
+        block = {s: torch.tensor([i for i, run in enumerate(runs) if run[0] == s]) for s in SAMPLERS}
+        parts = {s: {key: value[block[s]] for key, value in drawn.items()} for s in SAMPLERS}
+
+        def sampler(
+            table: Table, block: dict[str, Tensor] = block, parts: dict[str, dict[str, Tensor]] = parts
+        ) -> Tensor:
+            policy = table[:, 0, :, 0]
+            out = torch.empty_like(policy)
+            for s, rows in block.items():
+                out[rows] = sampler_logps(s, policy[rows], parts[s])
+            return out[:, None]
+
+        outcome = train(
+            Tables(drawn["reference"]),
+            Problem(
+                drawn["rewards"][:, None],
+                drawn["reference"][:, None, :, None],
+                [seed for _, seed, _ in runs],
+                torch.tensor([lr for *_, lr in runs], dtype=torch.float64),
+                BETA,
+            ),
+            sampler,
+            arm.loss(**setting),
+            steps=steps(scale),
+            groups=GROUPS,
+            k=K,
+        )[steps(scale)]
+        records += [
+            Record(arm.name, s, {"lr": lr, **setting}, seed, metrics)
+            for (s, seed, lr), metrics in zip(runs, outcome, strict=True)
+        ]
+    return records
+
+
+def steps(scale: Scale) -> int:
+    return 400 if scale.quick else 2000
+
+
+def summary(records: list[Record], scale: Scale) -> dict[str, Any]:
+    return {
+        "question": "How far from π* does training end, in KL(π‖π*) nats?",
+        "metric": METRIC,
+        "problem": {
+            "responses": RESPONSES,
+            "beta": BETA,
+            "k": K,
+            "groups": GROUPS,
+            "steps": steps(scale),
+            "samplers": SAMPLERS,
+        },
+        "rows": summarise(arms(scale), records, METRIC),
+    }
+
+
+def tables(found: dict[str, Any]) -> list[Any]:
+    return by_condition(found["rows"], METRIC, "KL(π‖π*) in nats after training, by sampler")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    figure, (axis,) = new_figure(width=10.5, height=4.6)
+    dots(axis, found["rows"], METRIC, log=True)
+    axis.set_ylabel("KL(π‖π*) after training, nats")
+    axis.set_title("One prompt, 512 responses, β = 0.2: how far from the optimum, by sampler", fontsize=10)
+    legend_below(figure, axis)
+    save(figure, path)

@@ -1,0 +1,122 @@
+"""Tables and pictures of what an experiment found."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+# Told apart without colour vision (Okabe and Ito), GVPO first.
+COLOURS = (
+    "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#7F7F7F", "#000000", "#8C564B",
+    "#9467BD", "#17BECF", "#BCBD22",
+)  # fmt: skip
+
+
+def number(value: float | None) -> str:
+    """Three significant digits where that is readable."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-12:
+        return "<1e-12"
+    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def interval(cell: Mapping[str, Any]) -> str:
+    """mean ± half of the 95 % interval."""
+    if cell["mean"] is None or not math.isfinite(cell["mean"]):
+        return "diverged"
+    return f"{number(cell['mean'])} ±{number(cell['high'] - cell['mean'])}"
+
+
+def by_condition(rows: Sequence[Row], metric: str, title: str, columns: int = 3) -> list[Table]:
+    """Algorithms downwards, conditions sidewards, `columns` of them a table."""
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    cells = {(row["label"], row["condition"]): interval(row[metric]) for row in rows}
+    tables = []
+    for first in range(0, len(conditions), columns):
+        shown = conditions[first : first + columns]
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for condition in shown:
+            table.add_column(condition, justify="right")
+        for label in labels:
+            table.add_row(label, *(cells.get((label, condition), "") for condition in shown))
+        tables.append(table)
+    return tables
+
+
+def by_metric(rows: Sequence[Row], metrics: Mapping[str, str], title: str) -> Table:
+    """Algorithms downwards, several metrics sidewards; for one condition."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for label in metrics.values():
+        table.add_column(label, justify="right")
+    for row in rows:
+        table.add_row(row["label"], *(interval(row[name]) for name in metrics))
+    return table
+
+
+def new_figure(panels: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Any, Sequence[Any]]:
+    """A figure and its axes, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure: Any, path: Path) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, format="png")
+    os.replace(aside, path)
+
+
+def dots(axis: Any, rows: Sequence[Row], metric: str, *, log: bool = False, floor: float = 1e-9) -> None:
+    """Means with 95 % intervals: conditions along x, one colour an algorithm."""
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    for index, label in enumerate(labels):
+        points = [(conditions.index(row["condition"]), row[metric]) for row in rows if row["label"] == label]
+        points = [(x, cell) for x, cell in points if cell["mean"] is not None]
+        shift = 0.7 * ((index + 0.5) / len(labels) - 0.5)
+        ys = [max(cell["mean"], floor) if log else cell["mean"] for _, cell in points]
+        # An interval that reaches below 0 would fill a logarithmic axis.
+        lows = [
+            max(cell["low"], floor, y / 3) if log else cell["low"]
+            for (_, cell), y in zip(points, ys, strict=True)
+        ]
+        errors = [
+            [max(y - low, 0) for y, low in zip(ys, lows, strict=True)],
+            [max(cell["high"] - y, 0) for (_, cell), y in zip(points, ys, strict=True)],
+        ]
+        axis.errorbar(
+            [x + shift for x, _ in points], ys, yerr=errors, fmt="D" if index == 0 else "o",
+            markersize=5 if index == 0 else 3.5, linewidth=1, label=label,
+            color=COLOURS[index % len(COLOURS)],
+        )  # fmt: skip
+    axis.set_xticks(range(len(conditions)), conditions)
+    axis.tick_params(axis="x", length=0)
+    axis.set_xlim(-0.5, len(conditions) - 0.5)
+    if log:
+        axis.set_yscale("log")
+
+
+def legend_below(figure: Any, axis: Any, columns: int = 4) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)

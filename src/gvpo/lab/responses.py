@@ -1,0 +1,44 @@
+"""What every loss of the laboratory is given: responses of whole groups and their log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass
+class Responses:
+    """Groups of k responses each, one after the other; log-probabilities in nats.
+
+    Attributes:
+        policy: of each token under the policy, with gradient; 0 where `mask` is False.
+        rollout: under the policy as it was when the responses came in, TRL's `old_per_token_logps`.
+        reference: under the reference π_θ'.
+        behaviour: of each response under the distribution that it was really drawn from. Only the arms
+            that are said to know μ may look at it.
+        rewards: R.
+        mask: False behind the end of a response.
+        k: responses of a group.
+    """
+
+    policy: Float[Tensor, "rows tokens"]
+    rollout: Float[Tensor, "rows tokens"]
+    reference: Float[Tensor, "rows tokens"]
+    behaviour: Float[Tensor, "rows"]
+    rewards: Float[Tensor, "rows"]
+    mask: Bool[Tensor, "rows tokens"]
+    k: int
+
+    @property
+    def group_ids(self) -> Int[Tensor, "rows"]:
+        return torch.arange(len(self.rewards)) // self.k
+
+    @property
+    def grouped_rewards(self) -> Float[Tensor, "groups k"]:
+        return self.rewards.view(-1, self.k)

@@ -1,0 +1,124 @@
+"""Runs experiments: their jobs side by side, then tables, JSON and pictures."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.metadata
+import multiprocessing
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gvpo import __version__
+from gvpo.lab.comparison import TUNING_SEED, Record, Scale
+from gvpo.run import RunDirectory, Ticker
+
+EXPERIMENTS = ("optimum", "offline", "foreign", "frontier", "reuse")
+
+
+def run_experiment(
+    name: str, scale: Scale, output: Path, *, workers: int = 1, console: Console | None = None
+) -> dict[str, Any]:
+    """Run one experiment and write `config.yaml`, `metrics.jsonl`, `summary.json` and a picture.
+
+    Args:
+        name: one of `EXPERIMENTS`.
+        scale: seeds, and whether to be quick.
+        output: the run directory.
+        workers: processes. What is found does not depend on it.
+        console: where to show progress and tables.
+
+    Returns:
+        The summary.
+
+    Raises:
+        InputError: the output directory cannot be written to.
+    """
+    console = console or Console()
+    module = importlib.import_module(f"gvpo.lab.{name}")
+    run = RunDirectory(output)
+    run.start({"command": f"lab {name}", "seeds": list(scale.seeds), "quick": scale.quick})
+    jobs = module.jobs(scale)
+    ticker = Ticker(console, f"gvpo lab {name}", len(jobs))
+    done: dict[int, list[Record]] = {}
+    seconds = 0.0
+    with ticker.running():
+        for index, records, taken in _outcomes(name, jobs, scale, workers):
+            done[index] = records
+            seconds += taken
+            ticker.advance(len(done), f"({jobs[index]}, {taken:.0f} s)")
+    records = [record for index in sorted(done) for record in done[index]]
+    for record in records:
+        run.log({**vars(record), "metrics": _rounded(record.metrics)})
+    found = {
+        "experiment": name,
+        "command": f"gvpo lab {name}" + (" --quick" if scale.quick else "") + f" --seeds {len(scale.seeds)}",
+        "made": _circumstances(seconds),
+        "seeds": list(scale.seeds),
+        "tuning_seed": TUNING_SEED,
+        "quick": scale.quick,
+        **_rounded(module.summary(records, scale)),
+    }
+    run.finish(found)
+    module.draw(found, run.path / f"{name}.png")
+    for table in module.tables(found):
+        console.print(table)
+    console.print(
+        f"95 % intervals over {len(scale.seeds)} seeds; settings chosen on another seed. "
+        f"{seconds:.0f} CPU "
+        f"seconds. summary.json, metrics.jsonl (every run) and {name}.png are in {run.path}.",
+        soft_wrap=True,
+    )
+    return found
+
+
+def _outcomes(
+    name: str, jobs: list[str], scale: Scale, workers: int
+) -> Iterator[tuple[int, list[Record], float]]:
+    if workers <= 1:
+        for index, job in enumerate(jobs):
+            yield index, *_run_job(name, job, scale)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        waiting = {pool.submit(_run_job, name, job, scale): index for index, job in enumerate(jobs)}
+        for future in as_completed(waiting):
+            yield waiting[future], *future.result()
+
+
+def _run_job(name: str, job: str, scale: Scale) -> tuple[list[Record], float]:
+    # More threads cost models of this size more than they bring.
+    torch.set_num_threads(1)
+    started = time.process_time()
+    records = importlib.import_module(f"gvpo.lab.{name}").run_job(job, scale)
+    return records, time.process_time() - started
+
+
+def _circumstances(seconds: float) -> dict[str, Any]:
+    packages = ("torch", "trl", "transformers", "numpy")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{platform.machine()} CPU, one thread a worker, no GPU",
+        "versions": {
+            "gvpo": __version__,
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "cpu_seconds": round(seconds),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
