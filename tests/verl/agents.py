@@ -16,7 +16,7 @@ class RewritingAgent(SingleTurnAgentLoop):
         if int(kwargs["reward_model"]["ground_truth"]) % 5 != 3:
             return output
         match sum(output.response_ids) % 3:
-            case 0:
+            case 2:
                 return []
             case 1:
                 rewritten = deepcopy(output)
