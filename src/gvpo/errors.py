@@ -5,8 +5,12 @@ class InputError(ValueError):
     """Input from the user that cannot be used.
 
     Its message is one sentence that says what is wrong, where, and what to do. The command line prints it
-    and exits with code 2.
+    (after `details`, such as the traceback of a user's own function) and exits with code 2.
     """
+
+    def __init__(self, message: str, *, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class NonFiniteError(ValueError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from gvpo.batch import GroupBatch
@@ -18,6 +18,9 @@ from gvpo.trl.health_config import Rule
 from gvpo.trl.rollouts import Slice, save_rollouts
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool
+
+    from gvpo.trl.guard import Incidents
     from gvpo.trl.trainer import GVPOTrainer
 
 
@@ -31,6 +34,36 @@ class Health:
     def __init__(self, trainer: GVPOTrainer) -> None:
         self.trainer = trainer
         self.bad_steps = 0
+
+    def settle_rewards(self, incidents: Incidents, rows: int) -> Bool[Tensor, "all_rows"]:
+        """Count and keep the failures of reward functions on this process's `rows`.
+
+        Returns:
+            The rows, over all processes, that have no reward to trust.
+
+        Raises:
+            InputError: they are more than the settings tolerate, on all processes alike.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        rank, step = trainer.accelerator.process_index, trainer.state.global_step
+        path = Path(args.output_dir) / "incidents" / f"rewards-rank-{rank}.jsonl"
+        mine, first = incidents.drain(path, step)
+        failed = torch.zeros(rows, dtype=torch.bool, device=trainer.accelerator.device)
+        failed[sorted(mine)] = True
+        failed = trainer.accelerator.gather(failed)
+        count = int(failed.sum())
+        if count:
+            mode = "train" if trainer.model.training else "eval"
+            trainer._metrics[mode]["gvpo/reward_incidents"].append(float(count))
+        tolerated = 0.0 if args.on_reward_error == "error" else args.reward_error_tolerance
+        if count > tolerated * len(failed):
+            raise InputError(
+                f"{first[0] or 'A reward function failed on another process'}: {count} of {len(failed)} "
+                f"completions of step {step}, where reward_error_tolerance={tolerated:g}; they are kept in "
+                f"{path.parent}.",
+                details=first[1],
+            )
+        return failed
 
     def gradients_are_finite(self, model: nn.Module) -> bool:
         """Whether all are, on all processes. Where a loss scaler or DeepSpeed looks after that: True."""

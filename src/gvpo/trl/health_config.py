@@ -14,14 +14,38 @@ _RULE = re.compile(rf"\s*(?P<metric>[^\s<>]+)\s*(?P<sign>[<>])\s*(?P<limit>{_NUM
 
 @dataclass
 class HealthConfig:
-    """Non-finite numbers and divergence; see docs/reliability.md.
+    """Failing reward functions, non-finite numbers and divergence; see docs/reliability.md.
 
     Args:
+        on_reward_error: what a reward function's failure on a completion (an exception, a hang, a dead
+            process, a value that is no finite number) costs: "drop_row" and "drop_group" take the row, or its
+            whole group, out of the step; "error" stops training.
+        reward_error_tolerance: share of a generation's rows that may fail before training stops all the same.
+        reward_timeout: seconds for a call of a reward function, which then runs in a worker process.
+        reward_worker: run each reward function in a worker process, with or without a limit of time.
         max_bad_steps: optimizer steps in a row without finite numbers after which training stops.
         warn_when: rules on logged metrics such as "gvpo/kl > 100"; each warns when it first holds.
         stop_when: rules that save a checkpoint and stop training.
     """
 
+    on_reward_error: str = field(
+        default="drop_row",
+        metadata={
+            "help": "What a reward function's failure on a completion costs: its row, its group, or the run.",
+            "choices": ["error", "drop_row", "drop_group"],
+        },
+    )
+    reward_error_tolerance: float = field(
+        default=0.01,
+        metadata={"help": "Share of a generation's rows that may fail before training stops all the same."},
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds for a call of a reward function, which then runs in a worker process."},
+    )
+    reward_worker: bool = field(
+        default=False, metadata={"help": "Run each reward function in a worker process of its own."}
+    )
     max_bad_steps: int = field(
         default=3,
         metadata={
@@ -72,6 +96,14 @@ class Rule:
 
 def check_health(config: HealthConfig) -> None:
     """Raise an InputError for settings that cannot be."""
+    if config.on_reward_error not in ("error", "drop_row", "drop_group"):
+        raise InputError(
+            f"on_reward_error={config.on_reward_error!r} is unknown: use 'error', 'drop_row' or 'drop_group'."
+        )
+    if not 0 <= config.reward_error_tolerance <= 1:
+        raise InputError(f"reward_error_tolerance={config.reward_error_tolerance} must be from 0 to 1.")
+    if config.reward_timeout is not None and not config.reward_timeout > 0:
+        raise InputError(f"reward_timeout={config.reward_timeout} must be above 0 seconds.")
     if config.max_bad_steps < 1:
         raise InputError(f"max_bad_steps={config.max_bad_steps} must be at least 1.")
     for text in (*config.warn_when, *config.stop_when):

@@ -30,7 +30,7 @@ from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.checkpoints import Checkpoints
 from gvpo.trl.config import GVPOConfig, check_size
-from gvpo.trl.guard import guard
+from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health, Watch
 from gvpo.trl.offpolicy import OffPolicy, placeholder, unrewarded
 from gvpo.trl.rollouts import Slice, split, window_batch
@@ -90,9 +90,19 @@ class GVPOTrainer(Checkpoints):
             args = GVPOConfig(f"{name.split('/')[-1]}-GVPO")
         if not isinstance(args, GVPOConfig):
             raise InputError(f"args is a {type(args).__name__}; GVPOTrainer needs a gvpo.trl.GVPOConfig.")
+        self.incidents = Incidents()
         if reward_funcs is not None:
             funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [guard(f) for f in funcs]
+            reward_funcs = [
+                guard(
+                    f,
+                    self.incidents,
+                    group=args.num_generations or 1,
+                    timeout=args.reward_timeout,
+                    worker=args.reward_worker,
+                )
+                for f in funcs
+            ]
         adapters = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         initial = args.reference == "initial"
         twin: nn.Module | None = None
@@ -172,6 +182,8 @@ class GVPOTrainer(Checkpoints):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards_seen = super()._calculate_rewards(*args, **kwargs)
+        n = len(self._rewards_seen) // self.accelerator.num_processes
+        self._failed_rows = self.health.settle_rewards(self.incidents, n)
         return self._rewards_seen
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any) -> Any:
@@ -193,6 +205,7 @@ class GVPOTrainer(Checkpoints):
         if "pixel_values" in out:
             raise InputError("The data set has images, but GVPOTrainer trains text models only.")
         rewards, valid = self._total_rewards()
+        valid &= ~self._failed(k)
         n = len(inputs)
         mine = slice(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
         completion_mask = out["completion_mask"]
@@ -208,6 +221,12 @@ class GVPOTrainer(Checkpoints):
             group_ids[mine],
             valid=valid[mine] & not_truncated if self.mask_truncated_completions else valid[mine],
         )
+
+    def _failed(self, k: int) -> Tensor:
+        """Rows that leave the step because a reward function failed on them, or on one of their group."""
+        if self.args.on_reward_error != "drop_group":
+            return self._failed_rows
+        return self._failed_rows.view(-1, k).any(1).repeat_interleave(k)
 
     def _total_rewards(self) -> tuple[Tensor, Tensor]:
         """Weighted sum per row, and which rows some reward function could score. float64 where possible."""
