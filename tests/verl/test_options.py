@@ -19,9 +19,7 @@ def test_initial_reference_published_scale_and_shuffled_epochs(tmp_path):
         "data.train_batch_size=3",
     ]
     run(arguments(assets, tmp_path, *extra), tmp_path)
-    done = replay(
-        assets, updates(tmp_path / "updates"), beta=0.3, lr=0.05, reference="initial", scale=2 / 5
-    )
+    done = replay(assets, updates(tmp_path / "updates"), beta=0.3, lr=0.05, reference="initial", scale=2 / 5)
     assert [update.groups for update in done] == [[5, 5], [5]] * 4
     first, again = (set(update.dump["prompts"]) for update in (done[0], done[2]))
     assert first != again  # each epoch has its own mini-batches

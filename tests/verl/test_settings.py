@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from gvpo.errors import InputError
 from gvpo.verl import versions
@@ -115,6 +116,11 @@ def test_other_versions_of_verl_are_refused_with_the_range(monkeypatch, installe
     monkeypatch.setattr(versions, "version", _versions(verl=installed))
     with pytest.raises(InputError, match=words):
         versions.check_versions()
+
+
+def test_a_configuration_file_of_ones_own_is_refused():
+    with pytest.raises(InputError, match="--config-name"):
+        check(OmegaConf.create({"trainer": {}}))
 
 
 def test_missing_transfer_queue_says_what_to_install(monkeypatch):

@@ -169,6 +169,10 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
     Raises:
         InputError: a companion that contradicts GVPO, or sizes that cannot work, with the values to change.
     """
+    if "gvpo" not in config:
+        raise InputError(
+            "the configuration has no section gvpo: leave --config-name out, and write overrides."
+        )
     for name, wanted, reason in _COMPANIONS:
         value = OmegaConf.select(config, name, default=None)
         allowed = wanted if isinstance(wanted, tuple) else (wanted,)

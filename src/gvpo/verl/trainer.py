@@ -107,6 +107,10 @@ class GVPOTrainer(PPOTrainerSync):
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """Balance tokens over the ranks, with padding rows enough to fill up each mini-batch on its own."""
+        if not len(batch):
+            raise RuntimeError(
+                "No response arrived: every session of the rollout failed, as the log says above."
+            )
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         if "gvpo_mini_batch" in batch.extra_info:
             return batch
