@@ -50,4 +50,8 @@ def quickstart(
     from gvpo.verl.quickstart import quickstart as run
 
     torch.set_num_threads(1)
-    run(task, seed, output, steps=steps, beta=beta, workers=workers, started=started)
+    try:
+        run(task, seed, output, steps=steps, beta=beta, workers=workers, started=started)
+    except RuntimeError as error:
+        typer.echo(f"gvpo: {error}", err=True)
+        raise typer.Exit(1) from None

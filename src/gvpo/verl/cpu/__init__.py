@@ -30,6 +30,7 @@ def use() -> dict[str, str]:
         # Ray makes its workers nice, which starves them on a busy laptop.
         "RAY_worker_niceness": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
     others = [m for m in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if m and m != MODULE]
     wanted["VERL_USE_EXTERNAL_MODULES"] = ",".join([*others, MODULE])
