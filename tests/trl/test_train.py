@@ -126,9 +126,42 @@ def test_two_processes_learn_with_lora_and_evaluate(chat_model: Path, inside: Pa
     assert json.loads((inside / "out" / "summary.json").read_text())["processes"] == 2
 
 
+SMALL = [
+    "--num_generations", "4", "--max_completion_length", "8", "--per_device_train_batch_size", "8",
+    "--max_steps", "2", "--logging_steps", "1", "--learning_rate", "0.01", "--output_dir", "out",
+    "--reference", "initial",
+]  # fmt: skip
+
+
+def test_logged_completions_need_no_prompts_and_no_reward(chat_model: Path, inside: Path) -> None:
+    rows = [
+        {"prompt": f"{i}+1=", "completions": [str(i + 1), str(i), "no"], "rewards": [1.0, 0.0, 0.0]}
+        for i in range(8)
+    ]
+    (inside / "logged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(["train", "--model_name_or_path", str(chat_model), "--offline", "logged.jsonl", *SMALL])
+    metrics = [json.loads(line) for line in (inside / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["gvpo/reward_variance"] == pytest.approx(1 / 3) for m in metrics if "loss" in m)
+
+
+def test_demonstrations_come_from_a_column(chat_model: Path, inside: Path) -> None:
+    rows = [
+        {"prompt": f"{i}+1=", "answer": str(i + 1), "demonstrations": [f"The answer is {i + 1}."]}
+        for i in range(8)
+    ]
+    (inside / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["train", "--model_name_or_path", str(chat_model), "--dataset_name", "sums.jsonl", *SMALL]
+    run([*argv, "--demonstrations_per_group", "1", "--max_completion_length", "24"])
+    metrics = [json.loads(line) for line in (inside / "out" / "metrics.jsonl").read_text().splitlines()]
+    # The model knows nothing: what is rewarded is one demonstration in each group of four.
+    assert all(m["reward"] == 0.25 for m in metrics if "reward" in m)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        (["--offline", "logged.jsonl"], "and so is dataset_name"),
+        (["--demonstrations_per_group", "1"], "has no column 'demonstrations'"),
         (["--dataset_name", "gsm9k"], "there is no data set 'gsm9k'"),
         (["--dataset_name", "missing.jsonl"], "missing.jsonl is not a file"),
         (["--dataset_name", "headless.jsonl"], "no column"),

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ def load_prompts(
     system_prompt: str | None = None,
     instruction: str | None = None,
     chat: bool = True,
+    keep: Sequence[str] = (),
 ) -> "datasets.Dataset":
     """A prompt data set for `GVPOTrainer`, from a name, a file or the Hub.
 
@@ -61,6 +62,7 @@ def load_prompts(
         instruction: appended to each question after a space. None for the data set's own (the published
             recipe's for GSM8K and MATH), "" for none. Prompts that are conversations already have none added.
         chat: prompts as conversations; else as plain text, without an instruction unless one is given.
+        keep: further columns that are taken as they are, such as one of demonstrations.
 
     Returns:
         A `datasets.Dataset` with `prompt` (list of messages; for `arithmetic` a string), `answer` (the ground
@@ -91,8 +93,9 @@ def load_prompts(
         system_prompt=system_prompt,
         instruction=instruction,
         chat=chat,
+        keep=keep,
     )
-    kept = ("prompt", "answer", "data_source", "task", "entry")
+    kept = ("prompt", "answer", "data_source", "task", "entry", *keep)
     loaded = [{key: row[key] for key in kept if key in row} for row in converted]
     if prompts.dropped:
         logger.warning("%s: left out %s", name, describe_dropped(prompts))
@@ -122,6 +125,7 @@ def iterate_prompts(
     system_prompt: str | None = None,
     instruction: str | None = None,
     chat: bool = True,
+    keep: Sequence[str] = (),
 ) -> tuple[Prompts, Iterator[Row]]:
     """The same rows one at a time, for data larger than memory; see `load_prompts` for the arguments.
 
@@ -148,6 +152,7 @@ def iterate_prompts(
         instruction=(recipe.instruction if chat else "") if instruction is None else instruction,
         chat=chat,
         truths_as_they_are=truths_as_they_are,
+        keep=keep,
     )
 
 
@@ -192,6 +197,7 @@ def _convert(
     instruction: str,
     chat: bool,
     truths_as_they_are: bool,
+    keep: Sequence[str],
 ) -> Iterator[Row]:
     recipe = prompts.recipe
     ids: dict[Any, int] = {}
@@ -201,11 +207,10 @@ def _convert(
         if index == 0:
             question_column = _column(row, columns, "prompt", recipe.question_columns, where)
             answer_column = _column(row, columns, "answer", recipe.answer_columns, where)
-        for column in (question_column, answer_column):
+        for column in (question_column, answer_column, *keep):
             if column not in row:
                 raise InputError(
-                    f"{where}, row {index + 1} has no column {column!r}, which row 1 has: give every row the "
-                    "same columns."
+                    f"{where}, row {index + 1} has no column {column!r}: give every row the same columns."
                 )
         _refuse_duplicate_id(row, index, ids, where)
         question = row[question_column]
@@ -224,6 +229,7 @@ def _convert(
             "index": index,
             "data_source": recipe.data_source,
             **{key: row[key] for key in ("task", "entry") if truths_as_they_are},
+            **{key: row[key] for key in keep},
         }
 
 

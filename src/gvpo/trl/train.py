@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     if trainer.accelerator.is_main_process:
         record = arguments.given | {"beta": training.beta, "reference": training.reference}
         run.start(record, resumed_at=None if checkpoint is None else _step_of(checkpoint))
-        _announce(console, arguments, len(train_dataset), checkpoint)
+        _announce(console, arguments, len(trainer.train_dataset), checkpoint)
     callback, stop = RunCallback(run, console), StopOnSignal()
     callback.attach(trainer)
     trainer.add_callback(stop)
@@ -112,8 +112,14 @@ def _step_of(checkpoint: str) -> int:
     return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])
 
 
-def _datasets(arguments: TrainArguments) -> tuple[Dataset, Dataset | None]:
+def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None]:
     script, training = arguments.script, arguments.training
+    if training.offline is not None:
+        if script.dataset_name:
+            raise InputError(
+                f"offline={training.offline} is the training data, and so is dataset_name: give one of them."
+            )
+        return None, None
     if not script.dataset_name:
         raise InputError("dataset_name is missing: give a name (gsm8k, math, …), a file or a Hub id.")
     if len(script.dataset_name) > 1 and script.dataset_source is not None:
@@ -122,7 +128,8 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset, Dataset | None]:
         )
     own = {"source": script.dataset_source, "revision": script.dataset_revision}
     split, size = script.dataset_train_split, script.dataset_size
-    train = _load(script, script.dataset_name, split, size, training.seed, own)
+    keep = [training.demonstration_column] if training.demonstrations_per_group else []
+    train = _load(script, script.dataset_name, split, size, training.seed, own, keep)
     if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
         return train, None
     if not script.eval_dataset_name and script.dataset_source is not None:
@@ -140,6 +147,7 @@ def _load(
     size: int | None,
     seed: int,
     origin: Mapping[str, str | None] = MappingProxyType({}),
+    keep: Sequence[str] = (),
 ) -> Dataset:
     columns = {"prompt": script.prompt_column, "answer": script.answer_column}
     parts = [
@@ -154,6 +162,7 @@ def _load(
             chat=script.chat,
             source=origin.get("source"),
             revision=origin.get("revision"),
+            keep=keep,
         )
         for name in names
     ]
@@ -200,11 +209,13 @@ def _tokenizer(arguments: TrainArguments, trust_remote_code: bool, *, needs_temp
 
 
 def _trainer(
-    arguments: TrainArguments, rewards: list[Any], train: Dataset, held_out: Dataset | None
+    arguments: TrainArguments, rewards: list[Any], train: Dataset | None, held_out: Dataset | None
 ) -> GVPOTrainer:
     training, model = arguments.training, arguments.model
     trust = bool(getattr(training, "trust_remote_code", False))
-    tokenizer = _tokenizer(arguments, trust, needs_template=not isinstance(train[0]["prompt"], str))
+    tokenizer = _tokenizer(
+        arguments, trust, needs_template=train is not None and not isinstance(train[0]["prompt"], str)
+    )
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -215,7 +226,7 @@ def _trainer(
     try:
         return GVPOTrainer(
             model.model_name_or_path,
-            rewards,
+            rewards if train is not None else None,
             training,
             train_dataset=train,
             eval_dataset=held_out,
