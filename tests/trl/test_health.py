@@ -116,6 +116,30 @@ def test_settings_that_cannot_be(changes: dict[str, Any]) -> None:
         trainer(**changes)
 
 
+def test_tracker_that_is_away_does_not_stop_training(tmp_path: Path) -> None:
+    made = trainer(output_dir=str(tmp_path), report_to=["tensorboard"], max_steps=3)
+    for callback in made.callback_handler.callbacks:
+        if type(callback).__name__ == "TensorBoardCallback":
+            tracker: Any = callback
+
+    class Away:
+        def __getattr__(self, name: str) -> Any:
+            raise FileNotFoundError("the folder is gone")
+
+    original = made._update
+
+    def lose_it(model: Any) -> torch.Tensor:
+        tracker.tb_writer = Away()
+        return original(model)
+
+    made._update = lose_it  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.train()
+    assert made.state.global_step == 3
+    assert sum("TensorBoardCallback failed (FileNotFoundError" in str(w.message) for w in caught) == 1
+
+
 class OddTrainer(CannedTrainer):
     """Completions at the edge: `kind` says which."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,3 +140,31 @@ class Watch(TrainerCallback):
                     f"{logs[rule.metric]:.4g}, and stop_when has {rule}.",
                     stacklevel=2,
                 )
+
+
+def tolerate_loggers(callbacks: list[TrainerCallback]) -> None:
+    """Let trackers (tensorboard, wandb, …) fail without stopping training: each is warned about once."""
+    for callback in callbacks:
+        if not type(callback).__module__.startswith("transformers.integrations"):
+            continue
+        for name in dir(callback):
+            if name.startswith("on_"):
+                setattr(callback, name, _tolerant(callback, getattr(callback, name)))
+
+
+def _tolerant(callback: TrainerCallback, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # whatever a tracker's client raises when its server or disk is away
+            if not getattr(callback, "gvpo_warned", False):
+                callback.gvpo_warned = True
+                warnings.warn(
+                    f"{type(callback).__name__} failed ({type(error).__name__}: {error}): training goes on "
+                    "without what it would have recorded.",
+                    stacklevel=2,
+                )
+            return None
+
+    return call

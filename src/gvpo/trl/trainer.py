@@ -31,7 +31,7 @@ from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.checkpoints import Checkpoints
 from gvpo.trl.config import GVPOConfig, check_size
 from gvpo.trl.guard import Incidents, guard
-from gvpo.trl.health import Health, Watch
+from gvpo.trl.health import Health, Watch, tolerate_loggers
 from gvpo.trl.offpolicy import OffPolicy, placeholder, unrewarded
 from gvpo.trl.rollouts import Slice, split, window_batch
 
@@ -126,6 +126,7 @@ class GVPOTrainer(Checkpoints):
         self._token_cap = math.inf  # what memory allowed last time it ran out
         self.off_policy = OffPolicy(self)
         self.health = Health(self)
+        tolerate_loggers(self.callback_handler.callbacks)
         self.add_callback(Watch(args.warn_when, args.stop_when))
         self._warn_of_settings()
 
