@@ -111,6 +111,7 @@ def train(
         )
         started = time.perf_counter()
         trainer.train()
+        print(f"  seed {seed}, {settings}: {watch.curve}", flush=True)  # a long wait else
         return watch.curve, trainer.state.log_history, time.perf_counter() - started
 
 
@@ -250,20 +251,12 @@ def _summary(curve: Curve, seconds: float) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------- stale
 
+_REPLAY = {"per_device_train_batch_size": 64, "replay_ratio": 3.0, "replay_max_age": 16}
 STALE: dict[str, dict[str, Any]] = {
-    "fresh rollouts": {"reference": "initial"},
     "rollouts up to 16 updates old, stored reference": {"steps_per_generation": 16},
-    "one fresh, three replayed groups up to 16 updates old, stored reference": {
-        "per_device_train_batch_size": 64,
-        "replay_ratio": 3.0,
-        "replay_max_age": 16,
-    },
-    "the same, re-anchored": {
-        "per_device_train_batch_size": 64,
-        "replay_ratio": 3.0,
-        "replay_max_age": 16,
-        "replay_reference": "current",
-    },
+    "1 fresh and 3 replayed groups up to 16 updates old, stored reference": _REPLAY,
+    "the same, re-anchored": _REPLAY | {"replay_reference": "current"},
+    "fresh rollouts, initial reference": {"reference": "initial"},
 }
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import RESULTS, clock, machine, peak_of
+from benchmarks.measure import RESULTS, clock, in_fresh_process, machine, peak_of
 from gvpo.offpolicy import Group, ReplayBuffer
 
 VOCABULARY = 150_000
@@ -67,21 +67,26 @@ def throughput(folder: Path, groups: int = 8192) -> dict[str, float]:
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """MiB that a process grows by while it reads ten times more than it may hold in memory."""
-    made = make_groups(4096)
-    out = {}
-    for limit in (0, 8, 32):
-        with ReplayBuffer(folder / f"memory-{limit}", memory=limit * 2**20) as buffer:
+    """MiB that a process grows by while it writes and reads 4,096 groups (36 MiB) under a limit."""
+    limits = (0, 8, 64)
+    return {
+        f"memory limit of {limit} MiB: growth in MiB": in_fresh_process(growth, str(folder), limit)
+        for limit in limits
+    }
 
-            def fill_and_read(buffer: ReplayBuffer = buffer) -> None:
-                for i in range(0, len(made), 64):
-                    buffer.append(made[i : i + 64])
-                for _ in range(512):
-                    buffer.sample(64)
 
-            out[f"memory limit of {limit} MiB: growth in MiB"] = round(peak_of(fill_and_read), 1)
-            out[f"memory limit of {limit} MiB: held in MiB"] = round(buffer._cache.bytes / 2**20, 1)
-    return out
+def growth(folder: str, limit: int) -> float:
+    with ReplayBuffer(f"{folder}/memory-{limit}", memory=limit * 2**20) as buffer:
+        buffer.append(make_groups(64))
+        buffer.sample(64)
+
+        def write_and_read() -> None:
+            for i in range(1, 64):
+                buffer.append(make_groups(64, seed=i))
+            for _ in range(128):
+                buffer.sample(64)
+
+        return round(peak_of(write_and_read), 1)
 
 
 def million(folder: Path, groups: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,72 +29,74 @@ FIELDS = pa.schema(
 )
 
 
-def encode(groups: Sequence[Group], schema: pa.Schema = FIELDS) -> pa.RecordBatch:
+def encode(groups: Sequence[Group]) -> pa.RecordBatch:
     """One row a group.
 
     Raises:
         InputError: metadata that JSON cannot hold.
     """
-    k = _offsets([len(g) for g in groups])
-    inner = _offsets(np.concatenate([g.lengths for g in groups]))
-    no_mask = pa.array([g.counted is None for g in groups])
-    counted = [g.counted for g in groups if g.counted is not None]
+    sizes = [len(g) for g in groups]
+    lengths = _joined([g.lengths for g in groups])
     columns = [
         pa.array([g.policy_step for g in groups], pa.int64()),
         pa.array([g.reference for g in groups], pa.string()),
-        pa.ListArray.from_arrays(
-            _offsets([len(g.prompt_ids) for g in groups]), np.concatenate([g.prompt_ids for g in groups])
-        ),
-        pa.ListArray.from_arrays(
-            k, pa.ListArray.from_arrays(inner, np.concatenate([g.token_ids for g in groups]))
-        ),
-        pa.nulls(len(groups), FIELDS.field("counted").type)
-        if not counted
-        else _masked_lists(groups, no_mask, counted),
-        pa.ListArray.from_arrays(k, np.concatenate([g.rewards for g in groups])),
-        _optional(groups, lambda g: g.valid, pa.bool_()),
-        _optional(groups, lambda g: g.reference_logps, pa.float64()),
+        _lists([len(g.prompt_ids) for g in groups], _plain(_joined([g.prompt_ids for g in groups]))),
+        _lists(sizes, _lists(lengths, _plain(_joined([g.token_ids for g in groups])))),
+        _counted(groups),
+        _lists(sizes, _plain(_joined([g.rewards for g in groups]))),
+        _optional([g.valid for g in groups], FIELDS.field("valid").type),
+        _optional([g.reference_logps for g in groups], FIELDS.field("reference_logps").type),
         _components(groups),
         pa.array([_json(g.metadata) for g in groups], pa.string()),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    return pa.RecordBatch.from_arrays(columns, schema=FIELDS)
 
 
-def _offsets(lengths: Sequence[int] | np.ndarray) -> pa.Array:
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _plain(values: np.ndarray) -> pa.Array:
+    """Numbers without copying them (`pa.array` would look at each, and for pandas)."""
+    if values.dtype == bool:
+        return pa.array(values)
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, buffer])
+
+
+def _lists(lengths: Sequence[int] | np.ndarray, values: pa.Array, null: list[bool] | None = None) -> pa.Array:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
-    return pa.array(offsets)
+    mask = None if null is None else pa.array(null)
+    return pa.ListArray.from_arrays(_plain(offsets), values, mask=mask)
 
 
-def _masked_lists(groups: Sequence[Group], null: pa.Array, counted: list[np.ndarray]) -> pa.Array:
-    kept = [g for g in groups if g.counted is not None]
-    outer = _offsets([0 if g.counted is None else len(g) for g in groups])
-    inner = pa.ListArray.from_arrays(
-        _offsets(np.concatenate([g.lengths for g in kept])), pa.array(np.concatenate(counted))
-    )
-    return pa.ListArray.from_arrays(outer, inner, mask=null)
-
-
-def _optional(
-    groups: Sequence[Group], of: Callable[[Group], np.ndarray | None], kind: pa.DataType
-) -> pa.Array:
-    values = [of(g) for g in groups]
+def _optional(values: list[np.ndarray | None], kind: pa.DataType) -> pa.Array:
     given = [v for v in values if v is not None]
     if not given:
-        return pa.nulls(len(groups), pa.list_(kind))
-    offsets = _offsets([0 if v is None else len(v) for v in values])
-    flat = pa.array(np.concatenate(given), kind)
-    return pa.ListArray.from_arrays(offsets, flat, mask=pa.array([v is None for v in values]))
+        return pa.nulls(len(values), kind)
+    lengths = [0 if v is None else len(v) for v in values]
+    return _lists(
+        lengths, _plain(_joined(given)), None if len(given) == len(values) else [v is None for v in values]
+    )
+
+
+def _counted(groups: Sequence[Group]) -> pa.Array:
+    kept = [g for g in groups if g.counted is not None]
+    if not kept:
+        return pa.nulls(len(groups), FIELDS.field("counted").type)
+    flags = pa.array(np.concatenate([g.counted for g in kept if g.counted is not None]))
+    inner = _lists(_joined([g.lengths for g in kept]), flags)
+    sizes = [0 if g.counted is None else len(g) for g in groups]
+    return _lists(sizes, inner, [g.counted is None for g in groups])
 
 
 def _components(groups: Sequence[Group]) -> pa.Array:
     names = list(chain.from_iterable(g.components for g in groups))
     values = list(chain.from_iterable(g.components.values() for g in groups))
-    flat = np.concatenate(values) if values else np.zeros(0)
-    items = pa.ListArray.from_arrays(_offsets([len(v) for v in values]), flat)
-    return pa.MapArray.from_arrays(
-        _offsets([len(g.components) for g in groups]), pa.array(names, pa.string()), items
-    )
+    items = _lists([len(v) for v in values], _plain(_joined(values) if values else np.zeros(0)))
+    offsets = np.cumsum([0, *(len(g.components) for g in groups)], dtype=np.int32)
+    return pa.MapArray.from_arrays(_plain(offsets), pa.array(names, pa.string()), items)
 
 
 def _json(metadata: Any) -> str:
