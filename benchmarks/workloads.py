@@ -200,12 +200,13 @@ def update(of: CannedGVPO) -> list[float]:
     return before + laps.seconds
 
 
-def micro_steps(of: CannedGRPO) -> list[float]:
+def micro_steps(of: CannedGRPO, calls: int | None = None) -> list[float]:
     """Seconds of one optimizer step of TRL: its number of micro-steps times the fastest of them.
 
     They are all padded alike and do the same work.
     """
-    return [min(_calls(of, of.args.gradient_accumulation_steps))] * of.args.gradient_accumulation_steps
+    every = of.args.gradient_accumulation_steps
+    return [min(_calls(of, calls or every))] * every
 
 
 def _calls(of: Any, count: int) -> list[float]:

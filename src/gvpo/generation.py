@@ -1,0 +1,96 @@
+"""Generation that reads each distinct prompt once, however many responses it gets.
+
+The k responses of a group have the prompt in common. `model.generate` would run it k times; here it is run
+once, and the cache is repeated. Everything else (sampling, stopping, processors) stays that of transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+_SHARED = {"input_ids", "attention_mask", "generation_config", "disable_compile"}
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch length"],
+    attention_mask: Int[Tensor, "batch length"],
+) -> DynamicCache | None:
+    """The cache of all but the last token of left-padded prompts, each distinct one run once.
+
+    Given to `model.generate` as `past_key_values`, it changes nothing but the time. None where it would save
+    nothing (no prompt comes twice, or has one token), or the model's cache is not one of keys and values.
+    """
+    rows = torch.stack([input_ids.masked_fill(attention_mask == 0, -1), attention_mask], dim=1)
+    distinct, where = torch.unique(rows, dim=0, return_inverse=True)
+    if len(distinct) == len(rows) or input_ids.shape[1] < 2:
+        return None
+    cache = DynamicCache(config=model.config)
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None
+    mask = distinct[:, 1]
+    # As `generate` counts positions: from the first token that is not padding.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    training = model.training
+    model.eval()
+    try:
+        model(
+            input_ids=distinct[:, 0, :-1].clamp(min=0),
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    finally:
+        model.train(training)
+    cache.batch_select_indices(where)
+    return cache
+
+
+def share_prompts(model: PreTrainedModel) -> None:
+    """Let `model.generate` prefill each distinct prompt once.
+
+    It does so for plain sampling or greedy search from left-padded token ids; any other call, and calls with
+    arguments that may act on the prompt's forward, are what they were. Preparing twice does nothing.
+    """
+    if hasattr(model, "_generate_before_gvpo"):
+        return
+    base: Any = model
+    base._generate_before_gvpo = model.generate
+
+    @functools.wraps(type(model).generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and _can_share(self, kwargs):
+            cache = prefill(self, kwargs["input_ids"], kwargs["attention_mask"])
+            if cache is not None:
+                kwargs["past_key_values"] = cache
+        return self._generate_before_gvpo(*args, **kwargs)
+
+    base.generate = types.MethodType(generate, model)
+
+
+def _can_share(model: Any, kwargs: dict[str, Any]) -> bool:
+    given = {name for name, value in kwargs.items() if value is not None}
+    if not {"input_ids", "attention_mask"} <= given <= _SHARED:
+        return False
+    config = kwargs.get("generation_config") or model.generation_config
+    plain = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
+    return (
+        plain
+        and config.use_cache is not False
+        and config.cache_implementation is None
+        and not config.prefill_chunk_size
+        and not model.config.is_encoder_decoder
+    )
