@@ -153,14 +153,12 @@ ROUTES = {
     "replay": {"replay_ratio": 0.7},
     "replay, several updates": {"replay_ratio": 1.0, "steps_per_generation": 8, "replay_sampling": "recent"},
     "replay, initial": {"replay_ratio": 0.5, "reference": "initial", "num_iterations": 2},
-    "replay, rescored under the initial": {
-        "replay_ratio": 0.5,
-        "reference": "initial",
-        "replay_reference": "current",
-    },
     "replay, re-anchored": {"replay_ratio": 0.5, "replay_reference": "current"},
-    "demonstrations": {"demonstrations_per_group": 2, "demonstration_slots": [0, 2]},
-    "demonstrations, several updates": {"demonstrations_per_group": 1, "steps_per_generation": 8},
+    "demonstrations, several updates": {
+        "demonstrations_per_group": 2,
+        "demonstration_slots": [0, 2],
+        "steps_per_generation": 8,
+    },
     "demonstrations and replay": {
         "demonstrations_per_group": 1,
         "replay_ratio": 1.0,

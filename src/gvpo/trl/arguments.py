@@ -75,6 +75,13 @@ class GVPOScriptArguments:
         metadata={"help": "'auto' goes on from the last checkpoint in output_dir, if any; or a checkpoint."},
     )
 
+    plan: bool = field(
+        default=False,
+        metadata={
+            "help": "Only tell how much memory each phase will need, and the largest micro-batch that fits."
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in ("dataset_name", "eval_dataset_name", "reward_funcs"):
             value = getattr(self, name)

@@ -25,6 +25,7 @@ from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import GVPOScriptArguments, TrainArguments, parse_arguments
 from gvpo.trl.callback import RunCallback
 from gvpo.trl.checkpoints import flaw, last_checkpoint
+from gvpo.trl.plan import show_plan
 from gvpo.trl.signals import StopOnSignal
 from gvpo.trl.trainer import GVPOTrainer
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str]) -> None:
     started = time.time()
     arguments = parse_arguments(argv)
     script, training = arguments.script, arguments.training
+    if script.plan:
+        show_plan(arguments, Console(highlight=False))
+        return
     rewards = [load_reward(spec) for spec in script.reward_funcs]
     if training.reward_weights is not None and len(training.reward_weights) != len(rewards):
         raise InputError(

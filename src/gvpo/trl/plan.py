@@ -1,0 +1,194 @@
+"""`gvpo train --plan`: what each phase of training will need of memory, before anything is loaded.
+
+The model is built of tensors without contents (torch's fake tensors), so that a plan for 70B takes a laptop.
+Activations are counted, not guessed: a forward of two lengths, with all that autograd keeps summed. That is an
+upper estimate: attention of such tensors keeps a mask and repeated keys that a real one does without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import get_peft_config
+
+from gvpo.errors import InputError
+from gvpo.fused_head import TILE_BYTES
+from gvpo.trl.arguments import TrainArguments
+
+# Bytes that an optimizer keeps for each trained parameter, in units of the parameter's own size or in bytes.
+_STATES: dict[str, tuple[float, float]] = {
+    "adamw_torch": (2, 0), "adamw_torch_fused": (2, 0), "adamw_8bit": (0, 2), "adamw_bnb_8bit": (0, 2),
+    "paged_adamw_32bit": (0, 0), "paged_adamw_8bit": (0, 0), "lion_8bit": (0, 1), "lion_32bit": (0, 4),
+    "sgd": (0, 0), "adafactor": (0, 0), "rmsprop": (1, 0), "adagrad": (1, 0),
+}  # fmt: skip
+_SHORT, _LONG = 8, 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one device, without sharding.
+
+    Attributes:
+        parameters: of the policy.
+        reference: the second copy of the weights, if there is one.
+        gradients: of what is trained.
+        optimizer: its state; None if unknown for this optimizer.
+        head: the tile of logits and the sum of the head's gradient.
+        cache: keys and values of a generation by transformers.
+        activation: kept for the backward, per token of a micro-batch.
+        available: free memory of the device.
+    """
+
+    parameters: int
+    reference: int
+    gradients: int
+    optimizer: int | None
+    head: int
+    cache: int
+    activation: int
+    available: int
+
+    @property
+    def fixed(self) -> int:
+        """What the update needs whatever the micro-batches."""
+        return self.parameters + self.reference + self.gradients + (self.optimizer or 0) + self.head
+
+    @property
+    def largest_budget(self) -> int:
+        """Tokens of the largest micro-batch that fits, with a tenth of the memory left for fragmentation."""
+        return max(0, int((0.9 * self.available - self.fixed) / max(1, self.activation)))
+
+
+def make_plan(arguments: TrainArguments) -> Plan:
+    """Count what `gvpo train` would need with these arguments.
+
+    Raises:
+        InputError: the model's configuration cannot be loaded.
+    """
+    training, options = arguments.training, arguments.model
+    name = options.model_name_or_path
+    if name is None:
+        raise InputError("model_name_or_path is missing: give a folder with a model, or a Hub id.")
+    trust = bool(getattr(training, "trust_remote_code", False))
+    try:
+        config = AutoConfig.from_pretrained(name, revision=options.model_revision, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The configuration of {name} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    wanted = None if options.dtype in (None, "auto") else getattr(torch, options.dtype)
+    dtype = wanted or config.dtype or torch.float32
+    peft = get_peft_config(options)
+    inside = torch.bfloat16 if training.bf16 else dtype
+    with FakeTensorMode():
+        bare = _skeleton(config, inside, trust)
+        activation = _activation_bytes(bare, bool(training.gradient_checkpointing))
+    with torch.device("meta"):
+        model = _skeleton(config, dtype, trust)
+    if peft is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft, low_cpu_mem_usage=True)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = dtype.itemsize
+    relative, absolute = _STATES.get(str(getattr(training.optim, "value", training.optim)), (None, 0))
+    text = config.get_text_config()
+    return Plan(
+        parameters=weights,
+        reference=weights if training.reference == "initial" and peft is None else 0,
+        gradients=trained * size,
+        optimizer=None if relative is None else int(trained * (relative * size + absolute)),
+        head=2 * TILE_BYTES + (4 * text.vocab_size * text.hidden_size if peft is None else 0),
+        cache=0 if training.use_vllm or training.offline is not None else _cache_bytes(text, training, dtype),
+        activation=activation,
+        available=_available(),
+    )
+
+
+def _skeleton(config: Any, dtype: torch.dtype, trust: bool) -> Any:
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, trust_remote_code=trust, attn_implementation="sdpa"
+    )
+
+
+def _activation_bytes(model: Any, checkpointing: bool) -> int:
+    """Bytes that autograd keeps for one more token, without the head (whose logits are never kept)."""
+    body = model.base_model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+
+    def kept(length: int) -> int:
+        seen: dict[int, int] = {}
+        own = {p.untyped_storage()._cdata for p in body.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                seen[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # or its address might be used again
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        ids = torch.zeros(1, length, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            body(input_ids=ids, use_cache=False)
+        return sum(seen.values())
+
+    return max(1, (kept(_LONG) - kept(_SHORT)) // (_LONG - _SHORT))
+
+
+def _cache_bytes(text: Any, training: Any, dtype: torch.dtype) -> int:
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rows = training.per_device_train_batch_size * training.steps_per_generation
+    # The prompts' length is not known; completions are what grows.
+    return 2 * text.num_hidden_layers * heads * width * dtype.itemsize * rows * training.max_completion_length
+
+
+def _available() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def show_plan(arguments: TrainArguments, console: Console) -> Plan:
+    """Print the plan as a table and the largest `micro_batch_tokens` that fits."""
+    plan, training = make_plan(arguments), arguments.training
+    table = Table(title=f"Memory of {arguments.model.model_name_or_path} on one device, without sharding")
+    table.add_column("phase")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    rows: list[tuple[str, str, int | None]] = [
+        ("always", "parameters", plan.parameters),
+        ("always", f"reference ({training.reference})", plan.reference),
+        ("generation", "keys and values of the completions", plan.cache),
+        ("update", "gradients", plan.gradients),
+        ("update", f"optimizer ({getattr(training.optim, 'value', training.optim)})", plan.optimizer),
+        ("update", "head: logits in tiles and its gradient", plan.head),
+        ("update", "activations of 1,000 tokens", 1000 * plan.activation),
+        ("", "available now", plan.available),
+    ]
+    for phase, what, count in rows:
+        table.add_row(phase, what, "unknown" if count is None else f"{count / 2**30:.3f}")
+    console.print(table)
+    budget = plan.largest_budget
+    if budget == 0:
+        console.print(
+            "The update does not fit: use LoRA (--use_peft), a narrower dtype, another optimizer, or shards.",
+            soft_wrap=True,
+        )
+    else:
+        console.print(
+            f"Largest micro-batch that fits: --micro_batch_tokens {budget} (a tenth of the memory left free; "
+            "no row may be longer).",
+            soft_wrap=True,
+        )
+    return plan

@@ -1,0 +1,76 @@
+"""`gvpo train --plan` counts what training really takes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gvpo.cli import main
+from gvpo.trl.arguments import parse_arguments
+from gvpo.trl.plan import make_plan
+from tests.trl.chat_model import save_chat_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("models") / "chat")
+
+
+def kept_for_backward(folder: Path, tokens: int, checkpointing: bool) -> int:
+    """Bytes that autograd keeps on a real device, by the storages that it holds."""
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_at_least_those_of_a_real_forward(model: Path, checkpointing: bool) -> None:
+    flag = "true" if checkpointing else "false"
+    plan = make_plan(parse_arguments(["--model_name_or_path", str(model), "--gradient_checkpointing", flag]))
+    real = (kept_for_backward(model, 256, checkpointing) - kept_for_backward(model, 128, checkpointing)) / 128
+    assert 0.99 * real <= plan.activation <= 1.35 * real
+
+
+def test_weights_copies_and_states(model: Path) -> None:
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+    common = ["--model_name_or_path", str(model)]
+    plan = make_plan(parse_arguments([*common, "--reference", "initial", "--optim", "adamw_torch"]))
+    assert (plan.parameters, plan.reference, plan.gradients, plan.optimizer) == tuple(
+        4 * count * n for n in (1, 1, 1, 2)
+    )
+    lora = make_plan(
+        parse_arguments(
+            [*common, "--reference", "initial", "--use_peft", "--lora_target_modules", "all-linear"]
+        )
+    )
+    assert lora.reference == 0
+    assert lora.gradients == lora.parameters - plan.parameters  # the adapters and nothing else
+    assert plan.largest_budget > 0
+    odd = make_plan(parse_arguments([*common, "--optim", "ademamix"]))
+    assert odd.optimizer is None
+
+
+def test_plan_prints_and_writes_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--plan", "--model_name_or_path", str(model)])
+    assert stopped.value.code == 0
+    assert "--micro_batch_tokens" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
