@@ -61,11 +61,12 @@ def all_(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: O
 def check(
     documentation: Annotated[Path, typer.Option(help="The pages to check.")] = Path("docs"),
     results: Annotated[Path, typer.Option(help="What the laboratory found.")] = Path("results"),
+    write: Annotated[bool, typer.Option("--write", help="Bring the pages up to date.")] = False,
 ) -> None:
     """Check every number that the documentation takes from the laboratory against its results."""
     from gvpo.lab.check import main
 
-    main(documentation, results)
+    main(documentation, results, write=write)
 
 
 def _run(names: list[str], seeds: int, quick: bool, workers: int, output: Path) -> None:

@@ -152,14 +152,15 @@ def summarise(
 
 
 def _best(records: Sequence[Record], metric: str, highest: bool, joint: bool = False) -> Setting:
-    """By the tuning seed; over several conditions by the mean logarithm, as they differ in magnitude."""
+    """By the tuning seed; over several conditions by the mean logarithm, for they differ in magnitude."""
     scores: dict[tuple[tuple[str, float], ...], list[float]] = {}
     for record in records:
         if record.seed == TUNING_SEED:
             value = float(record.metrics[metric])
-            value = value if math.isfinite(value) else -math.inf if highest else math.inf
-            scores.setdefault(tuple(sorted(record.setting.items())), []).append(
-                math.log(max(value, 1e-16)) if joint and not highest else value
-            )
+            if not math.isfinite(value):
+                value = -math.inf if highest else math.inf
+            elif joint:
+                value = math.log(max(value, 1e-16))
+            scores.setdefault(tuple(sorted(record.setting.items())), []).append(value)
     choose = max if highest else min
     return dict(choose(scores, key=lambda setting: statistics.fmean(scores[setting])))

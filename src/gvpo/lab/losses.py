@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from gvpo.lab.responses import Responses
-from gvpo.objective import gvpo_loss
+from gvpo.objective import gvpo_loss, gvpo_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,6 +38,33 @@ class GVPO:
         return gvpo_loss(
             responses.policy.sum(1), tokens.sum(1), responses.rewards, responses.group_ids, beta=self.beta
         ).loss
+
+
+class TrustedGVPO:
+    """GVPO without the gradient of tokens that have already moved far in the direction of their weight.
+
+    A token's gradient is dropped where its weight is positive and it has become more than 1 + `trust` times
+    as likely as at rollout, or negative and less than 1 − `trust` times. A batch of zero residuals has zero
+    weights, and so stays a fixed point.
+
+    Args:
+        beta: β.
+        trust: the largest ratio's distance from 1, as GRPO's ε.
+        reference: as for `GVPO`.
+    """
+
+    def __init__(self, *, beta: float, trust: float, reference: str = "given") -> None:
+        self.beta, self.trust, self.reference = beta, trust, reference
+
+    def __call__(self, responses: Responses) -> Float[Tensor, ""]:
+        tokens = responses.reference if self.reference == "given" else responses.rollout
+        weights = gvpo_weights(
+            responses.policy.sum(1), tokens.sum(1), responses.rewards, responses.group_ids, beta=self.beta
+        )[:, None]
+        moved = responses.policy.detach() - responses.rollout
+        far = (weights > 0) & (moved > math.log1p(self.trust))
+        far |= (weights < 0) & (moved < math.log1p(-self.trust))
+        return -(weights * ~far * responses.policy).sum()
 
 
 class RejectionSampling:

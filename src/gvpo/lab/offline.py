@@ -29,49 +29,60 @@ DRIFT_AT = (32, 100, 200, 400, 800, DRIFT_STEPS)
 
 
 def arms(scale: Scale) -> list[Arm]:
-    """Six settings each (two in a quick run)."""
-    if scale.quick:
-        six: tuple[float, ...] = (3e-3, 1e-2)
-        two: tuple[float, ...] = (3e-3,)
-        three = two
-    else:
-        six, three, two = (3e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2), (1e-3, 3e-3, 1e-2), (1e-3, 3e-3)
+    """Four settings each (one in a quick run)."""
+    four, two = (3e-3,), (3e-3,)
+    if not scale.quick:
+        four, two = (1e-3, 3e-3, 6e-3, 1e-2), (1e-3, 3e-3)
+
+    def pair(*values: float) -> tuple[float, ...]:
+        return values[:1] if scale.quick else values
+
     return [
-        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(six)),
+        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(four)),
         Arm(
             "grpo_clip",
             "GRPO, clipped",
             lambda epsilon: GRPO(epsilon=epsilon),
-            grid(three, epsilon=(0.2, 0.5)),
+            grid(two, epsilon=pair(0.2, 0.5)),
         ),
-        Arm("grpo_k3", "GRPO, clipped + k3", lambda kl: GRPO(kl=kl), grid(two, kl=(0.1, 0.3, 1.0))),
+        Arm("grpo_k3", "GRPO, clipped + k3", lambda kl: GRPO(kl=kl), grid(two, kl=pair(0.1, 0.3))),
         Arm(
             "grpo_k3_corrected",
             "GRPO, clipped + corrected k3",
             lambda kl: GRPO(kl=kl, corrected=True),
-            grid(two, kl=(0.1, 0.3, 1.0)),
+            grid(two, kl=pair(0.1, 0.3)),
         ),
         Arm(
             "dr_grpo",
-            "Dr. GRPO + corrected k3",
+            "Dr. GRPO, clipped + corrected k3",
             lambda kl: GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo"),
-            grid(two, kl=(0.03, 0.1, 0.3)),
+            grid(two, kl=pair(0.03, 0.1)),
         ),
         Arm(
             "gspo",
             "GSPO",
             lambda epsilon: GRPO(level="sequence", epsilon=epsilon),
-            grid(three, epsilon=(0.03, 0.2)),
+            grid(two, epsilon=pair(0.2, 0.05)),
         ),
-        Arm("rloo_is", "RLOO + KL, knows μ", lambda cap: RLOO(kl=BETA, cap=cap), grid(three, cap=(1, 5))),
-        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(two, beta=(0.1, 0.5, 2.0))),
+        Arm(
+            "rloo_is",
+            "RLOO + KL, knows μ",
+            lambda cap: RLOO(kl=BETA, cap=cap),
+            grid((3e-3,) if scale.quick else (3e-3, 1e-2), cap=pair(5, 1)),
+        ),
+        Arm(
+            "dpo",
+            "DPO",
+            lambda beta: DPO(beta=beta),
+            grid((1e-3,), beta=(0.5,)) if scale.quick else grid((3e-4, 1e-3), beta=(0.5, 2.0)),
+        ),
         Arm(
             "rwr",
             "reward-weighted SFT",
             lambda beta: RewardWeighted(beta=beta),
-            grid(three, beta=(0.15, 0.3)),
+            grid(two, beta=pair(0.3, 0.15)),
         ),
-        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(six)),
+        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(four)),
     ]
 
 
@@ -89,13 +100,13 @@ def jobs(scale: Scale) -> list[str]:
     return [arm.name for arm in arms(scale)] + [f"drift:{arm.name}" for arm in DRIFTERS]
 
 
-def run_job(name: str, scale: Scale) -> list[Record]:
+def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm on all logs, or over 37 epochs."""
     if name.startswith("drift:"):
         return _drift(next(a for a in DRIFTERS if a.name == name.removeprefix("drift:")), scale)
     arm = next(a for a in arms(scale) if a.name == name)
     starts = pretrain(scale.all_seeds)
-    steps = 150 if scale.quick else 400
+    steps = 100 if scale.quick else 320
     records = []
     for setting, rates in arm.by_loss():
         runs = [(log, seed, lr) for log in LOGS for seed in scale.all_seeds for lr in rates]
@@ -149,7 +160,7 @@ def _train(
     return train(policies, problem, log, loss, steps=steps, groups=GROUPS, k=K, clip=1.0, **others)
 
 
-def summary(records: list[Record], scale: Scale) -> dict[str, Any]:
+def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
     return {
         "question": "From a log, how close to π* does training come, in KL(π‖π*) nats, and does it stay?",
         "metric": METRIC,

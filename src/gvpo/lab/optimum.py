@@ -99,7 +99,7 @@ def arms(scale: Scale) -> list[Arm]:
     return [
         Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(four), one_setting=True),
         Arm("rloo", "RLOO + KL in the reward", lambda: RLOO(kl=BETA), grid(four)),
-        Arm("rloo_is", "same, knows μ", lambda cap: RLOO(kl=BETA, cap=cap), grid(two, cap=(2, 10))),
+        Arm("rloo_is", "RLOO + KL, knows μ", lambda cap: RLOO(kl=BETA, cap=cap), grid(two, cap=(2, 10))),
         Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(two, kl=(0.2, 1.0))),
         Arm(
             "grpo_k3_corrected",
@@ -127,7 +127,7 @@ def jobs(scale: Scale) -> list[str]:
     return [arm.name for arm in arms(scale)]
 
 
-def run_job(name: str, scale: Scale) -> list[Record]:
+def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """All samplers, seeds and settings of one algorithm."""
     arm = next(a for a in arms(scale) if a.name == name)
     problems = {seed: make_problem(seed) for seed in scale.all_seeds}
@@ -176,7 +176,7 @@ def steps(scale: Scale) -> int:
     return 400 if scale.quick else 2000
 
 
-def summary(records: list[Record], scale: Scale) -> dict[str, Any]:
+def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
     return {
         "question": "How far from π* does training end, in KL(π‖π*) nats?",
         "metric": METRIC,

@@ -46,11 +46,14 @@ def run_experiment(
     run = RunDirectory(output)
     run.start({"command": f"lab {name}", "seeds": list(scale.seeds), "quick": scale.quick})
     jobs = module.jobs(scale)
+    if hasattr(module, "prepare"):
+        console.print(f"gvpo lab {name}: models to begin with …", highlight=False)
+        module.prepare(scale, run.path)
     ticker = Ticker(console, f"gvpo lab {name}", len(jobs))
     done: dict[int, list[Record]] = {}
     seconds = 0.0
     with ticker.running():
-        for index, records, taken in _outcomes(name, jobs, scale, workers):
+        for index, records, taken in _outcomes(name, jobs, scale, run.path, workers):
             done[index] = records
             seconds += taken
             ticker.advance(len(done), f"({jobs[index]}, {taken:.0f} s)")
@@ -64,7 +67,7 @@ def run_experiment(
         "seeds": list(scale.seeds),
         "tuning_seed": TUNING_SEED,
         "quick": scale.quick,
-        **_rounded(module.summary(records, scale)),
+        **_rounded(module.summary(records, scale, run.path)),
     }
     run.finish(found)
     module.draw(found, run.path / f"{name}.png")
@@ -80,24 +83,26 @@ def run_experiment(
 
 
 def _outcomes(
-    name: str, jobs: list[str], scale: Scale, workers: int
+    name: str, jobs: list[str], scale: Scale, directory: Path, workers: int
 ) -> Iterator[tuple[int, list[Record], float]]:
     if workers <= 1:
         for index, job in enumerate(jobs):
-            yield index, *_run_job(name, job, scale)
+            yield index, *_run_job(name, job, scale, directory)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        waiting = {pool.submit(_run_job, name, job, scale): index for index, job in enumerate(jobs)}
+        waiting = {
+            pool.submit(_run_job, name, job, scale, directory): index for index, job in enumerate(jobs)
+        }
         for future in as_completed(waiting):
             yield waiting[future], *future.result()
 
 
-def _run_job(name: str, job: str, scale: Scale) -> tuple[list[Record], float]:
+def _run_job(name: str, job: str, scale: Scale, directory: Path) -> tuple[list[Record], float]:
     # More threads cost models of this size more than they bring.
     torch.set_num_threads(1)
     started = time.process_time()
-    records = importlib.import_module(f"gvpo.lab.{name}").run_job(job, scale)
+    records = importlib.import_module(f"gvpo.lab.{name}").run_job(job, scale, directory)
     return records, time.process_time() - started
 
 

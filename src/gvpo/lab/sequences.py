@@ -74,8 +74,8 @@ class SequencePolicies:
     def table(self) -> Float[Tensor, "runs prompts responses tokens"]:
         prompt, first, second, hidden, hidden_bias, head, head_bias = self.parameters
         x = prompt + (first[:, _PREFIXES[:, 0]] + second[:, _PREFIXES[:, 1]])[:, None]
-        x = torch.nn.functional.gelu(x).flatten(1, 2)
-        x = torch.nn.functional.gelu(torch.baddbmm(hidden_bias, x, hidden))
+        x = torch.relu(x).flatten(1, 2)
+        x = torch.relu(torch.baddbmm(hidden_bias, x, hidden))
         logits = torch.baddbmm(head_bias, x, head).view(len(x), PROMPTS, len(_PREFIXES), SYMBOLS)
         return logits.log_softmax(-1)[:, :, _PREFIX_OF_TOKEN, RESPONSES]
 

@@ -1,0 +1,136 @@
+"""Learning from another model's responses, whose probabilities nobody knows (docs/evidence.md).
+
+The task of `addition.py`. All responses come from the other model, which is worse than the policy and fixed;
+every algorithm sees the same ones, and makes one update on each batch. All but the arms that say so are not
+told the other model's probabilities.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gvpo.lab import addition
+from gvpo.lab.comparison import TUNING_SEED, Arm, Record, Scale, Setting, grid, summarise
+from gvpo.lab.losses import GVPO, RejectionSampling, RewardWeighted
+from gvpo.lab.opponents import DPO, GRPO, RLOO
+from gvpo.lab.report import by_metric, dots, legend_below, new_figure, save
+
+METRIC = "accuracy"
+CONDITION = "other model"
+
+
+def arms(scale: Scale) -> list[Arm]:
+    """Four settings each (one in a quick run)."""
+    four: list[tuple[float, ...]] = [(3e-4, 6e-4), (0.2, 0.4)]
+    rates, betas = four if not scale.quick else [(6e-4,), (0.2,)]
+    costs = (0.1,) if scale.quick else (0.03, 0.1)
+
+    def cut(*values: float) -> tuple[float, ...]:
+        return values[:1] if scale.quick else values
+
+    return [
+        Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), grid(rates, beta=betas)),
+        Arm("grpo", "GRPO", lambda: GRPO(), grid(cut(1e-4, 3e-4, 1e-3, 3e-3))),
+        Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(rates, kl=costs)),
+        Arm(
+            "grpo_k3_corrected",
+            "GRPO + corrected k3",
+            lambda kl: GRPO(kl=kl, corrected=True),
+            grid(rates, kl=costs),
+        ),
+        Arm(
+            "grpo_k3_is",
+            "GRPO + k3, knows μ",
+            lambda kl: GRPO(kl=kl, corrected=True, cap=2),
+            grid(rates, kl=costs),
+        ),
+        Arm(
+            "gspo_k3",
+            "GSPO + k3",
+            lambda kl: GRPO(kl=kl, level="sequence"),
+            grid(rates, kl=costs),
+        ),
+        Arm(
+            "rloo_is",
+            "RLOO + KL, knows μ",
+            lambda beta: RLOO(kl=beta, cap=2),
+            grid(rates, beta=betas),
+        ),
+        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(rates, beta=cut(0.3, 1.0))),
+        Arm("rwr", "reward-weighted SFT", lambda beta: RewardWeighted(beta=beta), grid(rates, beta=betas)),
+        Arm(
+            "rft",
+            "rejection-sampling SFT",
+            lambda: RejectionSampling(),
+            grid(cut(3e-4, 1e-3, 2e-3, 3e-3)),
+        ),
+    ]
+
+
+def jobs(scale: Scale) -> list[str]:
+    return [arm.name for arm in arms(scale)]
+
+
+def prepare(scale: Scale, directory: Path) -> None:
+    addition.prepare(directory, quick=scale.quick)
+
+
+def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
+    """One algorithm: its settings on the tuning seed, then the best of them on the others."""
+    arm = next(a for a in arms(scale) if a.name == name)
+    tuned = [_run(arm, setting, TUNING_SEED, scale, directory) for setting in arm.grid]
+    best = max(tuned, key=lambda record: record.metrics[METRIC]).setting
+    return tuned + [_run(arm, best, seed, scale, directory) for seed in scale.seeds]
+
+
+def steps(scale: Scale) -> int:
+    return 20 if scale.quick else 60
+
+
+def _run(arm: Arm, setting: Setting, seed: int, scale: Scale, directory: Path) -> Record:
+    initial, other = addition.load(directory, "policy"), addition.load(directory, "other")
+    learner = addition.Learner(addition.load(directory, "policy"), setting["lr"], steps(scale))
+    loss = arm.loss(**{key: value for key, value in setting.items() if key != "lr"})
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps(scale)):
+        rollout = addition.Rollout.of(other, initial, generator)
+        learner.update(rollout.responses(learner.model), loss)
+    return Record(arm.name, CONDITION, setting, seed, addition.evaluate(learner.model, initial))
+
+
+def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
+    initial, other = addition.load(directory, "policy"), addition.load(directory, "other")
+    return {
+        "question": "How accurate does a policy get on another model's responses?",
+        "metric": METRIC,
+        "problem": {"prompts": addition.PROMPTS, "k": addition.K, "steps": steps(scale)},
+        "start": {"policy": addition.evaluate(initial, initial), "other": addition.evaluate(other, initial)},
+        "rows": summarise(arms(scale), records, METRIC, highest=True),
+    }
+
+
+_COLUMNS = {METRIC: "expected accuracy", "greedy_accuracy": "greedy", "kl_initial": "KL to the start, nats"}
+
+
+def tables(found: dict[str, Any]) -> list[Any]:
+    start = {"label": "before", **{k: {"mean": v, "high": v} for k, v in found["start"]["policy"].items()}}
+    other = {"label": "the other model"} | {
+        k: {"mean": v, "high": v} for k, v in found["start"]["other"].items()
+    }
+    return [by_metric([start, other, *found["rows"]], _COLUMNS, "Addition from another model's responses")]
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    figure, (axis,) = new_figure(width=7.5, height=4.2)
+    dots(axis, found["rows"], METRIC)
+    for name, style in (("policy", "--"), ("other", ":")):
+        label = {"policy": "the policy before", "other": "the other model"}[name]
+        axis.axhline(found["start"][name][METRIC], color="black", linestyle=style, linewidth=1, label=label)
+    axis.set_xticks([])
+    axis.set_ylabel("expected accuracy, held out, exact")
+    axis.set_title("Addition, learnt from another model's responses", fontsize=10)
+    legend_below(figure, axis, columns=3)
+    save(figure, path)

@@ -1,0 +1,162 @@
+"""Reward against KL on-policy, beside the exact frontier (docs/evidence.md).
+
+The task of `sequences.py`; one update per rollout, the initial policy as the reference. Every algorithm is
+run at several strengths of its KL control, and held against the best reward that any policy of the same KL
+could have, which is π* ∝ π_ref exp(R/β) with the β of that KL. Each seed has its own reference policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gvpo.lab.comparison import Arm, Record, Scale, grid, summarise
+from gvpo.lab.exact import Problem, train
+from gvpo.lab.losses import GVPO, Loss
+from gvpo.lab.opponents import GRPO, RLOO
+from gvpo.lab.report import COLOURS, by_metric, new_figure, save
+from gvpo.lab.sequences import REWARDS, pretrained
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+K, GROUPS = 8, 32
+METRIC = "gap"
+
+# Algorithm → label, name of its strength, the strengths, its loss.
+FAMILIES: dict[str, tuple[str, str, tuple[float, ...], Callable[[float], Loss]]] = {
+    "gvpo": ("GVPO", "β", (0.05, 0.1, 0.2, 0.4, 0.8), lambda s: GVPO(beta=s)),
+    "rloo": ("RLOO + KL in the reward", "β", (0.05, 0.1, 0.2, 0.4, 0.8), lambda s: RLOO(kl=s)),
+    "grpo_k3": ("GRPO + k3", "KL coefficient", (0.02, 0.06, 0.2, 0.6, 1.5), lambda s: GRPO(kl=s)),
+    "grpo_k3_corrected": (
+        "GRPO + corrected k3",
+        "KL coefficient",
+        (0.02, 0.06, 0.2, 0.6, 1.5),
+        lambda s: GRPO(kl=s, corrected=True),
+    ),
+    "dr_grpo_k3_corrected": (
+        "Dr. GRPO + corrected k3",
+        "KL coefficient",
+        (0.015, 0.03, 0.07, 0.15, 0.3),
+        lambda s: GRPO(kl=s, corrected=True, standardise=False, loss_type="dr_grpo"),
+    ),
+}
+
+
+def arms(scale: Scale) -> list[Arm]:
+    """Two learning rates for each strength (one in a quick run)."""
+    rates = (3e-3,) if scale.quick else (1e-3, 3e-3)
+    return [
+        Arm(name, label, lambda strength, loss=loss: loss(strength), grid(rates, strength=strengths))
+        for name, (label, _, strengths, loss) in FAMILIES.items()
+    ]
+
+
+def jobs(scale: Scale) -> list[str]:
+    return [arm.name for arm in arms(scale)]
+
+
+def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
+    """One algorithm at all its strengths."""
+    arm = next(a for a in arms(scale) if a.name == name)
+    references = pretrained(scale.all_seeds, skew=-0.5, noise=0.5)
+    tables = references.table().detach()
+    frontiers = [Frontier(table.sum(-1)) for table in tables]
+    steps = 100 if scale.quick else 300
+    records = []
+    for setting, rates in arm.by_loss():
+        runs = [(seed, lr) for seed in scale.all_seeds for lr in rates]
+        row = [scale.all_seeds.index(seed) for seed, _ in runs]
+        problem = Problem(
+            REWARDS.expand(len(runs), -1, -1),
+            tables[row],
+            [seed for seed, _ in runs],
+            torch.tensor([lr for _, lr in runs]),
+            beta=1.0,  # what runs are measured against is the whole frontier
+        )
+        outcome = train(
+            references.copies(row),
+            problem,
+            lambda table: table.sum(-1),
+            arm.loss(**setting),
+            steps=steps,
+            groups=GROUPS,
+            k=K,
+            clip=1.0,
+        )[steps]
+        for (seed, lr), i, found in zip(runs, row, outcome, strict=True):
+            gap = frontiers[i].reward_at(found["kl_reference"]) - found["reward"]
+            metrics = {name: found[name] for name in ("kl_reference", "reward", "entropy")} | {METRIC: gap}
+            condition = f"{FAMILIES[name][1]} {setting['strength']:g}"
+            records.append(Record(name, condition, {"lr": lr, **setting}, seed, metrics))
+    return records
+
+
+class Frontier:
+    """The best reward for each KL from the reference: π*_β for β from 0.01 to 10, means over the prompts."""
+
+    def __init__(self, reference: Float[torch.Tensor, "prompts responses"]) -> None:
+        logp = reference.double().log_softmax(-1)
+        betas = torch.logspace(1, -2, 300, dtype=torch.float64)[:, None, None]
+        best = (logp + REWARDS.double() / betas).log_softmax(-1)
+        self.kl = (best.exp() * (best - logp)).sum(-1).mean(-1)
+        self.reward = (best.exp() * REWARDS.double()).sum(-1).mean(-1)
+
+    def reward_at(self, kl: float) -> float:
+        """By linear interpolation; the end's reward beyond the ends."""
+        right = int(torch.searchsorted(self.kl, kl).clamp(1, len(self.kl) - 1))
+        left = right - 1
+        share = (kl - self.kl[left]) / (self.kl[right] - self.kl[left])
+        return float(torch.lerp(self.reward[left], self.reward[right], share.clamp(0, 1)))
+
+
+def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
+    tables = pretrained(scale.seeds, skew=-0.5, noise=0.5).table().detach().sum(-1)
+    frontiers = [Frontier(table) for table in tables]
+    kls = [0.05 * i for i in range(1, 61)]
+    return {
+        "question": "How much less reward than the best policy of the same KL?",
+        "metric": METRIC,
+        "problem": {"k": K, "groups": GROUPS, "steps": 100 if scale.quick else 300},
+        "frontier": [
+            {"kl": kl, "reward": sum(f.reward_at(kl) for f in frontiers) / len(frontiers)} for kl in kls
+        ],
+        "rows": summarise(arms(scale), records, METRIC),
+    }
+
+
+_COLUMNS = {"kl_reference": "KL, nats", "reward": "E[R]", METRIC: "below the frontier"}
+
+
+def tables(found: dict[str, Any]) -> list[Any]:
+    rows = [{**row, "label": f"{row['label']}, {row['condition']}"} for row in found["rows"]]
+    return [by_metric(rows, _COLUMNS, "Reward and KL on-policy, and how far below the exact frontier")]
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    figure, (left, right) = new_figure(2, width=10, height=4.2)
+    left.plot(
+        [point["kl"] for point in found["frontier"]],
+        [point["reward"] for point in found["frontier"]],
+        color="black",
+        linewidth=1,
+        label="the best there is",
+    )
+    for index, label in enumerate(dict.fromkeys(row["label"] for row in found["rows"])):
+        rows = [row for row in found["rows"] if row["label"] == label]
+        kl = [row["kl_reference"]["mean"] for row in rows]
+        for axis, metric in ((left, "reward"), (right, METRIC)):
+            means = [row[metric]["mean"] for row in rows]
+            half = [row[metric]["high"] - row[metric]["mean"] for row in rows]
+            axis.errorbar(kl, means, yerr=half, marker="D" if index == 0 else "o", markersize=4,
+                          linewidth=0.8, color=COLOURS[index], label=label)  # fmt: skip
+    for axis, text in ((left, "E[R], exact"), (right, "E[R] below the frontier, exact")):
+        axis.set_xlabel("KL(π‖π_ref), nats, exact")
+        axis.set_ylabel(text)
+    right.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle("One update per rollout: reward against KL", fontsize=10)
+    save(figure, path)
