@@ -355,7 +355,9 @@ def _lock(folder: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
-            raise InputError(f"The replay buffer in {folder} is in use by another process.") from error
+            raise InputError(
+                f"The replay buffer in {folder} is in use by another process, or was not closed in this one."
+            ) from error
     return descriptor
 
 

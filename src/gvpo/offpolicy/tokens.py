@@ -37,7 +37,8 @@ class Encoder:
         tokenizer: of the policy, with a chat template if prompts or answers are messages.
         end_ids: tokens at which generation ends; the tokenizer's end-of-sequence token by default.
         vocabulary_size: token ids must be below it.
-        chat_template, chat_template_kwargs: as for the tokenizer's `apply_chat_template`.
+        chat_template: instead of the tokenizer's own.
+        chat_template_kwargs: for the tokenizer's `apply_chat_template`.
     """
 
     tokenizer: Any

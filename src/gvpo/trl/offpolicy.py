@@ -197,10 +197,10 @@ class OffPolicy(TrainerCallback):
         rows = [i for i, ids in enumerate(given) if ids is None] or [0]
         if self.args.use_vllm:
             rows = list(range(len(prompt_ids)))
-        sampled, logprobs = sample([prompt_ids[i] for i in rows], *others)
+        sampled, _ = sample([prompt_ids[i] for i in rows], *others)
         completions = dict(zip(rows, sampled, strict=True))
         completions |= {i: list(ids) for i, ids in enumerate(given) if ids is not None}
-        return [completions[i] for i in range(len(given))], logprobs and None
+        return [completions[i] for i in range(len(given))], None
 
     def reward_demonstrations(self, rewards: Tensor, valid: Tensor) -> None:
         """Give demonstrations their reward, in place, and log what the sampled rows got without them."""
