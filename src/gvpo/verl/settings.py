@@ -274,11 +274,16 @@ def _check_dynamic(config: DictConfig) -> None:
             "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True as well."
         )
     longest = max(config.data.max_prompt_length + config.data.max_response_length, _PADDING_TOKENS)
+    # Ranks that share a sequence share its tokens.
+    shared = ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
+    ranks = max(
+        OmegaConf.select(actor, name, default=1) for name in (*shared, "megatron.context_parallel_size")
+    )
     for name, value in (
         ("actor.ppo_max_token_len_per_gpu", actor.ppo_max_token_len_per_gpu),
         ("rollout.log_prob_max_token_len_per_gpu", rollout.log_prob_max_token_len_per_gpu),
     ):
-        if value < longest:
+        if value * ranks < longest:
             raise InputError(
                 f"actor_rollout_ref.{name}={value} tokens cannot hold one row: set it to {longest} or "
                 "more, which data.max_prompt_length + data.max_response_length or a padding row may take."
