@@ -129,6 +129,7 @@ def test_missing_transfer_queue_says_what_to_install(monkeypatch):
         versions.check_versions()
 
 
+@pytest.mark.slow
 def test_bad_input_ends_the_command_in_seconds_with_one_sentence_and_code_2(tmp_path):
     words = [sys.executable, "-m", "gvpo.verl", *SIZES, f"{ACTOR}.use_kl_loss=True"]
     result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
