@@ -36,6 +36,7 @@ class Workload:
     Attributes:
         heavy_tail: completion lengths are log-normal (σ = 1, mean 64, 4 to 256 tokens) after prompts of 16
             to 32 tokens, or else all 64 after prompts of 16.
+        prompt_length: tokens of all prompts, if they are to be alike.
         zero_groups: share of groups whose rewards are all equal.
     """
 
@@ -47,6 +48,7 @@ class Workload:
     layers: int = 4
     mean_length: int = 64
     max_length: int = 256
+    prompt_length: int | None = None
     seed: int = 0
 
     def model(self) -> LlamaForCausalLM:
@@ -59,7 +61,7 @@ class Workload:
                 num_hidden_layers=self.layers,
                 num_attention_heads=4,
                 num_key_value_heads=4,
-                max_position_embeddings=4 * self.max_length,
+                max_position_embeddings=4 * self.max_length + (self.prompt_length or 0),
                 tie_word_embeddings=True,
                 pad_token_id=0,
                 bos_token_id=1,
@@ -86,7 +88,16 @@ class Workload:
         rng = random.Random(self.seed)
         count = max(64, self.rows)
         lengths = [rng.randint(16, 32) if self.heavy_tail else 16 for _ in range(count)]
+        lengths = [self.prompt_length or length for length in lengths]
         return [" ".join(str(rng.randrange(4, 64)) for _ in range(n)) for n in lengths]
+
+    def batch(self) -> GroupBatch:
+        """The responses as a step takes them."""
+        prompts = [[int(word) for word in prompt.split()] for prompt in self.prompts()]
+        groups = [row // GROUP for row in range(self.rows)]
+        return GroupBatch.from_tokens(
+            [prompts[group] for group in groups], self.completions(), self.rewards(), groups
+        )
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
