@@ -45,6 +45,33 @@ def test_the_converted_script_runs_gvpo_with_settings_that_pass(tmp_path):
     assert config.actor_rollout_ref.actor.gvpo_beta == 0.1
 
 
+ARRAYS = """
+kl=True
+ALGORITHM=(
+    algorithm.adv_estimator=grpo
+    algorithm.kl_ctrl.kl_coef=0.001
+)
+ACTOR=(
+    actor_rollout_ref.actor.use_kl_loss=${kl}   # which the shell fills in
+    actor_rollout_ref.rollout.mode=sync
+    "data.train_files=['a b.parquet']"
+)
+python3 -m verl.trainer.main_ppo "${ALGORITHM[@]}" "${ACTOR[@]}"
+"""
+
+
+def test_overrides_in_arrays_and_variables(tmp_path):
+    words = arguments(convert_script(ARRAYS).script, tmp_path)
+    assert sorted(words[2:]) == [
+        "actor_rollout_ref.actor.gvpo_beta=0.1",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=gvpo",
+        "actor_rollout_ref.actor.use_kl_loss=False",
+        "algorithm.adv_estimator=grpo",
+        "algorithm.norm_adv_by_std_in_grpo=False",
+        "data.train_files=['a b.parquet']",
+    ]
+
+
 def test_it_says_each_change_once_and_changes_nothing_twice():
     converted = convert_script(SCRIPT)
     for name in (
