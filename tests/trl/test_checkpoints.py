@@ -21,6 +21,7 @@ from gvpo.trl import GVPOTrainer
 from gvpo.trl.callback import RunCallback
 from gvpo.trl.checkpoints import flaw, last_checkpoint
 from gvpo.trl.signals import StopOnSignal
+from tests.gloo import run_ranks
 from tests.trl.common import parameters, trainer
 
 STEPS = 12
@@ -109,6 +110,33 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
     left = {p.name for p in (tmp_path / "killed").iterdir() if p.name.startswith(("checkpoint", ".check"))}
     assert left == {f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"}
+
+
+def _resume_everywhere(rank: int, world: int, folder: Path) -> list[int]:
+    """Steps from which a resumed run differs; epochs have four steps here."""
+    settings: dict[str, Any] = {
+        "reference": "initial",
+        "steps_per_generation": 8,
+        "per_device_train_batch_size": 8,
+        "max_steps": 11,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = trainer(GVPOTrainer, output_dir=str(folder), **settings)
+    whole.train()
+    differ = []
+    for step in (3, 4, 6, 9):
+        again = trainer(GVPOTrainer, output_dir=str(folder / f"again-{step}"), **settings)
+        again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        if not all(value.equal(parameters(again)[name]) for name, value in parameters(whole).items()):
+            differ.append(step)
+    return differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_resumed_in_any_epoch_a_run_is_the_same(world: int, tmp_path: Path) -> None:
+    assert run_ranks(_resume_everywhere, world, tmp_path) == [[]] * world
 
 
 def checkpoints(folder: Path, **changes: Any) -> GVPOTrainer:

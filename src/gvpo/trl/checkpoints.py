@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 
 from gvpo.errors import InputError
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts
+from gvpo.trl.sampler import EpochSampler
 
 if TYPE_CHECKING:
     from gvpo.trl.health import Health
@@ -77,6 +78,7 @@ class Checkpoints(GRPOTrainer):
 
     _buffered_inputs: list[Slice] | None
     _aside: Path | None = None
+    _sampler: EpochSampler | None = None
     _token_cap: float
     off_policy: OffPolicy
     health: Health
@@ -94,6 +96,10 @@ class Checkpoints(GRPOTrainer):
         elif isinstance(resume_from_checkpoint, str) and (why := flaw(Path(resume_from_checkpoint))):
             raise InputError(f"The checkpoint {resume_from_checkpoint} is torn ({why}): take another.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        self._sampler = EpochSampler(super()._get_train_sampler(*args), self.args.seed)
+        return self._sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
@@ -169,6 +175,9 @@ class Checkpoints(GRPOTrainer):
         if checkpoint is None:
             self.off_policy.begin(None)
             return
+        if self._sampler is not None and self.state.epoch is not None:
+            # accelerate's loader that skips what was seen does not pass the epoch on between processes.
+            self._sampler.set_epoch(int(self.state.epoch))
         path = self._rollout_file(Path(checkpoint))
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if not path.exists():

@@ -1,8 +1,8 @@
 """`gvpo train --plan`: what each phase of training will need of memory, before anything is loaded.
 
 The model is built of tensors without contents (torch's fake tensors), so that a plan for 70B takes a laptop.
-Activations are counted, not guessed: a forward of two lengths, with all that autograd keeps summed. That is an
-upper estimate: attention of such tensors keeps a mask and repeated keys that a real one does without.
+Activations are counted, not guessed: a forward of two lengths, with all that autograd keeps summed. It is
+an upper estimate: attention of such tensors keeps a mask and repeated keys that a real one does without.
 """
 
 from __future__ import annotations

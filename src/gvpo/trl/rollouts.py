@@ -79,13 +79,14 @@ def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> Non
 
 def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[str, Any]]:
     """What `save_rollouts` wrote."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with safe_open(path, framework="pt", device="cpu") as file:
         state = json.loads(file.metadata()["state"])
         names = set(file.keys())
         slices = []
         for i, policy_step in enumerate(state["policy_steps"]):
             values: list[Any] = [
-                file.get_tensor(f"{i}.{name}") if f"{i}.{name}" in names else None for name in _TENSORS
+                file.get_tensor(f"{i}.{name}").to(device) if f"{i}.{name}" in names else None
+                for name in _TENSORS
             ]
             slices.append(Slice(GroupBatch(*values), policy_step))
     return slices, state

@@ -1,0 +1,82 @@
+"""Kill a run with SIGKILL at random moments and resume it, many times; it must end as if it had not been killed.
+
+    make torture        # 200 kills, some minutes
+
+The run samples, replays, saves a checkpoint after every step and uses AdamW with a schedule; what must agree
+bitwise with a run that was never killed is its parameters, optimizer state and metrics. The kills come at uniformly
+random moments of a run, so that some hit the start, some a step, some the writing of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from benchmarks.measure import machine, versions
+from tests.trl.test_checkpoints import assert_same_end, in_child
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results/torture.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="gvpo-torture-"))
+    started = time.monotonic()
+    child = in_child(folder / "whole")
+    child.join()
+    assert child.exitcode == 0
+    seconds = time.monotonic() - started
+    rng = random.Random(options.seed)
+    compared = torn = 0
+    for _ in track(range(options.kills), description="kills"):
+        while True:
+            child = in_child(folder / "killed")
+            child.join(rng.uniform(0, 0.5 * seconds))
+            if child.exitcode is None:
+                break
+            assert_same_end(folder / "whole", folder / "killed")
+            compared += 1
+            shutil.rmtree(folder / "killed")
+        os.kill(child.pid or 0, signal.SIGKILL)
+        child.join()
+        torn += (folder / "killed" / ".checkpoint-in-progress").exists()
+    child = in_child(folder / "killed")
+    child.join()
+    assert child.exitcode == 0
+    assert_same_end(folder / "whole", folder / "killed")
+    shutil.rmtree(folder)
+    result = {
+        "kills": options.kills,
+        "kills_while_a_checkpoint_was_written": torn,
+        "runs_that_came_to_their_end": compared + 1,
+        "runs_that_differed": 0,
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - started),
+    }
+    _write(options.output, result)
+    print(result)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "versions": versions(), **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
