@@ -13,7 +13,6 @@ import json
 import random
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from benchmarks.measure import RESULTS, machine
+from benchmarks.measure import RESULTS, clock, machine
 from gvpo.quickstart import TASKS, answers, make_model, make_tokenizer, warm_up
 from gvpo.run import Ticker
 from gvpo.trl import GVPOConfig, GVPOTrainer
@@ -109,10 +108,10 @@ def train(
         trainer.remove_callback(
             next(type(c) for c in trainer.callback_handler.callbacks if "Print" in type(c).__name__)
         )
-        started = time.perf_counter()
+        started = clock()
         trainer.train()
         print(f"  seed {seed}, {settings}: {watch.curve}", flush=True)  # a long wait else
-        return watch.curve, trainer.state.log_history, time.perf_counter() - started
+        return watch.curve, trainer.state.log_history, clock() - started
 
 
 # ------------------------------------------------------------------------------------------ demonstrations
@@ -131,7 +130,7 @@ def demonstrations(seed: int) -> dict[str, Any]:
             demonstrations_per_group=count,
             num_generations=4,
             per_device_train_batch_size=256,
-            max_steps=60 if count == 0 else 1000,
+            max_steps=60 if count == 0 else 800,
             beta=0.1,
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
@@ -222,7 +221,7 @@ def rejection_sampling(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     curve: Curve = []
-    started = time.perf_counter()
+    started = clock()
     order = torch.empty(0, dtype=torch.long)
     model.train()
     for step in range(1, steps + 1):
@@ -241,7 +240,7 @@ def rejection_sampling(
         optimizer.step()
         if step % every == 0:
             curve.append((step, accuracy(model, held_out)))
-    return curve, time.perf_counter() - started
+    return curve, clock() - started
 
 
 def _summary(curve: Curve, seconds: float) -> dict[str, Any]:
@@ -252,10 +251,13 @@ def _summary(curve: Curve, seconds: float) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- stale
 
 _REPLAY = {"per_device_train_batch_size": 64, "replay_ratio": 3.0, "replay_max_age": 16}
+_HEAVY = {"per_device_train_batch_size": 16, "replay_ratio": 15.0}
 STALE: dict[str, dict[str, Any]] = {
     "rollouts up to 16 updates old, stored reference": {"steps_per_generation": 16},
-    "1 fresh and 3 replayed groups up to 16 updates old, stored reference": _REPLAY,
+    "8 fresh and 24 replayed groups up to 16 updates old, stored reference": _REPLAY,
     "the same, re-anchored": _REPLAY | {"replay_reference": "current"},
+    "2 fresh and 30 replayed groups, stored reference": _HEAVY,
+    "2 fresh and 30 replayed groups, re-anchored": _HEAVY | {"replay_reference": "current"},
     "fresh rollouts, initial reference": {"reference": "initial"},
 }
 
