@@ -12,9 +12,9 @@ from benchmarks.measure import Row, in_fresh_process, minima, peak_of, timed
 from gvpo.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
 
 ABOUT = (
-    "CPU seconds and MiB above the inputs of a weighted log-likelihood with its gradients to hidden states and "
-    "head (float32, one thread). products: the three bare matrix products, which all but nothing can be "
-    "faster than. scoring: our log-probabilities without gradient."
+    "CPU seconds and MiB above the inputs of a weighted log-likelihood with its gradients to hidden "
+    "states and head (float32, one thread). products: the three bare matrix products, which all but nothing "
+    "can be faster than. scoring: our log-probabilities without gradient."
 )
 
 SHAPES = [(1024, 256, 32_000), (512, 128, 152_000)]

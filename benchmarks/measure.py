@@ -83,7 +83,7 @@ def resident_mib() -> float:
 
 
 def peak_of(job: Callable[[], Any]) -> float:
-    """MiB by which `job` raises this process's memory at its peak. Linux only."""
+    """MiB by which `job` raises this process's memory at its peak, at least a page. Linux only."""
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
@@ -91,7 +91,7 @@ def peak_of(job: Callable[[], Any]) -> float:
     job()
     with open("/proc/self/status") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-    return peak - before
+    return max(peak - before, os.sysconf("SC_PAGE_SIZE") / 2**20)
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -9,8 +9,8 @@ from benchmarks.step import WORK, tiny
 from benchmarks.workloads import TRAINERS, Workload, floor, micro_steps, rollout, trainer, update
 
 ABOUT = (
-    "MiB by which the gradient of an optimizer step raises the resident memory of a fresh process at its peak, "
-    "gradients included, model and trainer not; work and kinds as in the step's benchmark."
+    "MiB by which the gradient of an optimizer step raises the resident memory of a fresh process at its "
+    "peak, gradients included, model and trainer not; work and kinds as in the step's benchmark."
 )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import tempfile
 import time
+from unittest import mock
 
 from rich.console import Console
 
 from benchmarks.measure import Row, in_fresh_process
 
 ABOUT = (
-    "`gvpo quickstart` from its import to its end, one thread: seconds on the wall (whatever else the machine "
-    "does) and of CPU, and what it learnt."
+    "`gvpo quickstart` from its import to its end, one thread: seconds on the wall (whatever else the "
+    "machine does) and of CPU, and what it learnt."
 )
 
 
@@ -20,17 +21,13 @@ def once(seed: int, small: bool) -> Row:
     started, cpu = time.time(), time.process_time()
     import gvpo.quickstart
 
-    steps = 100
-    if small:
-        gvpo.quickstart.WARMUP_STEPS, steps = 2, 1
-    with tempfile.TemporaryDirectory() as folder:
+    console, warm_up = Console(file=io.StringIO()), 2 if small else gvpo.quickstart.WARMUP_STEPS
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(gvpo.quickstart, "WARMUP_STEPS", warm_up),
+    ):
         summary = gvpo.quickstart.quickstart(
-            "addition",
-            seed,
-            f"{folder}/run",
-            steps=steps,
-            console=Console(file=io.StringIO()),
-            started=started,
+            "addition", seed, f"{folder}/run", steps=1 if small else 100, console=console, started=started
         )
     kept = (
         "accuracy_before",

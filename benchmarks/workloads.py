@@ -167,27 +167,27 @@ def trainer(kind: str, work: Workload, **changes: Any) -> Any:
     cls = TRAINERS[kind]
     config = GVPOConfig if issubclass(cls, GVPOTrainer) else GRPOConfig
     rewards = work.rewards()
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": PER_DEVICE,
+        "gradient_accumulation_steps": work.rows // PER_DEVICE,
+        "num_generations": GROUP,
+        "max_completion_length": work.max_length,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = type(cls.__name__, (cls,), {"workload": work})(
             work.model(),
             lambda completions, **_: rewards,
-            config(
-                output_dir=tempfile.mkdtemp(),
-                per_device_train_batch_size=PER_DEVICE,
-                gradient_accumulation_steps=work.rows // PER_DEVICE,
-                num_generations=GROUP,
-                max_completion_length=work.max_length,
-                gradient_checkpointing=False,
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                **changes,
-            ),
+            config(**{**settings, **changes}),
             train_dataset=Dataset.from_dict({"prompt": work.prompts()}),
             processing_class=_tokenizer(),
         )
