@@ -61,10 +61,12 @@ def warmed_up(seed: int, forgetful: float, steps: int) -> LlamaForCausalLM:
 
 
 def prepare(directory: Path, *, quick: bool) -> None:
-    """Write the policy and the other model to begin with."""
-    steps = 150 if quick else 500
+    """Write the policy and the other model to begin with, unless an earlier run of this size did."""
+    path, steps = directory / "models.pt", 150 if quick else 500
+    if path.exists() and torch.load(path)["steps"] == steps:
+        return
     policy, other = warmed_up(0, 0.62, steps), warmed_up(7, 0.75, steps)
-    torch.save({"policy": policy.state_dict(), "other": other.state_dict()}, directory / "models.pt")
+    torch.save({"policy": policy.state_dict(), "other": other.state_dict(), "steps": steps}, path)
 
 
 def load(directory: Path, which: str) -> LlamaForCausalLM:

@@ -9,7 +9,8 @@ as a whole stands between two comments:
 
 Behind the experiment's name comes a path into its `summary.json`: a key of a mapping, or any value that tells
 one entry of a list from the others. An interval stands for its mean, unless `low`, `high` or `worst` (of the
-seeds) follows. `gvpo lab check` compares, `gvpo lab check --write` brings up to date.
+seeds) follows. `gvpo lab check` compares, the pictures in `assets/lab` too; with `--write` it brings all
+up to date.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _table(results: Results, path: str) -> str:
             for arm in rows
             for point in arm["curve"]
         ]
-    names = dict(name.split("=", 1) if "=" in name else (name, name) for name in metrics.split(","))
+    names = {name.partition("=")[0]: name.partition("=")[2] or name for name in metrics.split(",")}
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
     labels = list(dict.fromkeys(row["label"] for row in rows))
     if len(names) > 1:
@@ -172,12 +173,23 @@ def main(documentation: Path, results: Path, *, write: bool = False) -> None:
     if not documentation.is_dir():
         raise InputError(f"There is no documentation in {documentation}.")
     pages, found = pages_of(documentation), Results(results)
+    pictures = [
+        (documentation / "assets" / "lab" / made.name, made) for made in sorted(results.glob("*/*.png"))
+    ]
     marked = [page for page in pages if "<!--lab" in page.read_text(encoding="utf-8")]
     if write:
         for page in marked:
             text = page.read_text(encoding="utf-8")
             page.write_text(renew(text, found), encoding="utf-8")
+        for shown, made in pictures:
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            shown.write_bytes(made.read_bytes())
     wrong = problems(marked, found)
+    wrong += [
+        f"{shown} is not {made}."
+        for shown, made in pictures
+        if not shown.exists() or shown.read_bytes() != made.read_bytes()
+    ]
     if wrong:
         raise InputError("the documentation is not what the results say:\n  " + "\n  ".join(wrong))
     marks = sum(page.read_text(encoding="utf-8").count("<!--lab") for page in marked)

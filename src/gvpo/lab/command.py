@@ -54,7 +54,22 @@ def reuse(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: 
 @lab.command("all")
 def all_(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
     """All of them, one after the other."""
-    _run(["optimum", "offline", "foreign", "frontier", "reuse"], seeds, quick, workers, output)
+    from gvpo.lab.runner import EXPERIMENTS
+
+    _run(list(EXPERIMENTS), seeds, quick, workers, output)
+
+
+@lab.command()
+def show(output: Output = _HERE) -> None:
+    """Tables, JSON and pictures again, from the runs that are there."""
+    from gvpo.errors import InputError
+    from gvpo.lab.runner import EXPERIMENTS, show_again
+
+    names = [name for name in EXPERIMENTS if (output / name / "metrics.jsonl").exists()]
+    if not names:
+        raise InputError(f"There are no runs of the laboratory in {output}.")
+    for name in names:
+        show_again(name, output / name)
 
 
 @lab.command()

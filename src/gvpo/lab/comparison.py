@@ -162,5 +162,6 @@ def _best(records: Sequence[Record], metric: str, highest: bool, joint: bool = F
             elif joint:
                 value = math.log(max(value, 1e-16))
             scores.setdefault(tuple(sorted(record.setting.items())), []).append(value)
-    choose = max if highest else min
-    return dict(choose(scores, key=lambda setting: statistics.fmean(scores[setting])))
+    means = {setting: statistics.fmean(values) for setting, values in scores.items()}
+    ordered = sorted(means, key=lambda setting: means[setting], reverse=highest)
+    return dict(ordered[0])

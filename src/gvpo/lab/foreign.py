@@ -75,7 +75,14 @@ def jobs(scale: Scale) -> list[str]:
 
 
 def prepare(scale: Scale, directory: Path) -> None:
+    """The models, and what the other one answers: the same for all algorithms."""
     addition.prepare(directory, quick=scale.quick)
+    initial, other = addition.load(directory, "policy"), addition.load(directory, "other")
+    rollouts = {}
+    for seed in scale.all_seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rollouts[seed] = [vars(addition.Rollout.of(other, initial, generator)) for _ in range(steps(scale))]
+    torch.save(rollouts, directory / "rollouts.pt")
 
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
@@ -91,13 +98,11 @@ def steps(scale: Scale) -> int:
 
 
 def _run(arm: Arm, setting: Setting, seed: int, scale: Scale, directory: Path) -> Record:
-    initial, other = addition.load(directory, "policy"), addition.load(directory, "other")
+    initial = addition.load(directory, "policy")
     learner = addition.Learner(addition.load(directory, "policy"), setting["lr"], steps(scale))
     loss = arm.loss(**{key: value for key, value in setting.items() if key != "lr"})
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps(scale)):
-        rollout = addition.Rollout.of(other, initial, generator)
-        learner.update(rollout.responses(learner.model), loss)
+    for rollout in torch.load(directory / "rollouts.pt")[seed]:
+        learner.update(addition.Rollout(**rollout).responses(learner.model), loss)
     return Record(arm.name, CONDITION, setting, seed, addition.evaluate(learner.model, initial))
 
 

@@ -7,13 +7,14 @@ could have, which is π* ∝ π_ref exp(R/β) with the β of that KL. Each seed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gvpo.lab.comparison import Arm, Record, Scale, grid, summarise
+from gvpo.lab.comparison import Arm, Interval, Record, Scale, grid, summarise
 from gvpo.lab.exact import Problem, train
 from gvpo.lab.losses import GVPO, Loss
 from gvpo.lab.opponents import GRPO, RLOO
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 K, GROUPS = 8, 32
 METRIC = "gap"
+BETAS = (0.05, 0.1, 0.2, 0.3, 0.5, 1)
 
 # Algorithm → label, name of its strength, the strengths, its loss.
 FAMILIES: dict[str, tuple[str, str, tuple[float, ...], Callable[[float], Loss]]] = {
@@ -99,11 +101,17 @@ class Frontier:
     """The best reward for each KL from the reference: π*_β for β from 0.01 to 10, means over the prompts."""
 
     def __init__(self, reference: Float[torch.Tensor, "prompts responses"]) -> None:
-        logp = reference.double().log_softmax(-1)
+        self.logp = logp = reference.double().log_softmax(-1)
         betas = torch.logspace(1, -2, 300, dtype=torch.float64)[:, None, None]
         best = (logp + REWARDS.double() / betas).log_softmax(-1)
         self.kl = (best.exp() * (best - logp)).sum(-1).mean(-1)
         self.reward = (best.exp() * REWARDS.double()).sum(-1).mean(-1)
+
+    def at(self, beta: float) -> tuple[float, float]:
+        """KL and reward of π*_β."""
+        best = (self.logp + REWARDS.double() / beta).log_softmax(-1).exp()
+        kl = torch.where(best > 0, best * (best.log() - self.logp), 0.0).sum(-1).mean(-1)
+        return float(kl), float((best * REWARDS.double()).sum(-1).mean(-1))
 
     def reward_at(self, kl: float) -> float:
         """By linear interpolation; the end's reward beyond the ends."""
@@ -121,10 +129,43 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
         "question": "How much less reward than the best policy of the same KL?",
         "metric": METRIC,
         "problem": {"k": K, "groups": GROUPS, "steps": 100 if scale.quick else 300},
+        "targets": _targets(frontiers),
+        "binary": [binary_target(p, beta) for p in (0.01, 0.1, 0.3, 0.5) for beta in BETAS],
         "frontier": [
             {"kl": kl, "reward": sum(f.reward_at(kl) for f in frontiers) / len(frontiers)} for kl in kls
         ],
         "rows": summarise(arms(scale), records, METRIC),
+    }
+
+
+def _targets(frontiers: list[Frontier]) -> list[dict[str, Any]]:
+    """Where π*_β is, for the strengths that GVPO is run at."""
+    rows = []
+    for beta in FAMILIES["gvpo"][2]:
+        found = [f.at(beta) for f in frontiers]
+        rows.append(
+            {
+                "label": "π*",
+                "condition": f"β {beta:g}",
+                "kl_reference": vars(Interval.of([kl for kl, _ in found])),
+                "reward": vars(Interval.of([reward for _, reward in found])),
+            }
+        )
+    return rows
+
+
+def binary_target(p: float, beta: float) -> dict[str, Any]:
+    """What β asks for where rewards are 0 or 1 and the reference is right with probability p.
+
+    With Z = 1 − p + p e^{1/β}, π* is right with probability q = p e^{1/β} / Z, at KL(π*‖π_ref) = q/β − log Z.
+    """
+    normaliser = 1 - p + p * math.exp(1 / beta)
+    right = p * math.exp(1 / beta) / normaliser
+    return {
+        "label": f"right {p:.0%} of the time",
+        "condition": f"β {beta:g}",
+        "right": right,
+        "kl": right / beta - math.log(normaliser),
     }
 
 

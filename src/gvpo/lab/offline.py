@@ -30,7 +30,8 @@ DRIFT_AT = (32, 100, 200, 400, 800, DRIFT_STEPS)
 
 def arms(scale: Scale) -> list[Arm]:
     """Four settings each (one in a quick run)."""
-    four, two = (3e-3,), (3e-3,)
+    four: tuple[float, ...] = (3e-3,)
+    two: tuple[float, ...] = (3e-3,)
     if not scale.quick:
         four, two = (1e-3, 3e-3, 6e-3, 1e-2), (1e-3, 3e-3)
 

@@ -29,8 +29,10 @@ def number(value: float | None) -> str:
     return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def interval(cell: Mapping[str, Any]) -> str:
-    """mean ± half of the 95 % interval."""
+def interval(cell: Mapping[str, Any] | float) -> str:
+    """mean ± half of the 95 % interval; or the number, if it is one."""
+    if not isinstance(cell, Mapping):
+        return number(cell)
     if cell["mean"] is None or not math.isfinite(cell["mean"]):
         return "diverged"
     return f"{number(cell['mean'])} ±{number(cell['high'] - cell['mean'])}"

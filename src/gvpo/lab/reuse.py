@@ -29,23 +29,11 @@ def arms(scale: Scale) -> list[Arm]:
         return [{name: value} for value in (values[:1] if scale.quick else values)]
 
     return [
-        Arm("gvpo", "GVPO, initial reference", lambda beta: GVPO(beta=beta), two("beta", 0.2, 0.5)),
-        Arm(
-            "gvpo_rollout",
-            "GVPO, rollout reference",
-            lambda beta: GVPO(beta=beta, reference="rollout"),
-            two("beta", 0.2, 0.5),
-        ),
+        Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), two("beta", 0.2, 0.5)),
         Arm(
             "gvpo_trust",
-            "GVPO, initial reference, trust mask",
+            "GVPO, trust mask",
             lambda beta: TrustedGVPO(beta=beta, trust=0.2),
-            two("beta", 0.2, 0.5),
-        ),
-        Arm(
-            "gvpo_rollout_trust",
-            "GVPO, rollout reference, trust mask",
-            lambda beta: TrustedGVPO(beta=beta, trust=0.2, reference="rollout"),
             two("beta", 0.2, 0.5),
         ),
         Arm(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import importlib
 import importlib.metadata
+import json
 import multiprocessing
 import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from rich.console import Console
 
 from gvpo import __version__
+from gvpo.errors import InputError
 from gvpo.lab.comparison import TUNING_SEED, Record, Scale
 from gvpo.run import RunDirectory, Ticker
 
@@ -57,26 +60,58 @@ def run_experiment(
             done[index] = records
             seconds += taken
             ticker.advance(len(done), f"({jobs[index]}, {taken:.0f} s)")
-    records = [record for index in sorted(done) for record in done[index]]
-    for record in records:
-        run.log({**vars(record), "metrics": _rounded(record.metrics)})
-    found = {
+    # Rounded as they are written, so that `show_again` finds the same.
+    records = [
+        replace(record, metrics=_rounded(record.metrics)) for index in sorted(done) for record in done[index]
+    ]
+    run.write_lines("metrics.jsonl", map(vars, records))
+    head = {
         "experiment": name,
         "command": f"gvpo lab {name}" + (" --quick" if scale.quick else "") + f" --seeds {len(scale.seeds)}",
         "made": _circumstances(seconds),
         "seeds": list(scale.seeds),
         "tuning_seed": TUNING_SEED,
         "quick": scale.quick,
-        **_rounded(module.summary(records, scale, run.path)),
     }
+    return _finish(module, head, records, scale, run, console)
+
+
+def show_again(name: str, output: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Make tables, JSON and picture again from the runs that an experiment left in `output`.
+
+    Raises:
+        InputError: there are none.
+    """
+    run_path = output / "metrics.jsonl"
+    if not (run_path.exists() and (output / "summary.json").exists()):
+        raise InputError(f"{output} has no finished run of gvpo lab {name} (metrics.jsonl, summary.json).")
+    run = RunDirectory(output)
+    records = [Record(**entry) for entry in run.metrics()]
+    before = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    head = {key: before[key] for key in ("experiment", "command", "made", "seeds", "tuning_seed", "quick")}
+    scale = Scale(tuple(before["seeds"]), before["quick"])
+    module = importlib.import_module(f"gvpo.lab.{name}")
+    return _finish(module, head, records, scale, run, console or Console())
+
+
+def _finish(
+    module: Any,
+    head: dict[str, Any],
+    records: list[Record],
+    scale: Scale,
+    run: RunDirectory,
+    console: Console,
+) -> dict[str, Any]:
+    name = head["experiment"]
+    found = {**head, **_rounded(module.summary(records, scale, run.path))}
     run.finish(found)
     module.draw(found, run.path / f"{name}.png")
     for table in module.tables(found):
         console.print(table)
     console.print(
         f"95 % intervals over {len(scale.seeds)} seeds; settings chosen on another seed. "
-        f"{seconds:.0f} CPU "
-        f"seconds. summary.json, metrics.jsonl (every run) and {name}.png are in {run.path}.",
+        f"{found['made']['cpu_seconds']} CPU seconds. summary.json, metrics.jsonl (every run) and {name}.png "
+        f"are in {run.path}.",
         soft_wrap=True,
     )
     return found
