@@ -76,10 +76,25 @@ class RunDirectory:
         self._write("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, but for a last one that was torn by a kill."""
+        """The lines of `metrics.jsonl`, but for a last one that was torn by a kill.
+
+        Raises:
+            InputError: another line is damaged.
+        """
         path = self.path / METRICS
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n") if path.exists() else ("", "", "")
-        return [json.loads(line) for line in whole.splitlines()]
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        entries = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            if not isinstance(entry, dict) or not isinstance(entry.get("step", 0), int | float):
+                raise InputError(
+                    f"{path}, line {number}, is no record of metrics: remove the line or the file."
+                )
+            entries.append(entry)
+        return entries
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one metric, where it was logged."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from gvpo.offpolicy.segment import RECORD, Segment
 
 FORMAT = 1
 MANIFEST = "buffer.json"
+
+_SEGMENT = re.compile(r"[\w-]+")
 
 
 class GroupCache:
@@ -138,7 +141,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not the JSON of a replay buffer ({error}).") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is of another format than {FORMAT}: it needs another version of gvpo.")
+    if not _sound(manifest):
+        raise InputError(f"{path} is damaged: restore it, or use another folder.")
     return manifest
+
+
+def _sound(manifest: dict[str, Any]) -> bool:
+    """Whether all is there and of its type; names of segments must not lead out of the folder."""
+    kinds = {"tokenizer": str, "vocabulary_size": int, "group_size": int}
+    if not all(key in manifest and isinstance(manifest[key], kind | None) for key, kind in kinds.items()):
+        return False
+    names = manifest.get("segments")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return False
+    return len(set(names)) == len(names) and all(_SEGMENT.fullmatch(name) for name in names)
 
 
 def write_json(path: Path, value: Any) -> None:
