@@ -21,6 +21,7 @@ NAMES = (
     "statistics",
     "step",
     "memory",
+    "tricks",
     "twopass",
     "generation",
     "scaling",

@@ -32,7 +32,9 @@ def test_tokens_are_those_of_generate(kind, sample):
     runs, passes = [], []
     for one in (plain, model):
         seen = []
-        handle = one.get_input_embeddings().register_forward_hook(lambda m, i, o, s=seen: s.append(i[0].shape))
+        handle = one.get_input_embeddings().register_forward_hook(
+            lambda m, i, o, s=seen: s.append(i[0].shape)
+        )
         config = GenerationConfig(do_sample=sample, max_new_tokens=9, top_k=20, pad_token_id=0)
         torch.manual_seed(11)
         runs.append(one.generate(input_ids=ids, attention_mask=mask, generation_config=config))
@@ -82,3 +84,20 @@ def test_other_calls_are_left_alone():
     assert torch.equal(model.generate(ids, attention_mask=mask, **settings), before)
     after_beams = model.generate(input_ids=ids, attention_mask=mask, generation_config=beams)
     assert torch.equal(after_beams, before_beams)
+
+
+@pytest.mark.slow
+def test_the_trainer_s_rollouts_share_prompts():
+    from gvpo.trl import GVPOTrainer
+    from tests.trl.common import trainer
+
+    run = trainer(GVPOTrainer, max_steps=1)
+    widths = []
+    handle = run.model.get_input_embeddings().register_forward_hook(
+        lambda m, inputs, out: widths.append(tuple(inputs[0].shape))
+    )
+    run.train()
+    handle.remove()
+    # 8 prompts × 4 responses: the prompts once, then a token of each row at a time.
+    assert widths[0][0] == 8
+    assert widths[1] == (32, 1)

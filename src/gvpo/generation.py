@@ -63,7 +63,9 @@ def share_prompts(model: PreTrainedModel) -> None:
     """Let `model.generate` prefill each distinct prompt once.
 
     It does so for plain sampling or greedy search from left-padded token ids; any other call, and calls with
-    arguments that may act on the prompt's forward, are what they were. Preparing twice does nothing.
+    arguments that may act on the prompt's forward, are what they were. Preparing twice does nothing. Not for
+    ranks whose forwards are collective (FSDP, ZeRO-3): they must make equally many, and not all may hold a
+    prompt twice.
     """
     if hasattr(model, "_generate_before_gvpo"):
         return

@@ -25,6 +25,8 @@ from trl.trainer.utils import use_adapter
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
+from gvpo.generation import share_prompts
+from gvpo.logprobs import unwrap
 from gvpo.step import GVPOStep, SequenceScorer, StepReport
 from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
 from gvpo.trl.backend import AccelerateBackend
@@ -120,6 +122,8 @@ class GVPOTrainer(Checkpoints):
         if twin is not None:
             self.ref_model = self._prepare_reference(twin)
         self._make_step()
+        if not self._gvpo_step.backend.collective_forward(self.model):
+            share_prompts(unwrap(self.model))
         self._window: list[Slice] = []
         self._rewards_seen: Tensor | None = None
         self._small_beta_warned = False
