@@ -7,7 +7,16 @@ from dataclasses import replace
 import torch
 
 from benchmarks.measure import Row, minima
-from benchmarks.workloads import CannedGVPO, Workload, floor, micro_steps, rollout, trainer, update
+from benchmarks.workloads import (
+    PER_DEVICE,
+    CannedGVPO,
+    Workload,
+    floor,
+    micro_steps,
+    rollout,
+    trainer,
+    update,
+)
 
 ABOUT = (
     "CPU seconds of the gradient of one optimizer step (64 responses of 8 prompts, 4 layers, float32, one "
@@ -23,6 +32,8 @@ WORK = {
     "V 32k, d 256, uniform": Workload(heavy_tail=False),
     "V 152k, d 128, heavy tail, half zero": Workload(vocabulary=152_000, hidden=128, zero_groups=0.5),
 }
+
+CALLS = 3  # micro-steps of TRL that are run
 
 
 def tiny(work: Workload) -> Workload:
@@ -46,8 +57,8 @@ def compare(name: str, work: Workload, repeats: int) -> Row:
     jobs = {
         "floor": least,
         "gvpo": lambda: update(ours),
-        "trl, compact head": lambda: micro_steps(compact, 3),
-        "trl": lambda: micro_steps(stock, 3),
+        "trl, compact head": lambda: micro_steps(compact, CALLS),
+        "trl": lambda: micro_steps(stock, CALLS),
     }
     best = minima(jobs, repeats, seldom={"trl": 0, "trl, compact head": 1})
     report = ours.report
@@ -58,10 +69,7 @@ def compare(name: str, work: Workload, repeats: int) -> Row:
         "compact / gvpo": best["trl, compact head"] / best["gvpo"],
         "trl / gvpo": best["trl"] / best["gvpo"],
         "tokens per useful": report.tokens / report.useful_tokens,
-        "trl tokens per useful": stock.args.gradient_accumulation_steps
-        * stock.tokens
-        / 3
-        / report.useful_tokens,
+        "trl tokens per useful": stock.tokens / CALLS * work.rows / PER_DEVICE / report.useful_tokens,
         "gradient vs floor": ((got - expected).norm() / expected.norm()).item(),
     }
 
