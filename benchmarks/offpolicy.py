@@ -130,7 +130,7 @@ def demonstrations(seed: int) -> dict[str, Any]:
             demonstrations_per_group=count,
             num_generations=4,
             per_device_train_batch_size=256,
-            max_steps=60 if count == 0 else 800,
+            max_steps=60 if count == 0 else 1000,
             beta=0.1,
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
@@ -315,12 +315,12 @@ def main() -> None:
     console = Console()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     for name in arguments.experiments:
-        by_seed = {str(seed): EXPERIMENTS[name](seed) for seed in arguments.seeds}
-        show(console, name, by_seed)
-        results[name] = by_seed
-        results["machine"] = machine()
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        for seed in arguments.seeds:
+            results.setdefault(name, {})[str(seed)] = EXPERIMENTS[name](seed)
+            results["machine"] = machine()
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        show(console, name, results[name])
     console.print(f"Written to {arguments.output}.")
 
 
