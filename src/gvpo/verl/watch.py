@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 _GRACE = 60.0  # seconds for the main thread to end by itself
+_LAST_LOOKS = 10  # of a second each, for Ray to learn of a death that has already made something fail
 
 
 class WorkerDied(RuntimeError):
@@ -57,9 +58,10 @@ class Watch:
             # Something failed before the watch looked; if a death is behind it, that is what to tell.
             self._stop.set()
             thread.join()
-            self._look(timeout=1.0)
-            if self._reason:
-                raise WorkerDied(self._reason) from error
+            for _ in range(_LAST_LOOKS):
+                self._look(timeout=1.0)
+                if self._reason:
+                    raise WorkerDied(self._reason) from error
             raise
         finally:
             self._stop.set()
