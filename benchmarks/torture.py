@@ -1,9 +1,9 @@
-"""Kill a run with SIGKILL at random moments and resume it, many times; it must end as if it had not been killed.
+"""Kill a run with SIGKILL at random moments and resume it, many times; it must end as if never killed.
 
     make torture        # 200 kills, some minutes
 
 The run samples, replays, saves a checkpoint after every step and uses AdamW with a schedule; what must agree
-bitwise with a run that was never killed is its parameters, optimizer state and metrics. The kills come at uniformly
+bitwise with a run that was never killed is its parameters, optimizer state and metrics. The kills come at
 random moments of a run, so that some hit the start, some a step, some the writing of a checkpoint.
 """
 

@@ -1,4 +1,4 @@
-"""What the published run might cost, from stated assumptions: `python docs/cost.py`. Estimates, not measurements."""
+"""What the published run might cost, by estimate from stated assumptions: `python docs/cost.py`."""
 
 PARAMETERS = 7.6e9
 PROMPTS = 7_473 + 7_500  # GSM8K and MATH, before overlong prompts are dropped

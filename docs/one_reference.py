@@ -48,7 +48,11 @@ def panel(axis, reference: torch.Tensor, title: str) -> None:
             )
         axis.scatter([x], [y], s=70, color=COLORS[other], zorder=3)
         axis.annotate(
-            f"S′ under {'B' if other else 'A'}", (x, y), xytext=(9, -11), textcoords="offset points", fontsize=8
+            f"S′ under {'B' if other else 'A'}",
+            (x, y),
+            xytext=(9, -11),
+            textcoords="offset points",
+            fontsize=8,
         )
     axis.set_title(f"{title}\nloss {result.loss.item():.3f}", fontsize=10)
     axis.set_xlabel("reward R")

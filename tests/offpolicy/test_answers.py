@@ -58,7 +58,8 @@ def test_a_template_s_error_is_told():
 
 
 def demonstrations(**changes):
-    return Demonstrations(**{"encoder": encoder(), "per_group": 2, "group_size": 4, "longest": 6, "seed": 1, **changes})
+    settings = {"encoder": encoder(), "per_group": 2, "group_size": 4, "longest": 6, "seed": 1}
+    return Demonstrations(**{**settings, **changes})
 
 
 def test_demonstrations_take_their_slots():
