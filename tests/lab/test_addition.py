@@ -33,7 +33,7 @@ def test_log_probs_of_a_shared_prompt_are_those_of_whole_rows(model) -> None:
     torch.testing.assert_close(logps, expected)
     (got,) = torch.autograd.grad(logps.sum(), model.lm_head.weight)
     (want,) = torch.autograd.grad(expected.sum(), model.lm_head.weight)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # the norms are in float32
 
 
 def test_samples_follow_the_model_and_stop_at_the_end(model) -> None:

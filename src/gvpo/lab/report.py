@@ -35,6 +35,8 @@ def interval(cell: Mapping[str, Any] | float) -> str:
         return number(cell)
     if cell["mean"] is None or not math.isfinite(cell["mean"]):
         return "diverged"
+    if abs(cell["mean"]) < 1e-12:
+        return number(cell["mean"])
     return f"{number(cell['mean'])} ±{number(cell['high'] - cell['mean'])}"
 
 
