@@ -195,8 +195,8 @@ def offline(
                 per_device_train_batch_size=32 * k,
                 max_steps=epochs * per_epoch,
                 beta=beta,
-                learning_rate=1e-3,
-                lr_scheduler_type="constant_with_warmup",
+                learning_rate=3e-4,
+                lr_scheduler_type="linear",
                 warmup_steps=20,
             )
             out[f"GVPO, beta {beta:g}"] = _summary(curve, seconds)

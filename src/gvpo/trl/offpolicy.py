@@ -153,8 +153,8 @@ class OffPolicy(TrainerCallback):
         if args.replay_reference == "current" and args.reference == "rollout":
             warnings.warn(
                 "replay_reference='current' with reference='rollout' re-anchors: each replayed group pulls "
-                "away from the policy as it is, without end. Reused data diverged so (greedy accuracy .48, "
-                "log-probabilities down to -46); 'stored' does not.",
+                "away from the policy as it is, without end. With 15 replayed groups for each fresh "
+                "one, accuracy ended between 65 % and 75 % where 'stored' reached 93 % to 97 %.",
                 stacklevel=5,
             )
         return ReplayBuffer(
