@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaForCausalLM
 
 from gvpo.errors import InputError
 from gvpo.offpolicy import Group, ReplayBuffer, ReplayView
@@ -302,12 +303,12 @@ def test_no_generation_for_demonstrations_only(monkeypatch):
     """Groups of given answers with given rewards: nothing is sampled but one row, which is thrown away."""
     answers = [["1", "22", "333", "4444"]] * 64
     data = Dataset.from_dict({"prompt": dataset()["prompt"], "demonstrations": answers})
-    trainer = run(data, demonstrations_per_group=4, max_steps=2)
     rows = []
-    original = type(trainer.model).generate
+    original = LlamaForCausalLM.generate
     monkeypatch.setattr(
-        type(trainer.model), "generate", lambda *a, **k: rows.append(len(k["input_ids"])) or original(*a, **k)
+        LlamaForCausalLM, "generate", lambda *a, **k: rows.append(len(k["input_ids"])) or original(*a, **k)
     )
+    trainer = run(data, demonstrations_per_group=4, max_steps=2)
     trainer.train()
     assert rows == [1, 1]
     assert max(trainer.errors) < 1e-5
