@@ -18,7 +18,7 @@ from gvpo.vocabulary import VocabularyGradients
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-TILE_BYTES = 48 << 20  # of float32 logits; see docs/performance.md
+TILE_BYTES = 48 << 20  # of float32 logits
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,18 @@ def test_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
         assert last_checkpoint(tmp_path) is None
 
 
+def test_finished_run_makes_no_further_step(tmp_path: Path) -> None:
+    done = checkpoints(tmp_path, optim="adamw_torch")
+    again = trainer(output_dir=str(tmp_path), optim="adamw_torch")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert all(value.equal(parameters(again)[name]) for name, value in parameters(done).items())
+    assert {float(state["step"]) for state in again.optimizer.state.values()} == {3.0}
+    longer = trainer(output_dir=str(tmp_path), optim="adamw_torch", max_steps=4)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 4
+
+
 def test_a_checkpoint_of_trl_is_taken(tmp_path: Path) -> None:
     checkpoints(tmp_path)
     (tmp_path / "checkpoint-3" / "gvpo_checkpoint.json").unlink()

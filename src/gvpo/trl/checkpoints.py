@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from gvpo.errors import InputError
@@ -95,7 +96,24 @@ class Checkpoints(GRPOTrainer):
                 raise InputError(f"{self.args.output_dir} has no whole checkpoint to go on from.")
         elif isinstance(resume_from_checkpoint, str) and (why := flaw(Path(resume_from_checkpoint))):
             raise InputError(f"The checkpoint {resume_from_checkpoint} is torn ({why}): take another.")
+        if isinstance(resume_from_checkpoint, str) and self._is_done(Path(resume_from_checkpoint)):
+            return self._load_done(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _is_done(self, checkpoint: Path) -> bool:
+        """Whether the run has made all its steps: transformers would make another one."""
+        saved = json.loads((checkpoint / "trainer_state.json").read_text())
+        if self.args.max_steps > 0:
+            return bool(saved["global_step"] >= self.args.max_steps)
+        ended = saved["global_step"] >= saved["max_steps"]
+        return bool(ended and saved["num_train_epochs"] >= self.args.num_train_epochs)
+
+    def _load_done(self, checkpoint: str) -> TrainOutput:
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self.create_optimizer_and_scheduler(self.state.max_steps)
+        self._load_optimizer_and_scheduler(checkpoint)
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _get_train_sampler(self, *args: Any) -> Any:
         self._sampler = EpochSampler(super()._get_train_sampler(*args), self.args.seed)

@@ -11,6 +11,7 @@ _METHODS = (
     "_generate_and_score_completions",
     "_get_output_dir",
     "_get_train_sampler",
+    "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_prepare_inputs",
     "_push_from_checkpoint",
