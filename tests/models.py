@@ -1,5 +1,7 @@
 """Tiny causal language models and the literal formula on them."""
 
+import math
+
 import torch
 from transformers import (
     Gemma2Config,
@@ -80,15 +82,35 @@ def random_batch(
     return batch
 
 
-def literal_logps(model: torch.nn.Module, batch: GroupBatch, temperature: float = 1.0) -> torch.Tensor:
-    """S of each row on its own, from the model's own logits."""
+def literal_tokens(model: torch.nn.Module, batch: GroupBatch, temperature: float = 1.0) -> list[torch.Tensor]:
+    """log p of each row's completion tokens, each row on its own, from the model's own logits."""
     rows = []
     for i, length in enumerate(batch.lengths.tolist()):
         ids = batch.input_ids[i : i + 1, :length]
         logps = (model(input_ids=ids).logits[0, :-1] / temperature).log_softmax(-1)
         picked = logps.gather(1, ids[0, 1:, None])[:, 0]
-        rows.append(picked[batch.completion_mask[i, 1:length]].sum())
-    return torch.stack(rows)
+        rows.append(picked[batch.completion_mask[i, 1:length]])
+    return rows
+
+
+def literal_logps(model: torch.nn.Module, batch: GroupBatch, temperature: float = 1.0) -> torch.Tensor:
+    """S of each row."""
+    return torch.stack([row.sum() for row in literal_tokens(model, batch, temperature)])
+
+
+def literal_trusted_loss(
+    policy: list[torch.Tensor], rollout: list[torch.Tensor], weights: torch.Tensor, trust: float
+) -> tuple[torch.Tensor, int, int]:
+    """−Σ w log p over the tokens that have not moved beyond `trust`; how many those are, and of how many."""
+    loss, kept, scored = torch.zeros((), dtype=weights.dtype), 0, 0
+    for weight, now, before in zip(weights.tolist(), policy, rollout, strict=True):
+        for logp, old in zip(now, before.tolist(), strict=True):
+            ratio = math.exp(logp.item() - old)
+            far = (weight > 0 and ratio > 1 + trust) or (weight < 0 and ratio < 1 - trust)
+            loss = loss if far else loss - weight * logp
+            kept += weight != 0 and not far
+            scored += weight != 0
+    return loss, kept, scored
 
 
 def literal_gradient(

@@ -8,11 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gvpo.batch import GroupBatch
+from gvpo.objective import gvpo_weights
 from gvpo.step import Backend, GVPOStep
 from tests.models import (
     gradients,
     literal_gradient,
     literal_logps,
+    literal_tokens,
+    literal_trusted_loss,
     random_batch,
     relative_error,
     tiny_model,
@@ -136,6 +139,36 @@ def test_masked_rows_and_tool_tokens_stay_out():
     expected, _ = double_gradient(model, batch)
     GVPOStep(model, beta=BETA, token_budget=100)(batch)
     assert relative_error(gradients(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_a_trust_mask_drops_tokens_beyond_it_and_nothing_else(budget):
+    """Against literal autograd of −Σ w log p over the tokens that the definition keeps, in float64."""
+    model, batch = tiny_model(), random_batch(reference=True)  # tiny_model() seeds torch
+    twin = copy.deepcopy(model).double()
+    tokens = literal_tokens(twin, batch)
+    rollout = [row.detach() + 0.3 * torch.randn(len(row)) for row in tokens]
+    rollout[2].fill_(float("nan"))  # a row whose rollout is not known stays whole
+    batch.rollout_logps = torch.zeros(batch.input_ids.shape, dtype=torch.float64)
+    batch.rollout_logps[batch.completion_mask] = torch.cat(rollout)
+    policy = literal_logps(twin, batch).detach()
+    weights = gvpo_weights(policy, batch.reference_logps, batch.rewards, batch.group_ids, beta=BETA)
+    total, kept, scored = literal_trusted_loss(tokens, rollout, weights, 0.2)
+    total.backward()
+    report = GVPOStep(model, beta=BETA, token_budget=budget, trust=0.2)(batch)
+    assert relative_error(gradients(model), gradients(twin)) < 1e-5
+    assert (report.scored_tokens, report.tokens_beyond_trust) == (kept, scored - kept)
+    assert 0.2 < kept / scored < 0.8
+
+
+def test_trust_never_masks_rows_of_the_policy_that_is_trained():
+    model, batch = tiny_model(), random_batch()
+    expected, _ = double_gradient(model, batch)
+    step = GVPOStep(model, beta=BETA, trust=0.01, token_budget=100)
+    step(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+    with pytest.raises(ValueError, match="trust needs the batch's rollout_logps"):
+        step(random_batch(reference=True))
 
 
 def test_rows_of_weight_zero_cost_nothing():

@@ -28,6 +28,8 @@ class GroupBatch:
             rollout with the rollout policy as the reference): then no scoring pass is needed.
         free: where only some groups are measured against the policy as it is: True for their rows, whose
             `reference_logps` are not looked at and which need no scoring pass. None: no rows.
+        rollout_logps: log p of each completion token under the policy that sampled it, in nats; NaN where
+            that is not known. Only a step with a trust mask looks at them.
     """
 
     input_ids: Int[Tensor, "batch length"]
@@ -38,6 +40,7 @@ class GroupBatch:
     valid: Bool[Tensor, "batch"] | None = None
     reference_logps: Float[Tensor, "batch"] | None = None
     free: Bool[Tensor, "batch"] | None = None
+    rollout_logps: Float[Tensor, "batch length"] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -109,6 +112,18 @@ class GroupBatch:
                 raise ValueError(f"{name} is given for some parts of the batch only.")
             return None if values[0] is None else torch.cat(values)
 
+        def rollout_logps() -> Tensor | None:
+            if all(part.rollout_logps is None for part in parts):
+                return None
+            unknown = torch.full((), torch.nan, dtype=widest_float(parts[0].input_ids.device))
+            given = [part.rollout_logps for part in parts]
+            return torch.cat(
+                [
+                    wide(unknown.to(p.input_ids.device).expand(p.input_ids.shape) if g is None else g)
+                    for p, g in zip(parts, given, strict=True)
+                ]
+            )
+
         def flags(name: str, default: bool) -> Tensor | None:
             if all(getattr(part, name) is None for part in parts):
                 return None
@@ -125,6 +140,7 @@ class GroupBatch:
             flags("valid", True),
             cat("reference_logps"),
             flags("free", False),
+            rollout_logps(),
         )
 
 
@@ -158,10 +174,13 @@ class MicroBatch:
         mine = row_weights[torch.tensor(self.rows, device=row_weights.device)]
         return mine[:, None].expand(self.chosen.shape)[self.chosen]
 
-    def per_row(self, token_values: Float[Tensor, "tokens"]) -> Float[Tensor, "rows"]:
+    def spread(self, token_values: Float[Tensor, "tokens"]) -> Float[Tensor, "rows width"]:
         wide = widest_float(token_values.device)
-        spread = torch.zeros(self.chosen.shape, dtype=wide, device=token_values.device)
-        return spread.masked_scatter(self.chosen, token_values.to(wide)).sum(1)
+        zeros = torch.zeros(self.chosen.shape, dtype=wide, device=token_values.device)
+        return zeros.masked_scatter(self.chosen, token_values.to(wide))
+
+    def per_row(self, token_values: Float[Tensor, "tokens"]) -> Float[Tensor, "rows"]:
+        return self.spread(token_values).sum(1)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

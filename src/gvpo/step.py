@@ -26,6 +26,7 @@ from gvpo.batch import GroupBatch, MicroBatch, widest_float
 from gvpo.logprobs import TokenScorer, TokenScores
 from gvpo.objective import GVPOLoss, gvpo_loss
 from gvpo.packing import plan_micro_batches
+from gvpo.trust import beyond_trust
 from gvpo.vocabulary import VocabularyGradients
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class StepReport:
         metrics: as `gvpo.objective.GVPOLoss.metrics`.
         weights: w of this rank's rows.
         policy_logps: S of this rank's rows in nats (0 for free rows), or None on a free step.
+        tokens_beyond_trust: completion tokens that a trust mask left out of this rank's rows.
         micro_batches, tokens, useful_tokens: of this rank's gradient pass; `tokens` counts padding.
         scored_tokens: completion tokens of this rank that have weight.
         entropy: mean over those, in nats; NaN if there are none.
@@ -54,6 +56,7 @@ class StepReport:
     metrics: dict[str, Float[Tensor, ""]]
     weights: Float[Tensor, "batch"]
     policy_logps: Float[Tensor, "batch"] | None
+    tokens_beyond_trust: int = 0
     micro_batches: int = 0
     tokens: int = 0
     useful_tokens: int = 0
@@ -139,19 +142,25 @@ class SequenceScorer:
         # A forward through DDP would broadcast buffers, which only some ranks might do in a scoring pass.
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
-    @torch.no_grad()
     def sequence_logps(self, batch: GroupBatch, rows: Sequence[int] | None = None) -> Float[Tensor, "batch"]:
         """S in nats of the batch's rows under the model as it is, float64; 0 for rows left out.
 
         The policy's own scoring pass, and how reference log-probs are made: under the rollout policy before
         its first update, or under a fixed model.
         """
+        return self.token_logps(batch, rows).sum(1)
+
+    @torch.no_grad()
+    def token_logps(
+        self, batch: GroupBatch, rows: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch length"]:
+        """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out."""
         self._decide_head(batch)
         device, lengths = batch.input_ids.device, batch.lengths.tolist()
         chosen_rows = range(len(batch)) if rows is None else rows
 
         def score() -> Tensor:
-            out = torch.zeros(len(batch), dtype=widest_float(device), device=device)
+            out = torch.zeros(batch.input_ids.shape, dtype=widest_float(device), device=device)
             plan = plan_micro_batches(lengths, chosen_rows, self.token_budget)
             for index in range(self._equal_count(len(plan))):
                 micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
@@ -159,7 +168,8 @@ class SequenceScorer:
                 with self.backend.forward_context():
                     scores = self.scorer(self._bare, micro.input_ids, micro.lengths, micro.chosen)
                 if micro.rows:
-                    out[torch.tensor(micro.rows, device=device)] = micro.per_row(scores.logps)
+                    spread = micro.spread(scores.logps)[:, : out.shape[1]]
+                    out[torch.tensor(micro.rows, device=device), : spread.shape[1]] = spread
             return out
 
         return self._retrying(score, lengths)[0]
@@ -232,6 +242,9 @@ class GVPOStep(SequenceScorer):
     Args:
         model: the policy; this and the other arguments as for `SequenceScorer`.
         beta: the implicit reward's temperature β > 0.
+        trust: leave out the gradient of tokens whose probability has already moved by more than this share
+            of what it was at rollout, in the direction of their weight (`gvpo.trust`); between 0 and 1. Not
+            part of the published algorithm; None for the formula as it is.
 
     Example:
         >>> step = GVPOStep(model, beta=0.1)
@@ -239,20 +252,23 @@ class GVPOStep(SequenceScorer):
         >>> optimizer.step()
     """
 
-    def __init__(self, model: nn.Module, *, beta: float = 0.1, **others: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *, beta: float = 0.1, trust: float | None = None, **others: Any
+    ) -> None:
         super().__init__(model, **others)
-        self.beta = beta
+        self.beta, self.trust = beta, trust
         self._on_micro_batch: Callable[[int], None] = lambda index: None  # a seam for tests of failures
 
     @torch.no_grad()
-    def weigh(self, batch: GroupBatch) -> tuple[GVPOLoss, Float[Tensor, "batch"] | None]:
-        """Loss, weights and metrics of `batch` before any update; and S, if it had to be scored."""
+    def weigh(self, batch: GroupBatch) -> tuple[GVPOLoss, Float[Tensor, "batch length"] | None]:
+        """Loss, weights and metrics of `batch` before any update; and its `token_logps`, if needed."""
         if batch.reference_logps is None:
             # θ is θ': Rθ = 0 whatever S is, and the weights need no forward (docs/theory.md, fact 3).
             policy = reference = torch.zeros(len(batch), device=batch.input_ids.device)
-            policy_logps = None
+            token_logps = None
         else:
-            policy = policy_logps = self.sequence_logps(batch, _rows_to_score(batch))
+            token_logps = self.token_logps(batch, _rows_to_score(batch))
+            policy = token_logps.sum(1)
             # Free rows have no score: 0 on both sides, for Rθ = 0.
             reference = batch.reference_logps
             reference = reference if batch.free is None else reference.masked_fill(batch.free, 0.0)
@@ -265,7 +281,7 @@ class GVPOStep(SequenceScorer):
             mask=batch.valid,
             process_group=self.backend.process_group,
         )
-        return result, policy_logps
+        return result, token_logps
 
     def __call__(self, batch: GroupBatch) -> StepReport:
         """Accumulate the gradient of the GVPO loss of `batch` (on all ranks of the backend together).
@@ -277,11 +293,14 @@ class GVPOStep(SequenceScorer):
             ValueError: as `gvpo.objective.gvpo_loss`.
             torch.OutOfMemoryError: a single row does not fit, or gradients were already (being) shared.
         """
-        result, policy_logps = self.weigh(batch)
+        result, token_logps = self.weigh(batch)
+        policy_logps = None if token_logps is None else token_logps.sum(1)
         report = StepReport(result.loss.detach(), result.metrics, result.weights, policy_logps)
         if result.metrics["groups"].item() == 0:
             return report
         self._decide_head(batch)
+        if self.trust is not None and token_logps is not None:
+            batch, report = self._within_trust(batch, report, token_logps)
         # Gradients that others left would be lost in a retry.
         owned = all(p.grad is None for p in self.model.parameters())
         lengths = batch.lengths.tolist()
@@ -289,6 +308,27 @@ class GVPOStep(SequenceScorer):
             lambda: self._accumulate(batch, lengths, report), lengths, safe=owned, clear_gradients=True
         )
         return replace(report, retries=retries)
+
+    def _within_trust(
+        self, batch: GroupBatch, report: StepReport, token_logps: Float[Tensor, "batch length"]
+    ) -> tuple[GroupBatch, StepReport]:
+        """The batch without tokens beyond trust; rows that have no other tokens lose their weight."""
+        assert self.trust is not None
+        if batch.rollout_logps is None:
+            raise ValueError(
+                "trust needs the batch's rollout_logps: log p of each token when it was sampled."
+            )
+        left_out = batch.completion_mask & beyond_trust(
+            report.weights, token_logps, batch.rollout_logps, self.trust
+        )
+        if batch.free is not None:
+            left_out &= ~batch.free[:, None]  # not scored: they are as they were sampled
+        kept = batch.completion_mask & ~left_out
+        weights = report.weights.masked_fill(left_out.any(1) & ~kept.any(1), 0.0)
+        count = int(left_out.sum())
+        return replace(batch, completion_mask=kept), replace(
+            report, weights=weights, tokens_beyond_trust=count
+        )
 
     def _accumulate(self, batch: GroupBatch, lengths: list[int], report: StepReport) -> StepReport:
         """The gradient pass over the rows that have weight."""

@@ -6,8 +6,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from gvpo.objective import gvpo_weights
 from tests.gloo import run_ranks
-from tests.models import gradients, literal_logps, relative_error, tiny_model
+from tests.models import (
+    gradients,
+    literal_logps,
+    literal_tokens,
+    literal_trusted_loss,
+    relative_error,
+    tiny_model,
+)
 from tests.test_objective import literal_loss
 from tests.trl.common import CannedTrainer, distance, parameters, trainer
 
@@ -21,8 +29,16 @@ ROUTES = {
     "rollout, several generations a step": {"steps_per_generation": 2},
     "initial": {"reference": "initial"},
     "initial, two iterations": {"reference": "initial", "num_iterations": 2},
+    "rollout, two updates, trust": {"steps_per_generation": 8, "trust": 0.05},
+    "initial, two iterations, trust": {"reference": "initial", "num_iterations": 2, "trust": 0.05},
     "truncated rows leave": {"mask_truncated_completions": True, "steps_per_generation": 8},
 }
+
+
+def as_arguments(rows):
+    """The rows under the names of `gvpo_weights`."""
+    renamed = {"policy": "policy_logps", "reference": "reference_logps"}
+    return {renamed.get(name, name): values for name, values in rows.items()}
 
 
 class ComparedTrainer(CannedTrainer):
@@ -31,7 +47,7 @@ class ComparedTrainer(CannedTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.initial = self.twin()
-        self.errors, self.losses, self.kl = [], [], []
+        self.errors, self.losses, self.kl, self.beyond = [], [], [], []
         self.calls = []  # (rows of a slice, policy that sampled it), one for each training_step of a window
 
     def twin(self):
@@ -58,13 +74,16 @@ class ComparedTrainer(CannedTrainer):
     def compare(self, loss):
         twin = self.twin()
         rows = {"policy": [], "reference": [], "rewards": [], "group_ids": [], "mask": []}
+        tokens = {"policy": [], "rollout": []}
         for use, (batch, indices, sampler) in enumerate(self.calls):
             index = torch.tensor(list(indices))
             part = copy.copy(batch)
             for name in ("input_ids", "lengths", "completion_mask"):
                 setattr(part, name, getattr(batch, name)[index])
             reference = sampler if self.args.reference == "rollout" else self.initial
-            rows["policy"].append(literal_logps(twin, part))
+            tokens["policy"] += literal_tokens(twin, part)
+            tokens["rollout"] += literal_tokens(sampler, part)
+            rows["policy"].append(torch.stack([row.sum() for row in tokens["policy"][-len(indices) :]]))
             rows["reference"].append(literal_logps(reference, part).detach())
             rows["rewards"].append(batch.rewards[index].double())
             # A slice met again in the same window stands for groups of its own.
@@ -74,7 +93,14 @@ class ComparedTrainer(CannedTrainer):
         self.calls = []
         rows = {name: torch.cat(values) for name, values in rows.items()}
         expected = literal_loss(**rows, beta=self.args.beta)
-        expected.backward()
+        if self.args.trust is None:
+            expected.backward()
+        else:
+            detached = {name: values.detach() for name, values in rows.items()}
+            weights = gvpo_weights(**as_arguments(detached), beta=self.args.beta)
+            masked, kept, scored = literal_trusted_loss(**tokens, weights=weights, trust=self.args.trust)
+            masked.backward()
+            self.beyond.append(1 - kept / scored)
         self.kl.append((rows["policy"] - rows["reference"]).abs().mean().item())
         self.errors.append(relative_error(gradients(self.model), gradients(twin)))
         self.losses.append(expected.item())
@@ -100,6 +126,10 @@ def test_each_update_is_the_formula_s(route, checkpointing):
     )
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert logged == pytest.approx(run.losses, rel=1e-4)
+    far = [entry.get("gvpo/beyond_trust_fraction", 0) for entry in run.state.log_history if "loss" in entry]
+    assert (max(far) > 0.05) is ("trust" in route)
+    if run.beyond:
+        assert far == pytest.approx(run.beyond, abs=1e-6)
 
 
 @pytest.mark.parametrize("reference", ["rollout", "initial"])

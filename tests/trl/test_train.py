@@ -167,6 +167,8 @@ def test_demonstrations_come_from_a_column(chat_model: Path, inside: Path) -> No
         (["--dataset_name", "headless.jsonl"], "no column"),
         (["--reward_funcs", "acuracy"], "there is no reward 'acuracy'"),
         (["--reward_funcs", "own_reward:nothing"], "own_reward"),
+        (["--trust", "1.5"], "trust=1.5 must be a share between 0 and 1"),
+        (["--trust", "0.2", "--replay_ratio", "1"], "not kept with replayed groups: leave trust out there"),
         (["--beta", "0"], "beta=0.0, but GVPO needs a finite beta above 0"),
         (["--num_generations", "1"], "num_generations=1"),
         (["--per_device_train_batch_size", "6"], "6"),

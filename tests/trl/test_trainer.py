@@ -220,5 +220,11 @@ def test_public_names_and_defaults() -> None:
     names = list(inspect.signature(GVPOTrainer.__init__).parameters)
     assert names[:4] == ["self", "model", "reward_funcs", "args"]
     fields = GVPOConfig.__dataclass_fields__
-    own = {"beta": 0.1, "reference": "rollout", "micro_batch_tokens": None, "disable_dropout": True}
+    own = {
+        "beta": 0.1,
+        "reference": "rollout",
+        "micro_batch_tokens": None,
+        "trust": None,
+        "disable_dropout": True,
+    }
     assert {name: fields[name].default for name in own} == own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from gvpo.lab.responses import Responses
 from gvpo.objective import gvpo_loss, gvpo_weights
+from gvpo.trust import beyond_trust
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,11 +41,7 @@ class GVPO:
 
 
 class TrustedGVPO:
-    """GVPO without the gradient of tokens that have already moved far in the direction of their weight.
-
-    A token's gradient is dropped where its weight is positive and it has become more than 1 + `trust` times
-    as likely as at rollout, or negative and less than 1 − `trust` times. A batch of zero residuals has zero
-    weights, and so stays a fixed point.
+    """GVPO without the gradient of tokens beyond trust (`gvpo.trust`), as in `GVPOStep(trust=…)`.
 
     Args:
         beta: β.
@@ -60,11 +56,9 @@ class TrustedGVPO:
         tokens = responses.reference if self.reference == "given" else responses.rollout
         weights = gvpo_weights(
             responses.policy.sum(1), tokens.sum(1), responses.rewards, responses.group_ids, beta=self.beta
-        )[:, None]
-        moved = responses.policy.detach() - responses.rollout
-        far = (weights > 0) & (moved > math.log1p(self.trust))
-        far |= (weights < 0) & (moved < math.log1p(-self.trust))
-        return -(weights * ~far * responses.policy).sum()
+        )
+        far = beyond_trust(weights, responses.policy.detach(), responses.rollout, self.trust)
+        return -(weights[:, None] * ~far * responses.policy).sum()
 
 
 class RejectionSampling:

@@ -70,6 +70,9 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
             training starts (with LoRA, the base model without adapters: no second copy).
         micro_batch_tokens: padded tokens per micro-batch of the update. Default:
             `per_device_train_batch_size` times the longest row, which is what TRL would run at once.
+        trust: for rollouts that are used for several updates: leave out the gradient of tokens whose
+            probability has already moved by more than this share since the rollout (0.2, say), in the
+            direction of their row's weight. Not part of the published algorithm; off by default.
 
     Raises:
         InputError: for options of GRPO that have no meaning here (each by name and with the reason), and
@@ -93,6 +96,13 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
         metadata={
             "help": "Padded tokens per micro-batch of the update. It changes memory and speed, never the "
             "update. Default: per_device_train_batch_size times the longest row."
+        },
+    )
+    trust: float | None = field(
+        default=None,
+        metadata={
+            "help": "Leave out the gradient of tokens whose probability has already moved by more than this "
+            "share since the rollout, in the direction of their weight (0.2, say; off by default)."
         },
     )
     loss_type: str = field(default="gvpo", metadata={"help": "The loss is GVPO's."})
@@ -135,6 +145,13 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
             )
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise InputError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 1 token.")
+        if self.trust is not None and not 0 < self.trust < 1:
+            raise InputError(f"trust={self.trust} must be a share between 0 and 1, such as 0.2.")
+        if self.trust is not None and (self.replay_ratio or self.offline is not None):
+            raise InputError(
+                "trust needs to know how likely each token was when it was sampled, which is not kept with "
+                f"{'replayed groups' if self.replay_ratio else 'logged completions'}: leave trust out there."
+            )
         if str(getattr(self.optim, "value", self.optim)) in ("lomo", "adalomo"):
             raise InputError(
                 f"optim={self.optim} updates parameters during the backward of each micro-batch, but {_EXACT}"

@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 
 from gvpo.batch import GroupBatch
 
-_TENSORS = ("input_ids", "lengths", "completion_mask", "rewards", "group_ids", "valid", "reference_logps")
+_TENSORS = (
+    "input_ids",
+    "lengths",
+    "completion_mask",
+    "rewards",
+    "group_ids",
+    "valid",
+    "reference_logps",
+    "rollout_logps",
+)
 
 
 @dataclass
@@ -31,9 +40,9 @@ def split(batch: GroupBatch, count: int) -> list[GroupBatch]:
     parts = []
     for start in range(0, size * count, size):
         rows = slice(start, start + size)
-        values: list[Any] = [getattr(batch, name) for name in _TENSORS]
-        picked: list[Any] = [None if v is None else v[rows] for v in values]
-        parts.append(GroupBatch(*picked))
+        given: dict[str, Any] = {name: getattr(batch, name) for name in _TENSORS}
+        picked: dict[str, Any] = {n: None if v is None else v[rows] for n, v in given.items()}
+        parts.append(GroupBatch(**picked))
     return parts
 
 
@@ -57,6 +66,7 @@ def window_batch(slices: list[Slice], *, free: bool) -> GroupBatch:
                 batch.group_ids * len(slices) + uses,
                 batch.valid,
                 None if free else batch.reference_logps,
+                rollout_logps=None if free else batch.rollout_logps,
             )
         )
     return GroupBatch.concatenate(parts)
@@ -84,9 +94,9 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[s
         names = set(file.keys())
         slices = []
         for i, policy_step in enumerate(state["policy_steps"]):
-            values: list[Any] = [
-                file.get_tensor(f"{i}.{name}").to(device) if f"{i}.{name}" in names else None
+            values: dict[str, Any] = {
+                name: file.get_tensor(f"{i}.{name}").to(device) if f"{i}.{name}" in names else None
                 for name in _TENSORS
-            ]
-            slices.append(Slice(GroupBatch(*values), policy_step))
+            }
+            slices.append(Slice(GroupBatch(**values), policy_step))
     return slices, state

@@ -150,7 +150,7 @@ class GVPOTrainer(Checkpoints):
             "backend": AccelerateBackend(self),
             "float32_head": self.args.cast_lm_head_to_fp32,
         }
-        self._gvpo_step = GVPOStep(self.model, beta=self.args.beta, **common)
+        self._gvpo_step = GVPOStep(self.model, beta=self.args.beta, trust=self.args.trust, **common)
         # None where the policy scores for its reference: itself at rollout, or without its adapters.
         self._reference_scorer: SequenceScorer | None = None
         if self.args.reference == "initial" and self.ref_model is not None:
@@ -282,9 +282,22 @@ class GVPOTrainer(Checkpoints):
         late = slices[self._free_slices(len(slices)) :]
         if not late or late[0].batch.reference_logps is not None:  # logged with their reference
             return
-        logps = self._score_reference(GroupBatch.concatenate([item.batch for item in late]))
-        for item, part in zip(late, logps.split([len(item.batch) for item in late]), strict=True):
-            item.batch.reference_logps = part
+        batch = GroupBatch.concatenate([item.batch for item in late])
+        sizes = [len(item.batch) for item in late]
+        if self.args.trust is not None:
+            for item, tokens in zip(late, self._score_rollout(batch).split(sizes), strict=True):
+                width = item.batch.input_ids.shape[1]
+                item.batch.rollout_logps = tokens[:, :width]
+                item.batch.reference_logps = tokens.sum(1)
+        if self.args.trust is None or self.args.reference == "initial":
+            for item, logps in zip(late, self._score_reference(batch).split(sizes), strict=True):
+                item.batch.reference_logps = logps
+
+    def _score_rollout(self, batch: GroupBatch) -> Tensor:
+        """log p of each token under the policy as it is, which has just sampled them."""
+        self._gvpo_step.model = self.model_wrapped
+        self._gvpo_step.token_budget = self._token_budget(batch)
+        return self._gvpo_step.token_logps(batch)
 
     def _free_slices(self, count: int) -> int:
         """How many of a generation's first slices are used in free steps only (see `_is_free`)."""
@@ -297,17 +310,15 @@ class GVPOTrainer(Checkpoints):
         return min(count, room)
 
     def _score_reference(self, batch: GroupBatch) -> Tensor:
-        scorer = self._reference_scorer or self._gvpo_step
-        scorer.token_budget = self._token_budget(batch)
-        if scorer is not self._gvpo_step:
-            return scorer.sequence_logps(batch)
-        scorer.model = self.model_wrapped
+        if self._reference_scorer is not None:
+            self._reference_scorer.token_budget = self._token_budget(batch)
+            return self._reference_scorer.sequence_logps(batch)
         if self.args.reference == "rollout":
-            return scorer.sequence_logps(batch)
+            return self._score_rollout(batch).sum(1)
         model = self.accelerator.unwrap_model(self.model)
         # TRL keeps a copy of an adapter that was there before training; a new one starts as the base model.
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            return scorer.sequence_logps(batch)
+            return self._score_rollout(batch).sum(1)
 
     # ------------------------------------------------------------------------------------------- update
 
@@ -376,14 +387,17 @@ class GVPOTrainer(Checkpoints):
                 report.scored_tokens,
                 report.tokens,
                 report.useful_tokens,
+                report.tokens_beyond_trust,
             ],
             device=self.accelerator.device,
         )
-        entropy, scored, tokens, useful = self.accelerator.reduce(mine, reduction="sum").tolist()
+        entropy, scored, tokens, useful, far = self.accelerator.reduce(mine, reduction="sum").tolist()
         if scored:
             metrics["entropy"].append(entropy / scored)
         if tokens:
             metrics["gvpo/useful_token_fraction"].append(useful / tokens)
+        if self.args.trust is not None and scored + far:
+            metrics["gvpo/beyond_trust_fraction"].append(far / (scored + far))
 
     def _log_objective(self, values: dict[str, Tensor], mode: str) -> None:
         numbers = torch.stack(list(values.values())).tolist()
