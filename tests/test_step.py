@@ -314,3 +314,19 @@ def test_other_errors_pass_through():
     with pytest.raises(ValueError, match="reference_logps is nan in row 3"):
         GVPOStep(model, beta=BETA)(batch)
     assert not gradients(model)
+
+
+def test_a_model_that_is_not_finite_does_not_turn_the_fused_head_off():
+    model, batch = tiny_model(), random_batch()
+    good = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    step = GVPOStep(model, beta=BETA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert step.sequence_logps(batch).isnan().all()
+    model.load_state_dict(good)
+    assert step.scorer.fused
+    torch.testing.assert_close(
+        step.sequence_logps(batch), literal_logps(model, batch).detach().double(), rtol=1e-5, atol=1e-4
+    )

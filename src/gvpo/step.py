@@ -193,7 +193,7 @@ class SequenceScorer:
                 return attempt(), retries
             except RuntimeError as error:
                 fits_no_more = self.token_budget <= max(lengths)
-                if not _is_out_of_memory(error) or not self._retry_is_safe or fits_no_more:
+                if not is_out_of_memory(error) or not self._retry_is_safe or fits_no_more:
                     raise
             # Out of the except block, so that the traceback no longer holds the failed pass's tensors.
             self.token_budget = max(*lengths, self.token_budget // 2)
@@ -383,7 +383,7 @@ def _rows_to_score(batch: GroupBatch) -> list[int]:
     return needed.nonzero()[:, 0].tolist()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

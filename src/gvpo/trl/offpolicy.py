@@ -188,16 +188,18 @@ class OffPolicy(TrainerCallback):
                 chosen[group] = self.demonstrations.chosen(row, first_group + group)
             self._placed[i] = chosen[group].get(slot)
 
-    def generate(self, sample: Callable[..., Any], prompt_ids: list[list[int]], *others: Any) -> Any:
+    def generate(
+        self, sample: Callable[..., Any], prompt_ids: list[list[int]], *others: Any, **kwargs: Any
+    ) -> Any:
         """Completions of all rows: those that are not demonstrations by `sample`."""
         given = self._placed
         if not any(given):
-            return sample(prompt_ids, *others)
+            return sample(prompt_ids, *others, **kwargs)
         # vLLM wants every group whole. And at least one row: other processes may wait to share parameters.
         rows = [i for i, ids in enumerate(given) if ids is None] or [0]
         if self.args.use_vllm:
             rows = list(range(len(prompt_ids)))
-        sampled, _ = sample([prompt_ids[i] for i in rows], *others)
+        sampled, _ = sample([prompt_ids[i] for i in rows], *others, **kwargs)
         completions = dict(zip(rows, sampled, strict=True))
         completions |= {i: list(ids) for i, ids in enumerate(given) if ids is not None}
         return [completions[i] for i in range(len(given))], None

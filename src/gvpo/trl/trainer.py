@@ -8,6 +8,7 @@ the call of `training_step` that ends its accumulation window.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import textwrap
 import time
@@ -34,6 +35,7 @@ from gvpo.trl.checkpoints import Checkpoints
 from gvpo.trl.config import GVPOConfig, check_size
 from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health, Watch, tolerate_loggers
+from gvpo.trl.memory import Portions
 from gvpo.trl.offpolicy import OffPolicy, placeholder, unrewarded
 from gvpo.trl.rollouts import Slice, split, window_batch
 
@@ -128,6 +130,7 @@ class GVPOTrainer(Checkpoints):
         self._rewards_seen: Tensor | None = None
         self._small_beta_warned = False
         self._token_cap = math.inf  # what memory allowed last time it ran out
+        self._portions = Portions()
         self.off_policy = OffPolicy(self)
         self.health = Health(self)
         tolerate_loggers(self.callback_handler.callbacks)
@@ -191,8 +194,11 @@ class GVPOTrainer(Checkpoints):
         self._failed_rows = self.health.settle_rewards(self.incidents, n)
         return self._rewards_seen
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any) -> Any:
-        return self.off_policy.generate(super()._generate_single_turn, prompt_ids, *others)
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
+        sample = super()._generate_single_turn
+        if not self.use_vllm and not self._gvpo_step.backend.collective_forward(self.model):
+            sample = functools.partial(self._portions, sample)
+        return self.off_policy.generate(sample, prompt_ids, *others, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GroupBatch:
         """This rank's rows of a generation. Rewards and groups come from all ranks, in rank order."""

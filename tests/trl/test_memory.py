@@ -1,0 +1,60 @@
+"""Running out of memory in generation."""
+
+import pytest
+import torch
+
+from gvpo.trl import GVPOTrainer
+from gvpo.trl.memory import Portions
+from tests.trl.common import trainer
+
+
+def sampler(limit: int, calls: list[int]):
+    def sample(rows, *, suffix):
+        calls.append(len(rows))
+        if len(rows) > limit:
+            raise torch.OutOfMemoryError("injected")
+        return [[*row, suffix] for row in rows], None
+
+    return sample
+
+
+def test_portions_halve_until_they_fit_keep_the_order_and_creep_back() -> None:
+    portions, calls, prompts = Portions(), [], [[i] for i in range(20)]
+    with pytest.warns(UserWarning, match="goes on with 5 responses at a time"):
+        got, logps = portions(sampler(7, calls), prompts, suffix=9)
+    assert (got, logps) == ([[i, 9] for i in range(20)], None)
+    assert calls == [20, 10, 5, 5, 5, 5]
+    calls.clear()
+    for _ in range(40):  # 5 · 1.01⁴⁰ > 7
+        portions(sampler(20, calls), prompts, suffix=9)
+    assert calls[0] == 5
+    assert calls[-1] in (6, 7)
+
+
+@pytest.mark.filterwarnings("ignore:Out of memory in generation")
+def test_a_single_row_that_does_not_fit_and_other_errors_pass_through() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Portions()(sampler(0, []), [[1], [2], [3]], suffix=9)
+
+    def broken(rows):
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        Portions()(broken, [[1], [2]])
+
+
+def test_the_trainer_generates_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(GVPOTrainer, max_steps=1)
+    original, calls = made.model.generate, []
+
+    def generate(*args, **kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        if calls[-1] > 16:
+            raise torch.OutOfMemoryError("injected")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(made.model, "generate", generate)
+    with pytest.warns(UserWarning, match="Out of memory in generation"):
+        made.train()
+    assert calls == [32, 16, 16]
+    assert made.state.log_history[0]["gvpo/groups"] == 8
