@@ -6,6 +6,7 @@ make soak           # some minutes
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import tempfile
 import threading
@@ -109,7 +110,8 @@ def main() -> None:
         "step_time_second_half_over_first": median(warm[half:], "seconds_per_step")
         / median(warm[:half], "seconds_per_step"),
     }
-    _write(options.output, {**result, "readings": readings})
+    date = datetime.date.today().isoformat()
+    _write(options.output, {"date": date, **result, "readings": readings})
     print(result)
 
 

@@ -10,11 +10,10 @@ random moments of a run, so that some hit the start, some a step, some the writi
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import os
 import random
 import shutil
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,44 @@ import torch
 from rich.progress import track
 
 from benchmarks.measure import machine, versions
-from tests.trl.test_checkpoints import assert_same_end, in_child
+from tests.trl.test_checkpoints import assert_same_end, in_child, kill
+
+
+def torture(world: int, kills: int, seed: int) -> dict[str, Any]:
+    """Kill runs of `world` processes `kills` times; raises AssertionError if one ends differently."""
+    folder = Path(tempfile.mkdtemp(prefix="gvpo-torture-"))
+    started = time.monotonic()
+    child = in_child(folder / "whole", world)
+    child.join()
+    assert child.exitcode == 0
+    seconds = time.monotonic() - started
+    rng = random.Random(seed)
+    compared = torn = 0
+    for _ in track(range(kills), description=f"kills, {world} process(es)"):
+        while True:
+            child = in_child(folder / "killed", world)
+            child.join(rng.uniform(0, 0.5 * seconds))
+            if child.exitcode is None:
+                break
+            assert child.exitcode == 0
+            assert_same_end(folder / "whole", folder / "killed")
+            compared += 1
+            shutil.rmtree(folder / "killed")
+        kill(child)
+        torn += (folder / "killed" / ".checkpoint-in-progress").exists()
+    child = in_child(folder / "killed", world)
+    child.join()
+    assert child.exitcode == 0
+    assert_same_end(folder / "whole", folder / "killed")
+    shutil.rmtree(folder)
+    return {
+        "processes": world,
+        "kills": kills,
+        "kills_while_a_checkpoint_was_written": torn,
+        "runs_that_came_to_their_end": compared + 1,
+        "runs_that_differed": 0,  # the first would have raised
+        "seconds": round(time.monotonic() - started),
+    }
 
 
 def main() -> None:
@@ -32,45 +68,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills-of-two", type=int, default=50, help="of runs of two processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/torture.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="gvpo-torture-"))
-    started = time.monotonic()
-    child = in_child(folder / "whole")
-    child.join()
-    assert child.exitcode == 0
-    seconds = time.monotonic() - started
-    rng = random.Random(options.seed)
-    compared = torn = 0
-    for _ in track(range(options.kills), description="kills"):
-        while True:
-            child = in_child(folder / "killed")
-            child.join(rng.uniform(0, 0.5 * seconds))
-            if child.exitcode is None:
-                break
-            assert_same_end(folder / "whole", folder / "killed")
-            compared += 1
-            shutil.rmtree(folder / "killed")
-        os.kill(child.pid or 0, signal.SIGKILL)
-        child.join()
-        torn += (folder / "killed" / ".checkpoint-in-progress").exists()
-    child = in_child(folder / "killed")
-    child.join()
-    assert child.exitcode == 0
-    assert_same_end(folder / "whole", folder / "killed")
-    shutil.rmtree(folder)
-    result = {
-        "kills": options.kills,
-        "kills_while_a_checkpoint_was_written": torn,
-        "runs_that_came_to_their_end": compared + 1,
-        "runs_that_differed": 0,
-        "seed": options.seed,
-        "seconds": round(time.monotonic() - started),
-    }
-    _write(options.output, result)
-    print(result)
+    runs = [torture(1, options.kills, options.seed), torture(2, options.kills_of_two, options.seed)]
+    _write(options.output, {"date": datetime.date.today().isoformat(), "seed": options.seed, "runs": runs})
+    print(runs)
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

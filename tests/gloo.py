@@ -12,7 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def start_rank(
+    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    """Run `function(rank, world, *args)` as a rank; `folder` is where the ranks meet."""
     torch.set_num_threads(1)
     # What torchrun would set, for accelerate.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), ACCELERATE_USE_CPU="true")
@@ -28,7 +31,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, seconds: flo
     """What `function(rank, world, *args)` returned on each rank. `function` must be importable."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_rank, (world, folder, function, args), nprocs=world, join=False)
+        context = mp.spawn(start_rank, (world, folder, function, args), nprocs=world, join=False)
         deadline = time.monotonic() + seconds
         while not context.join(timeout=1):
             if time.monotonic() > deadline:

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and runs that are killed and go on as if nothing had been."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,12 +8,16 @@ import random
 import resource
 import shutil
 import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
 from rich.console import Console
 
 from gvpo.errors import InputError
@@ -21,14 +26,15 @@ from gvpo.trl import GVPOTrainer
 from gvpo.trl.callback import RunCallback
 from gvpo.trl.checkpoints import flaw, last_checkpoint
 from gvpo.trl.signals import StopOnSignal
-from tests.gloo import run_ranks
+from tests.gloo import run_ranks, start_rank
 from tests.trl.common import parameters, trainer
 
 STEPS = 12
 
 
-def run(folder: Path) -> GVPOTrainer:
+def run(folder: Path) -> None:
     """Real sampling, AdamW, a schedule, replay; goes on from what it finds."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
     made = trainer(
         GVPOTrainer,
         output_dir=str(folder),
@@ -44,23 +50,59 @@ def run(folder: Path) -> GVPOTrainer:
         save_total_limit=2,
     )
     checkpoint = last_checkpoint(folder)
-    records = RunDirectory(folder)
+    if dist.is_initialized():
+        dist.barrier()  # before anything is tidied up
     step = (
         0
         if checkpoint is None
         else json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
     )
-    records.start({}, resumed_at=step)
-    RunCallback(records, Console(quiet=True)).attach(made)
+    if first:
+        records = RunDirectory(folder)
+        records.start({}, resumed_at=step)
+        RunCallback(records, Console(quiet=True)).attach(made)
     made.train(resume_from_checkpoint=checkpoint)
-    torch.save({"parameters": parameters(made), "optimizer": made.optimizer.state_dict()}, folder / "end.pt")
-    return made
+    if first:
+        end = {"parameters": parameters(made), "optimizer": made.optimizer.state_dict()}
+        torch.save(end, folder / "end.pt")
 
 
-def in_child(folder: Path) -> multiprocessing.Process:
-    child = multiprocessing.get_context("fork").Process(target=run, args=(folder,))
+def _as_rank(rank: int, world: int, folder: Path) -> None:
+    run(folder)
+
+
+def _run_on(world: int, folder: Path) -> None:
+    os.setpgrp()  # so that all of it can be killed at once
+    if world == 1:
+        run(folder)
+        return
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as meeting:
+        ranks = [
+            fork.Process(target=start_rank, args=(rank, world, meeting, _as_rank, (folder,)))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
+
+
+def in_child(folder: Path, world: int = 1) -> multiprocessing.Process:
+    """The run in `world` processes, behind one that leads their process group."""
+    child = multiprocessing.get_context("fork").Process(target=_run_on, args=(world, folder))
     child.start()
     return child
+
+
+def kill(child: multiprocessing.Process) -> None:
+    """SIGKILL for all processes of the run."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid or 0, signal.SIGKILL)
+    child.join()
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -84,27 +126,29 @@ def assert_same_end(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    """SIGKILL at eight random moments of a run, checkpoint writing included, each followed by a resume."""
+@pytest.mark.parametrize(("world", "wanted"), [(1, 8), (2, 3)])
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
+    world: int, wanted: int, tmp_path: Path
+) -> None:
+    """SIGKILL at random moments of a run, checkpoint writing included, each followed by a resume."""
     torch.set_num_threads(1)
     started = time.monotonic()
-    child = in_child(tmp_path / "whole")
+    child = in_child(tmp_path / "whole", world)
     child.join()
     assert child.exitcode == 0
     seconds = time.monotonic() - started
     rng = random.Random(0)
     kills = 0
-    while kills < 8:
-        child = in_child(tmp_path / "killed")
+    while kills < wanted:
+        child = in_child(tmp_path / "killed", world)
         child.join(rng.uniform(0.05, 0.6) * seconds)
         if child.exitcode is None:
-            os.kill(child.pid or 0, signal.SIGKILL)
+            kill(child)
             kills += 1
-        child.join()
         if child.exitcode == 0:  # it came to its end: start it over
             assert_same_end(tmp_path / "whole", tmp_path / "killed")
             shutil.rmtree(tmp_path / "killed")
-    child = in_child(tmp_path / "killed")
+    child = in_child(tmp_path / "killed", world)
     child.join()
     assert child.exitcode == 0
     assert_same_end(tmp_path / "whole", tmp_path / "killed")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerState
@@ -189,6 +190,9 @@ class Checkpoints(GRPOTrainer):
         _sync(final.parent)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu":
+            # accelerate calls it cpu:0 for several processes, to which torch cannot load an optimizer.
+            self.args._setup_devices = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             self.off_policy.begin(None)
