@@ -42,7 +42,7 @@ test-verl060: $(VENV060)/verl.installed  ## verl 0.6.0, in an environment of its
 
 fuzz: $(VENV)/dev.installed  ## 10,000 hostile inputs for each reader, twice over (an hour)
 	GVPO_FUZZ_EXAMPLES=10000 $(RUN) pytest --timeout=7200 tests/fuzz
-	for reader in config prompts answers replay metrics; do $(RUN) tests.fuzz.guided $$reader -runs=10000 -verbosity=0 || exit 1; done
+	for reader in config prompts answers rewards replay metrics; do $(RUN) tests.fuzz.guided $$reader -runs=10000 -verbosity=0 || exit 1; done
 
 torture: $(VENV)/dev.installed  ## kill a run 200 times and resume it: results/torture.json
 	$(RUN) benchmarks.torture

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import atheris
 
@@ -24,9 +26,10 @@ def main() -> None:
             os.environ.clear()
             os.environ.update(environment)
 
-    for seed in SEEDS[name]:
-        one_input(seed)
-    atheris.Setup(sys.argv, one_input)
+    corpus = Path(tempfile.mkdtemp(prefix="gvpo-fuzz-"))
+    for i, seed in enumerate(SEEDS[name]):
+        (corpus / str(i)).write_bytes(seed)
+    atheris.Setup([*sys.argv, str(corpus)], one_input)
     atheris.Fuzz()
 
 

@@ -12,6 +12,7 @@ from gvpo.errors import InputError
 from gvpo.offpolicy.replay import ReplayBuffer
 from gvpo.offpolicy.view import ReplayView
 from gvpo.rewards import extract_answer
+from gvpo.rewards.functions import accuracy
 from gvpo.run import RunDirectory
 from gvpo.trl.arguments import parse_arguments
 from tests.offpolicy.groups import group, same
@@ -36,8 +37,14 @@ def prompts(data: bytes) -> None:
 
 
 def answers(data: bytes) -> None:
-    """A model's response, before computer algebra (which runs in processes of its own)."""
+    """A model's response, in which the answer is looked for."""
     extract_answer(data.decode("utf-8", errors="replace"))
+
+
+def rewards(data: bytes) -> None:
+    """A response and, after a zero byte, the ground truth: the whole way to a reward."""
+    response, _, truth = data.decode("utf-8", errors="replace").partition("\0")
+    assert accuracy([""], [response], answer=[truth])[0] in (0.0, 1.0, None)
 
 
 def replay(data: bytes) -> None:
@@ -69,6 +76,7 @@ READERS: dict[str, Callable[[bytes], None]] = {
     "config": config,
     "prompts": prompts,
     "answers": answers,
+    "rewards": rewards,
     "replay": replay,
     "metrics": metrics,
 }
@@ -86,6 +94,11 @@ SEEDS: dict[str, list[bytes]] = {
         b"The answer is $\\boxed{\\frac{1}{2}}$.",
         b"#### 1,234.50",
         b"so x \\in [1, 2) \\cup \\{3\\}",
+    ],
+    "rewards": [
+        b"It is $\\boxed{\\frac{2}{4}}$.\x000.5",
+        b"The answer is $(x-1)^2$\x00x^2-2x+1",
+        b"#### [1, 2)\x00\\{1\\} \\cup (1,2)",
     ],
     "replay": [b"\x00\x00\x00\x00\xff", b"\x01\x10\x00\x00\x00\x00"],
     "metrics": [b'{"step": 1, "loss": 0.5}\n{"step": 2}\n{"st'],
