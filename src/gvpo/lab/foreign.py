@@ -23,17 +23,17 @@ CONDITION = "other model"
 
 
 def arms(scale: Scale) -> list[Arm]:
-    """Four settings each (one in a quick run)."""
-    four: list[tuple[float, ...]] = [(3e-4, 6e-4), (0.2, 0.4)]
-    rates, betas = four if not scale.quick else [(6e-4,), (0.2,)]
-    costs = (0.1,) if scale.quick else (0.03, 0.1)
+    """Twelve settings each (one in a quick run)."""
 
     def cut(*values: float) -> tuple[float, ...]:
         return values[:1] if scale.quick else values
 
+    rates, betas, costs = cut(6e-4, 1.5e-4, 3e-4, 1.2e-3), cut(0.2, 0.1, 0.4), cut(0.1, 0.01, 0.03)
+    twelve = cut(3e-4, 3e-5, 6e-5, 1e-4, 1.5e-4, 2e-4, 4.5e-4, 6e-4, 9e-4, 1.2e-3, 2e-3, 3e-3)
+
     return [
         Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), grid(rates, beta=betas)),
-        Arm("grpo", "GRPO", lambda: GRPO(), grid(cut(1e-4, 3e-4, 1e-3, 3e-3))),
+        Arm("grpo", "GRPO", lambda: GRPO(), grid(twelve)),
         Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(rates, kl=costs)),
         Arm(
             "grpo_k3_corrected",
@@ -59,14 +59,9 @@ def arms(scale: Scale) -> list[Arm]:
             lambda beta: RLOO(kl=beta, cap=2),
             grid(rates, beta=betas),
         ),
-        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(rates, beta=cut(0.3, 1.0))),
+        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(rates, beta=cut(0.3, 1.0, 3.0))),
         Arm("rwr", "reward-weighted SFT", lambda beta: RewardWeighted(beta=beta), grid(rates, beta=betas)),
-        Arm(
-            "rft",
-            "rejection-sampling SFT",
-            lambda: RejectionSampling(),
-            grid(cut(3e-4, 1e-3, 2e-3, 3e-3)),
-        ),
+        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(twelve)),
     ]
 
 

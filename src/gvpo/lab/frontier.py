@@ -49,8 +49,8 @@ FAMILIES: dict[str, tuple[str, str, tuple[float, ...], Callable[[float], Loss]]]
 
 
 def arms(scale: Scale) -> list[Arm]:
-    """Two learning rates for each strength (one in a quick run)."""
-    rates = (3e-3,) if scale.quick else (1e-3, 3e-3)
+    """Four learning rates for each strength (one in a quick run)."""
+    rates = (3e-3,) if scale.quick else (1e-3, 3e-3, 1e-2, 3e-2)
     return [
         Arm(name, label, lambda strength, loss=loss: loss(strength), grid(rates, strength=strengths))
         for name, (label, _, strengths, loss) in FAMILIES.items()

@@ -29,61 +29,61 @@ DRIFT_AT = (32, 100, 200, 400, 800, DRIFT_STEPS)
 
 
 def arms(scale: Scale) -> list[Arm]:
-    """Four settings each (one in a quick run)."""
+    """Eight settings each (one in a quick run)."""
+    eight: tuple[float, ...] = (3e-3,)
     four: tuple[float, ...] = (3e-3,)
-    two: tuple[float, ...] = (3e-3,)
     if not scale.quick:
-        four, two = (1e-3, 3e-3, 6e-3, 1e-2), (1e-3, 3e-3)
+        eight, four = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2), (1e-3, 3e-3, 1e-2, 3e-2)
 
     def pair(*values: float) -> tuple[float, ...]:
         return values[:1] if scale.quick else values
 
     return [
-        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(four)),
+        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(eight)),
         Arm(
             "grpo_clip",
             "GRPO, clipped",
             lambda epsilon: GRPO(epsilon=epsilon),
-            grid(two, epsilon=pair(0.2, 0.5)),
+            grid(four, epsilon=pair(0.2, 0.5)),
         ),
-        Arm("grpo_k3", "GRPO, clipped + k3", lambda kl: GRPO(kl=kl), grid(two, kl=pair(0.1, 0.3))),
+        Arm("grpo_k3", "GRPO, clipped + k3", lambda kl: GRPO(kl=kl), grid(four, kl=pair(0.1, 0.03))),
         Arm(
             "grpo_k3_corrected",
             "GRPO, clipped + corrected k3",
             lambda kl: GRPO(kl=kl, corrected=True),
-            grid(two, kl=pair(0.1, 0.3)),
+            grid(four, kl=pair(0.1, 0.03)),
         ),
         Arm(
             "dr_grpo",
             "Dr. GRPO, clipped + corrected k3",
             lambda kl: GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo"),
-            grid(two, kl=pair(0.03, 0.1)),
+            grid(four, kl=pair(0.03, 0.01)),
         ),
         Arm(
             "gspo",
             "GSPO",
             lambda epsilon: GRPO(level="sequence", epsilon=epsilon),
-            grid(two, epsilon=pair(0.2, 0.05)),
+            grid(four, epsilon=pair(0.2, 0.5)),
         ),
         Arm(
             "rloo_is",
             "RLOO + KL, knows μ",
             lambda cap: RLOO(kl=BETA, cap=cap),
-            grid((3e-3,) if scale.quick else (3e-3, 1e-2), cap=pair(5, 1)),
+            grid(four, cap=pair(5, 20)),
         ),
         Arm(
             "dpo",
             "DPO",
             lambda beta: DPO(beta=beta),
-            grid((1e-3,), beta=(0.5,)) if scale.quick else grid((3e-4, 1e-3), beta=(0.5, 2.0)),
+            grid((1e-3,) if scale.quick else (3e-4, 1e-3, 3e-3, 1e-2), beta=pair(2.0, 5.0)),
         ),
         Arm(
             "rwr",
             "reward-weighted SFT",
             lambda beta: RewardWeighted(beta=beta),
-            grid(two, beta=pair(0.3, 0.15)),
+            grid(four, beta=pair(0.3, 0.15)),
         ),
-        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(four)),
+        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(eight)),
     ]
 
 

@@ -93,33 +93,43 @@ def sampler_logps(name: str, policy: Tensor, problem: dict[str, Tensor]) -> Floa
 
 
 def arms(scale: Scale) -> list[Arm]:
-    """Four settings each (two in a quick run)."""
-    two, four = ((0.1,), (0.03, 0.1)) if scale.quick else ((0.03, 0.1), (0.03, 0.1, 0.2, 0.3))
+    """Eight settings each (two in a quick run)."""
+    two, eight = (0.03, 0.1), (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+    if scale.quick:
+        two, eight = (0.1,), (0.03, 0.1)
+
+    def four(*values: float) -> tuple[float, ...]:
+        return values[1:3] if scale.quick else values
 
     return [
-        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(four), one_setting=True),
-        Arm("rloo", "RLOO + KL in the reward", lambda: RLOO(kl=BETA), grid(four)),
-        Arm("rloo_is", "RLOO + KL, knows μ", lambda cap: RLOO(kl=BETA, cap=cap), grid(two, cap=(2, 10))),
-        Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(two, kl=(0.2, 1.0))),
+        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(eight), one_setting=True),
+        Arm("rloo", "RLOO + KL in the reward", lambda: RLOO(kl=BETA), grid(eight)),
+        Arm(
+            "rloo_is",
+            "RLOO + KL, knows μ",
+            lambda cap: RLOO(kl=BETA, cap=cap),
+            grid(two, cap=four(1, 2, 5, 10)),
+        ),
+        Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(two, kl=four(0.2, 0.5, 1.0, 3.0))),
         Arm(
             "grpo_k3_corrected",
             "GRPO + corrected k3",
             lambda kl: GRPO(kl=kl, corrected=True),
-            grid(two, kl=(0.2, 1.0)),
+            grid(two, kl=four(0.2, 0.5, 1.0, 3.0)),
         ),
         Arm(
             "dr_grpo_k3_corrected",
             "Dr. GRPO + corrected k3",
             lambda kl: GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo"),
-            grid(two, kl=(0.1, 0.2)),
+            grid(two, kl=four(0.05, 0.1, 0.175, 0.2)),
         ),
         Arm(
             "grpo_k3_is",
             "GRPO + corrected k3, knows μ",
             lambda kl: GRPO(kl=kl, corrected=True, cap=10),
-            grid(two, kl=(0.2, 1.0)),
+            grid(two, kl=four(0.2, 0.5, 1.0, 3.0)),
         ),
-        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(two, beta=(0.2, 1.0))),
+        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(two, beta=four(0.2, 1.0, 2.0, 4.0))),
     ]
 
 
@@ -173,7 +183,7 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
 
 
 def steps(scale: Scale) -> int:
-    return 400 if scale.quick else 2000
+    return 400 if scale.quick else 3000
 
 
 def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
