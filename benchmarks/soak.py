@@ -97,14 +97,14 @@ def main() -> None:
     readings = soak(options.steps)
     # The replay buffer has filled by then: what grows after that would grow for ever.
     warm = [r for r in readings if r["step"] >= options.steps // 4]
-    half = len(warm) // 2
+    half, quarter = len(warm) // 2, len(warm) // 4
 
     def median(of: list[dict[str, float]], key: str) -> float:
         return sorted(r[key] for r in of)[len(of) // 2]
 
     result = {
         "steps": options.steps,
-        "memory_growth": warm[-1]["resident_mb"] / warm[0]["resident_mb"] - 1,
+        "memory_growth": median(warm[-quarter:], "resident_mb") / median(warm[:quarter], "resident_mb") - 1,
         "files_growth": warm[-1]["files"] - warm[0]["files"],
         "threads_growth": warm[-1]["threads"] - warm[0]["threads"],
         "step_time_second_half_over_first": median(warm[half:], "seconds_per_step")

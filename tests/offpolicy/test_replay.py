@@ -72,6 +72,17 @@ def test_capacity_age_and_memory_bound_the_buffer(tmp_path):
         assert same(contents(buffer)[0], group(7))
 
 
+def test_groups_that_left_are_in_memory_no_more(tmp_path):
+    with ReplayBuffer(tmp_path, capacity=20, max_age=5) as buffer:
+        for start in range(0, 100, 10):
+            buffer.append([group(n) for n in range(start, start + 10)])
+        held = sum(group(n).nbytes for n in range(80, 100))
+        assert buffer._cache.bytes == held
+        left = buffer.evict(step=16)  # those of steps before 11, which are numbers before 88
+        assert left == 8
+        assert buffer._cache.bytes == held - sum(group(n).nbytes for n in range(80, 88))
+
+
 def test_sampling(tmp_path):
     with ReplayBuffer(tmp_path, seed=3) as buffer:
         assert buffer.sample(4) == []

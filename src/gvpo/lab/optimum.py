@@ -94,9 +94,10 @@ def sampler_logps(name: str, policy: Tensor, problem: dict[str, Tensor]) -> Floa
 
 def arms(scale: Scale) -> list[Arm]:
     """Eight settings each (two in a quick run)."""
-    two, eight = (0.03, 0.1), (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-    if scale.quick:
-        two, eight = (0.1,), (0.03, 0.1)
+    two: tuple[float, ...] = (0.1,)
+    eight: tuple[float, ...] = (0.03, 0.1)
+    if not scale.quick:
+        two, eight = (0.03, 0.1), (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
     def four(*values: float) -> tuple[float, ...]:
         return values[1:3] if scale.quick else values

@@ -193,13 +193,16 @@ class ReplayBuffer(GroupStore):
     def _keep(self, kept: np.ndarray) -> None:
         if kept.all():
             return
+        self._cache.discard(self._live()["number"][~kept].tolist())
         records, segment_of = self._live()[kept], self._live_segments()[kept]
         self._start, self._end = 0, len(records)
         self._records, self._segment_of = records.copy(), segment_of.copy()
         self._drop_segments()
 
     def _keep_newest(self) -> None:
-        self._start = max(self._start, self._end - self.capacity)
+        surplus = max(0, len(self) - self.capacity)
+        self._cache.discard(self._live()["number"][:surplus].tolist())
+        self._start += surplus
         self._drop_segments()
 
     def _drop_segments(self) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ class GroupCache:
         self.bytes += group.nbytes
         while self.bytes > self.limit:
             self.bytes -= self._groups.popitem(last=False)[1].nbytes
+
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Let go of groups that are in the buffer no more."""
+        for number in numbers:
+            if (group := self._groups.pop(number, None)) is not None:
+                self.bytes -= group.nbytes
 
     def clear(self) -> None:
         self._groups.clear()
