@@ -46,7 +46,9 @@ class StepReport:
         weights: w of this rank's rows.
         policy_logps: S of this rank's rows in nats (0 for free rows), or None on a free step.
         tokens_beyond_trust: completion tokens that a trust mask left out of this rank's rows.
-        micro_batches, tokens, useful_tokens: of this rank's gradient pass; `tokens` counts padding.
+        micro_batches: of this rank's gradient pass.
+        tokens: of this rank's gradient pass, padding included.
+        useful_tokens: the same without padding.
         scored_tokens: completion tokens of this rank that have weight.
         entropy: mean over those, in nats; NaN if there are none.
         retries: how often the step was made again with a smaller token budget, being out of memory.
@@ -69,12 +71,16 @@ class Backend:
     """How gradients are made and shared: plain PyTorch, alone or under DDP or FSDP2.
 
     Engines override it; `gvpo.trl` does so for accelerate.
+
+    Args:
+        process_group: the ranks that make a step together; None: this process by itself.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.process_group = process_group
 
     def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        """Accumulate the gradient of a micro-batch's loss; `last`: no other of this step follows."""
         loss.backward()
 
     def without_sync(self, model: nn.Module) -> AbstractContextManager:
@@ -246,7 +252,7 @@ class GVPOStep(SequenceScorer):
             of what it was at rollout, in the direction of their weight (`gvpo.trust`); between 0 and 1. Not
             part of the published algorithm; None for the formula as it is.
 
-    Example:
+    Examples:
         >>> step = GVPOStep(model, beta=0.1)
         >>> step(GroupBatch.from_tokens(prompts, completions, rewards, group_ids))
         >>> optimizer.step()

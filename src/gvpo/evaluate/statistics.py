@@ -12,7 +12,13 @@ _FLIPS = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its 95 % interval."""
+    """A mean over prompts and its 95 % interval.
+
+    Attributes:
+        mean: over prompts, each counting once.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     mean: float
     low: float
@@ -73,7 +79,8 @@ class Comparison:
     Attributes:
         difference: of the means, this run less the other, with its 95 % interval.
         p_value: two-sided, of the sign-flip permutation test on the differences prompt by prompt.
-        better, worse: prompts on which this run is better or worse.
+        better: prompts on which this run is better.
+        worse: prompts on which it is worse.
     """
 
     difference: Estimate

@@ -21,7 +21,8 @@ class ReplayIndex:
     Attributes:
         numbers: their numbers in the buffer.
         ages: optimizer steps since they were sampled.
-        reward_means, reward_variances: of the rewards of each group (unbiased variance).
+        reward_means: of the rewards of each group.
+        reward_variances: of the same, unbiased.
         sizes: k.
         tokens: of prompt and completions together.
     """

@@ -70,6 +70,7 @@ class ReplayView:
         return groups
 
     def close(self) -> None:
+        """Close the files."""
         for store in self.stores:
             store.close()
 

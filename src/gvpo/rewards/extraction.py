@@ -35,7 +35,12 @@ _RETRACTED = re.compile(r"\b(?:not (?:right|correct)|wrong|incorrect|mistake|err
 
 @dataclass(frozen=True)
 class Answer:
-    """A final answer: its text as written, and the form in which it was stated."""
+    """A final answer.
+
+    Attributes:
+        text: as the completion has it.
+        form: how it was stated; "closing" if it was not, and is the value that the text ends with.
+    """
 
     text: str
     form: Form
