@@ -29,7 +29,7 @@ def panel(axis, reference: torch.Tensor, title: str) -> None:
     line = torch.tensor([-0.1, 1.1], dtype=torch.float64)
     axis.plot(line, line + offset, color="0.6", zorder=1)
     axis.annotate(
-        "Rθ = R + constant",
+        r"$R_\theta = R$ + constant",
         (0.62, float(0.62 + offset)),
         xytext=(-96, 12),
         textcoords="offset points",
@@ -50,7 +50,7 @@ def panel(axis, reference: torch.Tensor, title: str) -> None:
         axis.annotate(
             f"S′ under {'B' if other else 'A'}",
             (x, y),
-            xytext=(9, -11),
+            xytext=(-20, 10) if other else (9, -11),
             textcoords="offset points",
             fontsize=8,
         )
@@ -68,7 +68,7 @@ def main() -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     panel(left, A, "One reference: the optimum of A is at rest")
     panel(right, torch.where(FROM_B, B, A), "Two references in one group: pushed off the optimum")
-    left.set_ylabel("implicit reward Rθ = β (S − S′)")
+    left.set_ylabel(r"implicit reward $R_\theta$ = β (S − S′)")
     path = Path(__file__).parent / "assets" / "one-reference.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

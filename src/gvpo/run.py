@@ -168,7 +168,7 @@ def plot_curves(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], *, ti
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(3.5 * len(panels), 3.4), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (label, curves) in zip(axes, panels, strict=True):

@@ -178,7 +178,7 @@ def tables(found: dict[str, Any]) -> list[Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    figure, (left, right) = new_figure(2, width=10, height=4.2)
+    figure, (left, right) = new_figure(2, width=8.6, height=4.2)
     left.plot(
         [point["kl"] for point in found["frontier"]],
         [point["reward"] for point in found["frontier"]],
@@ -195,7 +195,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.errorbar(kl, means, yerr=half, marker="D" if index == 0 else "o", markersize=4,
                           linewidth=0.8, color=COLOURS[index], label=label)  # fmt: skip
     for axis, text in ((left, "E[R], exact"), (right, "E[R] below the frontier, exact")):
-        axis.set_xlabel("KL(π‖π_ref), nats, exact")
+        axis.set_xlabel(r"KL(π‖$\pi_\mathrm{ref}$), nats, exact")
         axis.set_ylabel(text)
     right.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=8, loc="lower right")

@@ -219,7 +219,7 @@ def tables(found: dict[str, Any]) -> list[Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    figure, (left, right) = new_figure(2, width=10.5, height=4.8)
+    figure, (left, right) = new_figure(2, width=8.6, height=4.8)
     dots(left, found["rows"], METRIC, log=True)
     left.set_ylabel("KL(π‖π*) after training, nats")
     left.set_title("by who made the log", fontsize=10)
@@ -233,9 +233,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         right.fill_between(xs, [max(b["low"], b["mean"] / 3) for b in band], [b["high"] for b in band],
                            alpha=0.15, color=colour)  # fmt: skip
     right.set_yscale("log")
-    right.set_xlabel("epochs over the reference's log, constant learning rate")
-    right.set_title("and over the epochs", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
+    right.set_xlabel("epochs over the reference's log")
+    right.set_title("and over the epochs, constant learning rate", fontsize=10)
+    right.set_ylim(bottom=right.get_ylim()[0] / 3)  # room for the legend
+    right.legend(frameon=False, fontsize=8, loc="lower left", ncols=2)
     legend_below(figure, left)
     save(figure, path)
 

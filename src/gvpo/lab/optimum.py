@@ -208,7 +208,7 @@ def tables(found: dict[str, Any]) -> list[Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    figure, (axis,) = new_figure(width=10.5, height=4.6)
+    figure, (axis,) = new_figure(width=8.6, height=4.6)
     dots(axis, found["rows"], METRIC, log=True)
     axis.set_ylabel("KL(π‖π*) after training, nats")
     axis.set_title("One prompt, 512 responses, β = 0.2: how far from the optimum, by sampler", fontsize=10)
