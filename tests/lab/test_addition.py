@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gvpo.errors import InputError
 from gvpo.lab import addition, foreign, reuse
 from gvpo.lab.comparison import TUNING_SEED, Scale
 from gvpo.quickstart import make_model, make_tokenizer
@@ -73,3 +74,8 @@ def test_an_experiment_runs_from_models_to_picture(
     experiment.draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert experiment.tables(found)
+
+
+def test_runs_without_the_models_that_they_started_from_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"models\.pt is missing"):
+        addition.load(tmp_path, "policy")

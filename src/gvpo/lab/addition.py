@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.trainer_utils import set_seed
 
+from gvpo.errors import InputError
 from gvpo.lab.losses import Loss
 from gvpo.lab.responses import Responses
 from gvpo.quickstart import TASKS, make_model, make_tokenizer
@@ -70,9 +71,15 @@ def prepare(directory: Path, *, quick: bool) -> None:
 
 
 def load(directory: Path, which: str) -> LlamaForCausalLM:
-    """The "policy" or the "other" model that `prepare` wrote."""
+    """The "policy" or the "other" model that `prepare` wrote.
+
+    Raises:
+        InputError: they are not there.
+    """
+    if not (path := directory / "models.pt").exists():
+        raise InputError(f"{path} is missing: the models that the runs in {directory} started from.")
     model = make_model(_TOKENIZER)
-    model.load_state_dict(torch.load(directory / "models.pt")[which])
+    model.load_state_dict(torch.load(path)[which])
     return model
 
 
