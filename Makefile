@@ -14,7 +14,7 @@ LOWEST_TRL := 1.10.0
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast test-engines fuzz torture soak lint docs clean
+.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench torture soak lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ test-verl060: $(VENV060)/verl.installed  ## verl 0.6.0, in an environment of its
 fuzz: $(VENV)/dev.installed  ## 10,000 hostile inputs for each reader, twice over (an hour)
 	GVPO_FUZZ_EXAMPLES=10000 $(RUN) pytest --timeout=7200 tests/fuzz
 	for reader in config prompts answers rewards replay metrics; do $(RUN) tests.fuzz.guided $$reader -runs=10000 -verbosity=0 || exit 1; done
+
+bench: $(VENV)/dev.installed  ## every benchmark: tables, and JSON in benchmarks/results (an hour on an idle machine)
+	$(RUN) benchmarks
 
 torture: $(VENV)/dev.installed  ## kill a run 200 times and resume it: results/torture.json
 	$(RUN) benchmarks.torture

@@ -9,6 +9,7 @@ tables and writes `results/offpolicy.json`. All experiments with three seeds tak
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import random
 import statistics
@@ -27,7 +28,7 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from benchmarks.measure import RESULTS, clock, machine
+from benchmarks.measure import RESULTS, clock, machine, versions
 from gvpo.quickstart import TASKS, answers, make_model, make_tokenizer, warm_up
 from gvpo.run import Ticker
 from gvpo.trl import GVPOConfig, GVPOTrainer
@@ -288,6 +289,26 @@ EXPERIMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+def rows_of(by_seed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each way of training, in percent, seeds one after the other."""
+    rows = []
+    for name in next(iter(by_seed.values())):
+        runs = [seed[name] for seed in by_seed.values()]
+        row: dict[str, Any] = {"run": name}
+        for key in ("accuracy", "best", "reward of the logs", "sampled accuracy"):
+            if key in runs[0]:
+                row[key] = [round(100 * run[key], 1) for run in runs]
+        for key in ("sampled reward, first", "sampled reward, last"):
+            if key in runs[0]:
+                row[key] = [round(run[key], 3) for run in runs]
+        if "seconds" in runs[0]:
+            row["CPU seconds"] = [round(run["seconds"]) for run in runs]
+        if "oldest replayed" in runs[0]:
+            row["oldest replayed"] = runs[0]["oldest replayed"]
+        rows.append(row)
+    return rows
+
+
 def show(console: Console, name: str, by_seed: dict[str, dict[str, Any]]) -> None:
     function = EXPERIMENTS[name]
     table = Table(title=f"{name}: {(function.__doc__ or '').splitlines()[0]}")
@@ -306,6 +327,34 @@ def show(console: Console, name: str, by_seed: dict[str, dict[str, Any]]) -> Non
     console.print(table)
 
 
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Accuracy over the epochs of the log; a line for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 3.4), dpi=160, layout="constrained")
+    axis = figure.subplots()
+    seeds = list(results["offline"].values())
+    arms = [arm for arm, run in seeds[0].items() if "curve" in run]
+    for colour, arm in enumerate(arms):
+        for i, seed in enumerate(seeds):
+            epochs = range(1, len(seed[arm]["curve"]) + 1)
+            values = [accuracy for _, accuracy in seed[arm]["curve"]]
+            axis.plot(epochs, values, color=f"C{colour}", alpha=0.8, label=None if i else arm)
+    for i, seed in enumerate(seeds):
+        start = seed["logging policy"]["accuracy"]
+        axis.axhline(start, color="gray", linestyle=":", linewidth=1, label=None if i else "logging policy")
+    axis.set(xlabel="epochs of 20,000 logged completions", ylabel="greedy accuracy, held out", ylim=(0, 1.02))
+    axis.legend(frameon=False, loc="lower right")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], default=[*EXPERIMENTS])
@@ -317,10 +366,13 @@ def main() -> None:
     for name in arguments.experiments:
         for seed in arguments.seeds:
             results.setdefault(name, {})[str(seed)] = EXPERIMENTS[name](seed)
-            results["machine"] = machine()
+            results["rows"] = {name: rows_of(results[name]) for name in EXPERIMENTS if name in results}
+            results |= {"machine": machine(), "versions": versions(), "date": _today()}
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")
         show(console, name, results[name])
+    if "offline" in results:
+        draw(results, arguments.output.with_suffix(".png"))
     console.print(f"Written to {arguments.output}.")
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.page            # says which tables differ, and ends with 1
     python -m benchmarks.page --write    # brings them up to date
 
-A table stands between `<!--bench:NAME|column=Heading,column=Heading-->` and `<!--/bench-->`; NAME is that of
+A table stands between `<!--bench:NAME|column=Heading;column=Heading-->` and `<!--/bench-->`; NAME is that of
 the JSON file, `file#key` a part of it. `<!--bench-made:NAME-->` … is the line that says when and where.
 """
 
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.__main__ import NAMES
 from benchmarks.measure import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -47,7 +48,7 @@ def _table(path: str) -> str:
     file, _, key = name.partition("#")
     rows = _record(file)["rows"]
     rows = rows[key] if key else rows
-    heads = dict(c.partition("=")[::2] for c in columns.split(","))
+    heads = dict(c.partition("=")[::2] for c in columns.split(";"))
     lines = [[heading or column for column, heading in heads.items()]]
     lines += [["---", *["---:"] * (len(heads) - 1)]]
     lines += [[text(row.get(column)) for column in heads] for row in rows]
@@ -58,8 +59,9 @@ def _made(name: str) -> str:
     record = _record(name)
     machine, versions = record["machine"], record["versions"]
     kept = ", ".join(f"{n} {versions[n]}" for n in ("torch", "trl", "transformers") if n in versions)
+    command = f"python -m benchmarks{' ' if name in NAMES else '.'}{name}"
     return (
-        f"`{record['command']}`: {record['date']}, {machine['cores']} cores ({machine['architecture']}, "
+        f"`{command}`: {record['date']}, {machine['cores']} cores ({machine['architecture']}, "
         f"{machine['cpu_capability']}), {machine['memory_gib']} GiB, no GPU, one thread; {kept}.\n"
     )
 
