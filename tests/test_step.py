@@ -221,6 +221,17 @@ def test_a_completion_without_tokens_is_a_sequence_of_probability_one():
     assert relative_error(gradients(model), expected) < 1e-5
 
 
+def test_a_vocabulary_of_one_token_has_nothing_to_learn():
+    model = tiny_model(vocab_size=1, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    batch = GroupBatch.from_tokens([[0], [0, 0]], [[0, 0, 0], [0]], [1.0, 0.0], [0, 0])
+    for batch.reference_logps in (None, torch.zeros(2, dtype=torch.float64)):
+        model.zero_grad()
+        report = GVPOStep(model, beta=BETA)(batch)
+        assert report.loss.item() == pytest.approx(0.25)
+        assert report.entropy == pytest.approx(0, abs=1e-6)
+        assert all(g.isfinite().all() and g.abs().max() < 1e-6 for g in gradients(model).values())
+
+
 def test_padding_on_any_side_is_removed():
     batch = random_batch()
     width = batch.input_ids.shape[1]

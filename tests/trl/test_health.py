@@ -12,7 +12,7 @@ from gvpo.trl import GVPOTrainer
 from gvpo.trl.health_config import Rule
 from gvpo.trl.rollouts import load_rollouts
 from tests.gloo import run_ranks
-from tests.trl.common import CannedTrainer, digit_reward, parameters, trainer
+from tests.trl.common import parameters, trainer
 
 
 def poison(made: GVPOTrainer, at: set[int]) -> None:
@@ -140,29 +140,33 @@ def test_tracker_that_is_away_does_not_stop_training(tmp_path: Path) -> None:
     assert sum("TensorBoardCallback failed (FileNotFoundError" in str(w.message) for w in caught) == 1
 
 
-class OddTrainer(CannedTrainer):
-    """Completions at the edge: `kind` says which."""
+def odd_trainer(kind: str, **changes: Any) -> GVPOTrainer:
+    """Samples completions at the edge: `kind` says which."""
 
-    kind = ""
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+    def sample(_: Any, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
         rows = {
+            "no token": [[] if i % 2 else [7, 2] for i in range(len(prompt_ids))],
             "one token": [[2]] * len(prompt_ids),
+            "to the last position": [[7] * (128 - len(ids)) for ids in prompt_ids],
             "identical": [[7, 8, 9, 2]] * len(prompt_ids),
             "all truncated": [[7, 8, 9, 10 + i % 4] for i in range(len(prompt_ids))],
         }
-        return rows[self.kind], None
+        return rows[kind], None
+
+    made = trainer(GVPOTrainer, max_completion_length=128, **changes)
+    made._portions = sample  # type: ignore[assignment]
+    return made
 
 
-@pytest.mark.parametrize("kind", ["one token", "identical", "all truncated"])
+@pytest.mark.parametrize(
+    "kind", ["no token", "one token", "to the last position", "identical", "all truncated"]
+)
 @pytest.mark.parametrize("reference", ["rollout", "initial"])
 def test_odd_completions_give_finite_steps(kind: str, reference: str) -> None:
     def by_place(completions: list[str], **_: Any) -> list[float]:
         return [i % 3 / 2 for i, _ in enumerate(completions)]
 
-    made = trainer(
-        type("Odd", (OddTrainer,), {"kind": kind}), rewards=by_place, reference=reference, num_iterations=2
-    )
+    made = odd_trainer(kind, rewards=by_place, reference=reference, num_iterations=2)
     made.train()
     assert made.health.bad_steps == 0
     assert all(value.isfinite().all() for value in parameters(made).values())
@@ -171,12 +175,7 @@ def test_odd_completions_give_finite_steps(kind: str, reference: str) -> None:
 
 
 def test_when_all_are_truncated_and_masked_there_is_no_update() -> None:
-    made = trainer(
-        type("Odd", (OddTrainer,), {"kind": "all truncated"}),
-        rewards=digit_reward,
-        mask_truncated_completions=True,
-        max_steps=1,
-    )
+    made = odd_trainer("all truncated", mask_truncated_completions=True, max_steps=1)
     before = parameters(made)
     with pytest.warns(UserWarning, match="makes no update"):
         made.train()

@@ -198,7 +198,11 @@ class GVPOTrainer(Checkpoints):
         sample = super()._generate_single_turn
         if not self.use_vllm and not self._gvpo_step.backend.collective_forward(self.model):
             sample = functools.partial(self._portions, sample)
-        return self.off_policy.generate(sample, prompt_ids, *others, **kwargs)
+        ids, logps = self.off_policy.generate(sample, prompt_ids, *others, **kwargs)
+        # TRL looks at each completion's last token: an empty one has ended its turn at once.
+        processor: Any = self.processing_class
+        end = getattr(processor, "tokenizer", processor).eos_token_id
+        return [row or [end] for row in ids], None if logps is None else [row or [0.0] for row in logps]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GroupBatch:
         """This rank's rows of a generation. Rewards and groups come from all ranks, in rank order."""
