@@ -344,6 +344,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         start = seed["logging policy"]["accuracy"]
         axis.axhline(start, color="gray", linestyle=":", linewidth=1, label=None if i else "logging policy")
     axis.set(xlabel="epochs of 20,000 logged completions", ylabel="greedy accuracy, held out", ylim=(0, 1.02))
+    axis.set_xticks(range(0, len(seeds[0][arms[0]]["curve"]) + 1, 5))
     axis.legend(frameon=False, loc="lower right")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -58,14 +58,19 @@ def measure(scale: str, value: int, work: Workload, repeats: int) -> Row:
 def _rank(rank: int, world: int, folder: str, work: Workload, repeats: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    # In a function of its own: DDP must be gone before the group that it talks through.
+    torch.save(_seconds_of_rank(rank, world, work, repeats), Path(folder) / str(rank))
+    dist.destroy_process_group()
+
+
+def _seconds_of_rank(rank: int, world: int, work: Workload, repeats: int) -> tuple[float, int]:
     whole = work.batch()
     mine = slice(rank * len(whole) // world, (rank + 1) * len(whole) // world)
     names = ("input_ids", "lengths", "completion_mask", "rewards", "group_ids")
     batch = GroupBatch(*(getattr(whole, name)[mine] for name in names))
     model = DistributedDataParallel(work.model())
     step = GVPOStep(model, token_budget=PER_DEVICE * (work.max_length + 32))
-    torch.save(_seconds(step, batch, repeats), Path(folder) / str(rank))
-    dist.destroy_process_group()
+    return _seconds(step, batch, repeats)
 
 
 def measure_ranks(world: int, work: Workload, repeats: int) -> Row:

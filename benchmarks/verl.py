@@ -101,6 +101,8 @@ def run(folder: Path, kind: str, steps: int) -> list[dict[str, float]]:
         *extra,
     ]
     environment = {**os.environ, **use(), "VERL_FILE_LOGGER_PATH": str(metrics), "HF_HUB_OFFLINE": "1"}
+    # Which also keeps verl away from TRL: what verl 0.9 imports of it, TRL has no more.
+    environment["VERL_USE_EXTERNAL_MODULES"] += ",gvpo.verl.plugin"
     with open(folder / "log.txt", "wb") as log:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=environment

@@ -171,16 +171,17 @@ def _centre(rows: _Rows, beta: float) -> _Terms:
     n_ids = len(ids)
     size = torch.bincount(group, rows.valid.double(), n_ids)
     kept_group = size >= 2
-    kept = rows.valid & kept_group[group]
+    kept = rows.valid & kept_group.index_select(0, group)
     values = torch.stack([beta * (rows.policy - rows.reference), rows.rewards])
     values = torch.where(kept, values, -torch.inf)
     # Shifted by the group's maximum first: equal values then centre to exactly 0, not to 1e-17.
-    top = values.new_full((2, n_ids), -torch.inf).scatter_reduce(1, group.expand(2, -1), values, "amax")
-    shifted = torch.where(kept, values - top[:, group], 0.0)
+    both = group.expand(2, -1)  # gather is several times as fast as indexing
+    top = values.new_full((2, n_ids), -torch.inf).scatter_reduce(1, both, values, "amax")
+    shifted = torch.where(kept, values - top.gather(1, both), 0.0)
     mean = values.new_zeros(2, n_ids).index_add_(1, group, shifted) / size.clamp(min=1)
-    implicit, reward = torch.where(kept, shifted - mean[:, group], 0.0)
+    implicit, reward = torch.where(kept, shifted - mean.gather(1, both), 0.0)
     per_group = 1 / ((size - 1) * kept_group.sum())
-    share = torch.where(kept, per_group[group], 0.0)
+    share = torch.where(kept, per_group.index_select(0, group), 0.0)
     return _Terms(implicit, reward, implicit - reward, share, kept, kept_group)
 
 
