@@ -87,6 +87,27 @@ def soak(steps: int) -> list[dict[str, float]]:
     return gauge.readings
 
 
+def summary(readings: list[dict[str, float]], steps: int) -> dict[str, float]:
+    """Growth from the first quarter after the warm-up to the last."""
+    # By then the replay buffer has filled and the first checkpoint was written: what grows after that would
+    # grow for ever.
+    warm = [r for r in readings if r["step"] > steps // 4]
+    half, quarter = len(warm) // 2, len(warm) // 4
+
+    def median(of: list[dict[str, float]], key: str) -> float:
+        return sorted(r[key] for r in of)[len(of) // 2]
+
+    first, last = warm[:quarter], warm[-quarter:]
+    return {
+        "steps": steps,
+        "memory_growth": median(last, "resident_mb") / median(first, "resident_mb") - 1,
+        "files_growth": warm[-1]["files"] - warm[0]["files"],
+        "threads_growth": warm[-1]["threads"] - warm[0]["threads"],
+        "step_time_second_half_over_first": median(warm[half:], "seconds_per_step")
+        / median(warm[:half], "seconds_per_step"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,21 +116,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/soak.json"))
     options = parser.parse_args()
     readings = soak(options.steps)
-    # The replay buffer has filled by then: what grows after that would grow for ever.
-    warm = [r for r in readings if r["step"] >= options.steps // 4]
-    half, quarter = len(warm) // 2, len(warm) // 4
-
-    def median(of: list[dict[str, float]], key: str) -> float:
-        return sorted(r[key] for r in of)[len(of) // 2]
-
-    result = {
-        "steps": options.steps,
-        "memory_growth": median(warm[-quarter:], "resident_mb") / median(warm[:quarter], "resident_mb") - 1,
-        "files_growth": warm[-1]["files"] - warm[0]["files"],
-        "threads_growth": warm[-1]["threads"] - warm[0]["threads"],
-        "step_time_second_half_over_first": median(warm[half:], "seconds_per_step")
-        / median(warm[:half], "seconds_per_step"),
-    }
+    result = summary(readings, options.steps)
     date = datetime.date.today().isoformat()
     _write(options.output, {"date": date, **result, "readings": readings})
     print(result)

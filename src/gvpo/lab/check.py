@@ -86,7 +86,7 @@ def _table(results: Results, path: str) -> str:
     rows = results.find("|".join(keys))
     if rows and "curve" in rows[0]:
         rows = [
-            {**point, "label": arm["label"], "condition": f"{point['epochs']:g} epochs"}
+            {**point, "label": arm["label"], "condition": _epochs(point["epochs"])}
             for arm in rows
             for point in arm["curve"]
         ]
@@ -107,6 +107,10 @@ def _table(results: Results, path: str) -> str:
         head = ["", *sidewards]
         body = [[d, *(cells.get((d, s), cells.get((s, d), "")) for s in sidewards)] for d in downwards]
     return _markdown(head, body)
+
+
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch" + ("" if count == 1 else "s")
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
