@@ -105,7 +105,7 @@ def run(folder: Path, kind: str, steps: int) -> list[dict[str, float]]:
     environment["VERL_USE_EXTERNAL_MODULES"] += ",gvpo.verl.plugin"
     with open(folder / "log.txt", "wb") as log:
         done = subprocess.run(
-            [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=environment
+            [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=environment, cwd=folder
         )
     if done.returncode:
         raise RuntimeError((folder / "log.txt").read_text(errors="replace")[-4000:])

@@ -85,6 +85,7 @@ SEEDS: dict[str, list[bytes]] = {
     "config": [
         b"dataset_name: gsm8k\nbeta: 0.1\nreward_funcs: [accuracy]\nenv: {A: 1}\n",
         b"beta: [1, 2]\nnum_generations: x\n",
+        b"env: {A=: 1}\n",
     ],
     "prompts": [
         b'{"question": "1+1?", "answer": "#### 2", "id": 1}\n{"question": "2", "answer": "\\\\boxed{2}"}\n',

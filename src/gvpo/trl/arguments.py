@@ -158,12 +158,18 @@ def _recipe(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
     environment = recipe.pop("env", None) or {}
     if not isinstance(environment, dict):
         raise InputError(f"env in the recipe {path} must be a mapping of variables to values.")
+    variables = {str(key): str(value) for key, value in environment.items()}
+    for name, value in variables.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise InputError(
+                f"env in the recipe {path} sets {name!r}, which cannot be an environment variable."
+            )
     for key in recipe:
         if key not in known:
             raise InputError(_unknown(str(key), known, f"The recipe {path} has an unknown option"))
         if isinstance(recipe[key], list) and not isinstance(known[key], list) and known[key] is not None:
             raise InputError(f"{key} in the recipe {path} must be one value, not a list.")
-    os.environ.update({str(key): str(value) for key, value in environment.items()})
+    os.environ.update(variables)
     return recipe
 
 
