@@ -1,13 +1,15 @@
 """Steps over replayed and free groups together: the gradient of the formula, on one rank and on two."""
 
 import copy
+import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import GroupBatch
-from gvpo.step import GVPOStep
+from gvpo.step import Backend, GVPOStep
 from tests.gloo import run_ranks
 from tests.models import gradients, literal_logps, random_batch, relative_error, tiny_model
 from tests.test_objective import literal_loss
@@ -40,8 +42,8 @@ def test_free_and_stored_groups_in_one_step(budget):
     expected, loss = literal(batch)
     step = GVPOStep(model, beta=BETA, token_budget=budget)
     scored = []
-    original = step.sequence_logps
-    step.sequence_logps = lambda b, rows: scored.extend(rows) or original(b, rows)
+    original = step.token_logps
+    step.token_logps = lambda b, rows: scored.extend(rows) or original(b, rows)
     report = step(batch)
     assert relative_error(gradients(model), expected) < 1e-5
     assert report.loss.item() == pytest.approx(loss, rel=1e-5)
@@ -57,14 +59,20 @@ def errors_of(rank: int, world: int) -> list[float]:
     errors = []
     batch = mixed_batch()
     expected, loss = literal(batch)
-    for first in (14, 16, 9, 0):  # rows of rank 0: only free ones, all free ones, cut groups, none
+    trusted = replace(batch, rollout_logps=torch.randn(batch.input_ids.shape).double() - 5)
+    whole = tiny_model()
+    alone = GVPOStep(whole, beta=BETA, trust=0.2, backend=Backend(None))
+    assert alone(trusted).tokens_beyond_trust > 20
+    # Rows of rank 0: only free ones, all free ones, cut groups, none.
+    for first, trust in itertools.product((14, 16, 9, 0), (None, 0.2)):
+        used, wanted = (batch, expected) if trust is None else (trusted, gradients(whole))
         rows = slice(0, first) if rank == 0 else slice(first, None)
-        share = copy.copy(batch)
-        for name, value in vars(batch).items():
-            setattr(share, name, value[rows])
+        share = copy.copy(used)
+        for name, value in vars(used).items():
+            setattr(share, name, None if value is None else value[rows])
         model = tiny_model()
-        report = GVPOStep(DistributedDataParallel(model), beta=BETA, token_budget=60)(share)
-        errors += [relative_error(gradients(model), expected), abs(report.loss.item() / loss - 1)]
+        report = GVPOStep(DistributedDataParallel(model), beta=BETA, token_budget=60, trust=trust)(share)
+        errors += [relative_error(gradients(model), wanted), abs(report.loss.item() / loss - 1)]
     return errors
 
 
