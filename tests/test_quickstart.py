@@ -64,6 +64,7 @@ def test_quickstart_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all({"gvpo/explained_variance", "gvpo/kl"} <= entry.keys() for entry in metrics if "loss" in entry)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "WARMUP_STEPS", 10)
     threads = torch.get_num_threads()

@@ -15,8 +15,6 @@ from benchmarks.gpu import SHAPES, compare_heads, compare_steps
 from benchmarks.gpu import tiny as tiny_shape
 from benchmarks.measure import Laps, in_fresh_process, minima, peak_of, write
 
-SLOW = {"scaling", "quickstart"}
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -26,9 +24,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_each_benchmark_runs_and_compares_like_with_like(name, tmp_path):
     module = importlib.import_module(f"benchmarks.{name}")
     rows = module.run(True)
@@ -47,6 +44,7 @@ def test_each_benchmark_runs_and_compares_like_with_like(name, tmp_path):
     assert record["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_the_gpu_benchmark_runs_on_a_cpu(name):
     shape = tiny_shape(SHAPES[name], "cpu")

@@ -241,6 +241,7 @@ def test_two_processes_make_the_update_of_the_union(tmp_path):
         assert max(map(max, errors)) < 1e-5, errors
 
 
+@pytest.mark.slow
 def test_resuming_is_as_if_never_stopped(tmp_path):
     """Replayed groups and their order come back, mid-generation, and after the run went on beyond."""
     settings = {

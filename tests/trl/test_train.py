@@ -144,6 +144,7 @@ def test_logged_completions_need_no_prompts_and_no_reward(chat_model: Path, insi
     assert all(m["gvpo/reward_variance"] == pytest.approx(1 / 3) for m in metrics if "loss" in m)
 
 
+@pytest.mark.slow
 def test_demonstrations_come_from_a_column(chat_model: Path, inside: Path) -> None:
     rows = [
         {"prompt": f"{i}+1=", "answer": str(i + 1), "demonstrations": [f"The answer is {i + 1}."]}
