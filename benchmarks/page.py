@@ -50,7 +50,7 @@ def _table(path: str) -> str:
     rows = rows[key] if key else rows
     heads = dict(c.partition("=")[::2] for c in columns.split(";"))
     lines = [[heading or column for column, heading in heads.items()]]
-    lines += [["---", *["---:"] * (len(heads) - 1)]]
+    lines += [["---" if isinstance(rows[0].get(column), str) else "---:" for column in heads]]
     lines += [[text(row.get(column)) for column in heads] for row in rows]
     return "\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
 
