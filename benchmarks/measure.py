@@ -145,15 +145,14 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def record(path: Path, result: dict[str, Any]) -> None:
+    """Write `result` as JSON with date, machine class and versions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    about = {"date": today, "machine": machine(), "versions": versions()}
+    path.write_text(json.dumps({**result, **about}, indent=1) + "\n")
+
+
 def write(folder: Path, name: str, about: str, rows: list[Row]) -> None:
-    """`folder/name.json`: the rows with date, machine class and versions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "benchmark": name,
-        "about": about,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "rows": rows,
-    }
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    """`folder/name.json`: a benchmark's rows."""
+    record(folder / f"{name}.json", {"benchmark": name, "about": about, "rows": rows})

@@ -9,7 +9,6 @@ tables and writes `results/offpolicy.json`. All experiments with three seeds tak
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
 import statistics
@@ -28,7 +27,7 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from benchmarks.measure import RESULTS, clock, machine, versions
+from benchmarks.measure import RESULTS, clock, record
 from gvpo.quickstart import TASKS, answers, make_model, make_tokenizer, warm_up
 from gvpo.run import Ticker
 from gvpo.trl import GVPOConfig, GVPOTrainer
@@ -352,10 +351,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], default=[*EXPERIMENTS])
@@ -368,9 +363,7 @@ def main() -> None:
         for seed in arguments.seeds:
             results.setdefault(name, {})[str(seed)] = EXPERIMENTS[name](seed)
             results["rows"] = {name: rows_of(results[name]) for name in EXPERIMENTS if name in results}
-            results |= {"machine": machine(), "versions": versions(), "date": _today()}
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            record(arguments.output, results)
         show(console, name, results[name])
     if "offline" in results:
         draw(results, arguments.output.with_suffix(".png"))

@@ -6,8 +6,6 @@ make soak           # some minutes
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import tempfile
 import threading
 import time
@@ -20,7 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback
 
-from benchmarks.measure import machine, versions
+from benchmarks.measure import record
 from gvpo.quickstart import TASKS, make_model, make_tokenizer
 from gvpo.run import RunDirectory
 from gvpo.trl import GVPOConfig, GVPOTrainer
@@ -117,14 +115,8 @@ def main() -> None:
     options = parser.parse_args()
     readings = soak(options.steps)
     result = summary(readings, options.steps)
-    date = datetime.date.today().isoformat()
-    _write(options.output, {"date": date, **result, "readings": readings})
+    record(options.output, {**result, "readings": readings})
     print(result)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "versions": versions(), **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

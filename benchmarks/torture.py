@@ -10,8 +10,6 @@ random moments of a run, so that some hit the start, some a step, some the writi
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import random
 import shutil
 import tempfile
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from benchmarks.measure import machine, versions
+from benchmarks.measure import record
 from tests.trl.test_checkpoints import assert_same_end, in_child, kill
 
 
@@ -73,13 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = [torture(1, options.kills, options.seed), torture(2, options.kills_of_two, options.seed)]
-    _write(options.output, {"date": datetime.date.today().isoformat(), "seed": options.seed, "runs": runs})
+    record(options.output, {"seed": options.seed, "runs": runs})
     print(runs)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "versions": versions(), **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,14 +21,10 @@ import pyarrow
 import pyarrow.parquet
 import typer
 from rich.console import Console
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measure import RESULTS, Row, show, write
 from benchmarks.workloads import GROUP, Workload
+from gvpo.quickstart import make_tokenizer
 from gvpo.verl.cpu import overrides, use
 
 ABOUT = (
@@ -49,14 +45,8 @@ KINDS: dict[str, tuple[str, list[str]]] = {
 
 
 def prepare(folder: Path, work: Workload) -> None:
-    """A random model, a tokenizer of one token a character, and prompts."""
-    characters = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+="]
-    inner = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    inner.pre_tokenizer = Split(Regex("."), behavior="isolated")
-    inner.decoder = Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
+    """A random model, the quickstart's tokenizer (one token a character), and prompts."""
+    tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     for part in (tokenizer, work.model()):
         part.save_pretrained(folder / "model")

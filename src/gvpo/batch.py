@@ -28,7 +28,7 @@ class GroupBatch:
             rollout with the rollout policy as the reference): then no scoring pass is needed.
         free: where only some groups are measured against the policy as it is: True for their rows, whose
             `reference_logps` are not looked at and which need no scoring pass. None: no rows.
-        rollout_logps: log p of each completion token under the policy that sampled it, in nats; NaN where
+        rollout_logps: log p of each completion token under the policy of the rollout, in nats; NaN where
             that is not known. Only a step with a trust mask looks at them.
     """
 
@@ -113,16 +113,12 @@ class GroupBatch:
             return None if values[0] is None else torch.cat(values)
 
         def rollout_logps() -> Tensor | None:
-            if all(part.rollout_logps is None for part in parts):
-                return None
-            unknown = torch.full((), torch.nan, dtype=widest_float(parts[0].input_ids.device))
             given = [part.rollout_logps for part in parts]
-            return torch.cat(
-                [
-                    wide(unknown.to(p.input_ids.device).expand(p.input_ids.shape) if g is None else g)
-                    for p, g in zip(parts, given, strict=True)
-                ]
-            )
+            if all(logps is None for logps in given):
+                return None
+            dtype = widest_float(parts[0].input_ids.device)
+            unknown = [torch.full_like(part.input_ids, torch.nan, dtype=dtype) for part in parts]
+            return torch.cat([wide(u if g is None else g) for u, g in zip(unknown, given, strict=True)])
 
         def flags(name: str, default: bool) -> Tensor | None:
             if all(getattr(part, name) is None for part in parts):
@@ -178,9 +174,6 @@ class MicroBatch:
         wide = widest_float(token_values.device)
         zeros = torch.zeros(self.chosen.shape, dtype=wide, device=token_values.device)
         return zeros.masked_scatter(self.chosen, token_values.to(wide))
-
-    def per_row(self, token_values: Float[Tensor, "tokens"]) -> Float[Tensor, "rows"]:
-        return self.spread(token_values).sum(1)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

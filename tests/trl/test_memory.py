@@ -1,5 +1,7 @@
 """Running out of memory in generation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,8 +45,11 @@ def test_a_single_row_that_does_not_fit_and_other_errors_pass_through() -> None:
         Portions()(broken, [[1], [2]])
 
 
-def test_the_trainer_generates_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trainer(GVPOTrainer, max_steps=1)
+def test_the_trainer_generates_in_portions_after_resuming_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    made = trainer(GVPOTrainer, max_steps=1, **settings)
     original, calls = made.model.generate, []
 
     def generate(*args, **kwargs):
@@ -58,3 +63,6 @@ def test_the_trainer_generates_in_portions(monkeypatch: pytest.MonkeyPatch) -> N
         made.train()
     assert calls == [32, 16, 16]
     assert made.state.log_history[0]["gvpo/groups"] == 8
+    again = trainer(GVPOTrainer, max_steps=2, **settings)
+    again.train(resume_from_checkpoint=True)  # which random numbers are drawn depends on the portions
+    assert again._portions.most == pytest.approx(16 * 1.01)

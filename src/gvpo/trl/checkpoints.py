@@ -29,6 +29,7 @@ from gvpo.trl.sampler import EpochSampler
 
 if TYPE_CHECKING:
     from gvpo.trl.health import Health
+    from gvpo.trl.memory import Portions
     from gvpo.trl.offpolicy import OffPolicy
 
 _LIST = "gvpo_checkpoint.json"
@@ -82,6 +83,7 @@ class Checkpoints(GRPOTrainer):
     _aside: Path | None = None
     _sampler: EpochSampler | None = None
     _token_cap: float
+    _portions: Portions
     off_policy: OffPolicy
     health: Health
 
@@ -170,6 +172,7 @@ class Checkpoints(GRPOTrainer):
             "train_tokens": self._total_train_tokens,
             "layout": self._layout(),
             "token_cap": None if math.isinf(self._token_cap) else self._token_cap,
+            "portions": None if math.isinf(self._portions.most) else self._portions.most,
             "bad_steps": self.health.bad_steps,
             "off_policy": self.off_policy.state(),
         }
@@ -214,6 +217,7 @@ class Checkpoints(GRPOTrainer):
         self._step = state["micro_step"]
         self._total_train_tokens = state["train_tokens"]
         self._token_cap = math.inf if state["token_cap"] is None else state["token_cap"]
+        self._portions.most = math.inf if state.get("portions") is None else state["portions"]
         self.health.bad_steps = state["bad_steps"]
         self._buffered_inputs = slices or None
         for name, values in state["metrics"].items():
