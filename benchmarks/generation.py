@@ -9,11 +9,11 @@ from transformers import GenerationConfig
 
 from benchmarks.measure import Row, minima, timed
 from benchmarks.workloads import GROUP, Workload
-from gvpo.generation import share_prompts
+from gvpo.model.generation import share_prompts
 
 ABOUT = (
     "CPU seconds of sampling with transformers, groups of 8, one thread. plain: model.generate. shared: the "
-    "same with each distinct prompt prefilled once and its cache repeated (gvpo.generation)."
+    "same with each distinct prompt prefilled once and its cache repeated (gvpo.model.generation)."
 )
 
 # (work, prompts, prompt tokens, new tokens, model)

@@ -33,7 +33,7 @@ from benchmarks.workloads import (
 )
 from gvpo import gvpo_weights
 from gvpo.batch import GroupBatch
-from gvpo.fused_head import TILE_BYTES, LogitTransform, WeightedNLL
+from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL
 
 ABOUT = (
     "bfloat16, random weights. Seconds are minima on the wall with the device synchronised; peak GiB is "

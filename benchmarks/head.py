@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import Row, in_fresh_process, minima, peak_of, timed
-from gvpo.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
+from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
 
 ABOUT = (
     "CPU seconds and MiB above the inputs of a weighted log-likelihood with its gradients to hidden "

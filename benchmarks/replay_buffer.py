@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import RESULTS, clock, in_fresh_process, machine, peak_of
-from gvpo.offpolicy import Group, ReplayBuffer
+from gvpo.replay import Group, ReplayBuffer
 
 VOCABULARY = 150_000
 K, TOKENS = 8, 256

@@ -10,9 +10,9 @@ from unittest import mock
 from benchmarks.measure import Laps, Row, minima
 from benchmarks.step import WORK, flat_gradient, tiny
 from benchmarks.workloads import PER_DEVICE, Workload
+from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.packing import plan_micro_batches
 from gvpo.step import GVPOStep
-from gvpo.vocabulary import VocabularyGradients
 
 ABOUT = (
     "CPU seconds of GVPOStep on a free step, one thread, with one trick taken out at a time. zero rows kept: "

@@ -23,11 +23,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import GroupBatch, MicroBatch, widest_float
-from gvpo.logprobs import TokenScorer, TokenScores
+from gvpo.model.logprobs import TokenScorer, TokenScores
+from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.objective import GVPOLoss, gvpo_loss
 from gvpo.packing import plan_micro_batches
 from gvpo.trust import beyond_trust
-from gvpo.vocabulary import VocabularyGradients
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from gvpo.data import load_prompts
 from gvpo.errors import InputError
-from gvpo.offpolicy.replay import ReplayBuffer
-from gvpo.offpolicy.view import ReplayView
+from gvpo.replay.buffer import ReplayBuffer
+from gvpo.replay.view import ReplayView
 from gvpo.rewards import extract_answer
 from gvpo.rewards.functions import accuracy
 from gvpo.run import RunDirectory
 from gvpo.trl.arguments import parse_arguments
-from tests.offpolicy.groups import group, same
+from tests.replay.groups import group, same
 
 
 def config(data: bytes) -> None:

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from gvpo.errors import InputError
-from gvpo.offpolicy import Group, ReplayBuffer, ReplayView
-from gvpo.offpolicy.tokens import fingerprint
+from gvpo.replay import Group, ReplayBuffer, ReplayView
+from gvpo.replay.tokens import fingerprint
 from gvpo.step import GVPOStep
 from gvpo.trl import GVPOTrainer
 from tests.gloo import run_ranks

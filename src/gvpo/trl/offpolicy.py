@@ -19,14 +19,14 @@ from transformers import TrainerCallback
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
-from gvpo.offpolicy.batches import batch_of, groups_of, rows_of
-from gvpo.offpolicy.demonstrations import Demonstrations
-from gvpo.offpolicy.group import Group
-from gvpo.offpolicy.offline import Logged, load_offline
-from gvpo.offpolicy.replay import ReplayBuffer
-from gvpo.offpolicy.sampling import Weights
-from gvpo.offpolicy.tokens import Encoder, fingerprint
-from gvpo.offpolicy.view import ReplayView, rank_folder
+from gvpo.replay.batches import batch_of, groups_of, rows_of
+from gvpo.replay.buffer import ReplayBuffer
+from gvpo.replay.demonstrations import Demonstrations
+from gvpo.replay.group import Group
+from gvpo.replay.offline import Logged, load_offline
+from gvpo.replay.sampling import Weights
+from gvpo.replay.tokens import Encoder, fingerprint
+from gvpo.replay.view import ReplayView, rank_folder
 from gvpo.trl.rollouts import Slice
 
 if TYPE_CHECKING:

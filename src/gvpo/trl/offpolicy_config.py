@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.demonstrations import check_slots
-from gvpo.offpolicy.sampling import SAMPLING
+from gvpo.replay.demonstrations import check_slots
+from gvpo.replay.sampling import SAMPLING
 
 
 @dataclass
@@ -31,7 +31,7 @@ class OffPolicyConfig:
         demonstration_column: column of the data set with a prompt's demonstration, or a list of them.
         demonstration_reward: reward of demonstrations. Default: the reward functions are asked.
         offline: logged completions with rewards to train on instead of prompts: a .parquet or .jsonl file
-            (`gvpo.offpolicy.offline` says which columns), or the folder of a replay buffer. Nothing is
+            (`gvpo.replay.offline` says which columns), or the folder of a replay buffer. Nothing is
             generated.
 
     Raises:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
 from gvpo.errors import InputError
-from gvpo.fused_head import TILE_BYTES
+from gvpo.model.fused_head import TILE_BYTES
 from gvpo.trl.arguments import TrainArguments
 
 # Bytes that an optimizer keeps for each trained parameter, in units of the parameter's own size or in bytes.

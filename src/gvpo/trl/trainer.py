@@ -26,8 +26,8 @@ from trl.trainer.utils import use_adapter
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
-from gvpo.generation import share_prompts
-from gvpo.logprobs import unwrap
+from gvpo.model.generation import share_prompts
+from gvpo.model.logprobs import unwrap
 from gvpo.step import GVPOStep, SequenceScorer, StepReport
 from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
 from gvpo.trl.backend import AccelerateBackend

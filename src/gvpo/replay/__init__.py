@@ -5,9 +5,9 @@ another model, or written by people. The one rule: all responses of a group are 
 reference (fact 6).
 """
 
-from gvpo.offpolicy.group import Group, Response
-from gvpo.offpolicy.replay import ReplayBuffer
-from gvpo.offpolicy.sampling import ReplayIndex
-from gvpo.offpolicy.view import ReplayView
+from gvpo.replay.buffer import ReplayBuffer
+from gvpo.replay.group import Group, Response
+from gvpo.replay.sampling import ReplayIndex
+from gvpo.replay.view import ReplayView
 
 __all__ = ["Group", "ReplayBuffer", "ReplayIndex", "ReplayView", "Response"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gvpo.batch import GroupBatch
-from gvpo.offpolicy.group import Group
+from gvpo.replay.group import Group
 
 
 def groups_of(

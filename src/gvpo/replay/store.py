@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.group import Group
-from gvpo.offpolicy.sampling import ReplayIndex
-from gvpo.offpolicy.segment import RECORD, Segment
+from gvpo.replay.group import Group
+from gvpo.replay.sampling import ReplayIndex
+from gvpo.replay.segment import RECORD, Segment
 
 FORMAT = 1
 MANIFEST = "buffer.json"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from gvpo.generation import prefill, share_prompts
+from gvpo.model.generation import prefill, share_prompts
 from tests.models import VOCAB, tiny_model
 
 

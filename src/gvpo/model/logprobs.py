@@ -1,6 +1,6 @@
 """Log-probabilities and weighted log-likelihood of chosen tokens under a causal language model.
 
-`TokenScorer` goes through the fused head of `gvpo.fused_head` with a model of transformers, and through
+`TokenScorer` goes through the fused head of `gvpo.model.fused_head` with a model of transformers, and through
 the model's own logits where it finds that the fused head would not give the same.
 """
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from gvpo.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
-from gvpo.vocabulary import VocabularyGradients, embedding_summed
+from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
+from gvpo.model.vocabulary import VocabularyGradients, embedding_summed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

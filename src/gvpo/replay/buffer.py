@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.group import Group
-from gvpo.offpolicy.sampling import ReplayIndex, Weights, choose
-from gvpo.offpolicy.segment import RECORD, Segment
-from gvpo.offpolicy.store import FORMAT, MANIFEST, GroupStore, read_manifest, write_json
+from gvpo.replay.group import Group
+from gvpo.replay.sampling import ReplayIndex, Weights, choose
+from gvpo.replay.segment import RECORD, Segment
+from gvpo.replay.store import FORMAT, MANIFEST, GroupStore, read_manifest, write_json
 
 if os.name == "posix":
     import fcntl
@@ -40,7 +40,7 @@ class ReplayBuffer(GroupStore):
 
     Args:
         folder: of this process alone; made if missing, otherwise opened with what is in it.
-        tokenizer: fingerprint of the tokenizer (`gvpo.offpolicy.tokens.fingerprint`); None does not check.
+        tokenizer: fingerprint of the tokenizer (`gvpo.replay.tokens.fingerprint`); None does not check.
         vocabulary_size: token ids must be below it; None does not check.
         group_size: k that every group must have; None allows any.
         capacity: groups kept; the oldest leave first.

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.group import Group
+from gvpo.replay.group import Group
 
 FIELDS = pa.schema(
     [

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from gvpo.offpolicy import Group, ReplayBuffer
+from gvpo.replay import Group, ReplayBuffer
 
 VOCABULARY = 1000
 

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo.errors import InputError
-from gvpo.offpolicy import ReplayBuffer
-from gvpo.offpolicy.demonstrations import Demonstrations
-from gvpo.offpolicy.offline import load_offline
-from gvpo.offpolicy.tokens import Encoder, fingerprint
-from tests.offpolicy.groups import group, same
+from gvpo.replay import ReplayBuffer
+from gvpo.replay.demonstrations import Demonstrations
+from gvpo.replay.offline import load_offline
+from gvpo.replay.tokens import Encoder, fingerprint
+from tests.replay.groups import group, same
 from tests.trl.common import EOS, tokenizer
 
 CHAT = (

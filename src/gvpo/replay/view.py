@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.group import Group
-from gvpo.offpolicy.sampling import ReplayIndex
-from gvpo.offpolicy.store import MANIFEST, GroupStore, index_of
+from gvpo.replay.group import Group
+from gvpo.replay.sampling import ReplayIndex
+from gvpo.replay.store import MANIFEST, GroupStore, index_of
 
 
 def rank_folder(folder: str | Path, rank: int) -> Path:

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo.errors import InputError
-from gvpo.offpolicy import Group, ReplayBuffer, ReplayView, Response
-from gvpo.offpolicy.segment import RECORD
-from gvpo.offpolicy.view import rank_folder
-from tests.offpolicy.groups import VOCABULARY, append_until_killed, group, same
+from gvpo.replay import Group, ReplayBuffer, ReplayView, Response
+from gvpo.replay.segment import RECORD
+from gvpo.replay.view import rank_folder
+from tests.replay.groups import VOCABULARY, append_until_killed, group, same
 
 
 def contents(buffer):

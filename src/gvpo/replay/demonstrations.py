@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.tokens import Encoder, content
+from gvpo.replay.tokens import Encoder, content
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gvpo.vocabulary import VocabularyGradients
+from gvpo.model.vocabulary import VocabularyGradients
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

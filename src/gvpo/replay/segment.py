@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from gvpo.errors import InputError
-from gvpo.offpolicy.columns import FIELDS, decode, encode
-from gvpo.offpolicy.group import Group
+from gvpo.replay.columns import FIELDS, decode, encode
+from gvpo.replay.group import Group
 
 RECORD = np.dtype(
     [

@@ -21,10 +21,10 @@ from typing import Any
 
 from gvpo.data.sources import read_file
 from gvpo.errors import InputError
-from gvpo.offpolicy.group import Group, Response
-from gvpo.offpolicy.store import MANIFEST
-from gvpo.offpolicy.tokens import Encoder, check_ids, fingerprint
-from gvpo.offpolicy.view import ReplayView
+from gvpo.replay.group import Group, Response
+from gvpo.replay.store import MANIFEST
+from gvpo.replay.tokens import Encoder, check_ids, fingerprint
+from gvpo.replay.view import ReplayView
 
 Row = Mapping[str, Any]
 
