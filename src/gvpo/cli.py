@@ -13,7 +13,6 @@ from gvpo import __version__
 from gvpo.data.command import data
 from gvpo.errors import InputError
 from gvpo.evaluate.command import evaluate, report
-from gvpo.lab.command import lab
 from gvpo.verl.command import verl
 
 app = typer.Typer(
@@ -24,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# For commands that read their own arguments.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def _version(value: bool) -> None:
@@ -69,7 +70,7 @@ def _process_start() -> float:
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings=_PASSED_ON,
     help="Train a causal language model: --config recipe.yaml and/or flags. --help lists them all.",
 )
 def train(context: typer.Context) -> None:
@@ -82,7 +83,23 @@ app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.add_typer(verl, name="verl")
-app.add_typer(lab, name="lab")
+
+
+@app.command(
+    context_settings=_PASSED_ON,
+    help="Experiments on problems small enough to be sure: GVPO beside GRPO, RLOO, GSPO, DPO and others.",
+)
+def lab(context: typer.Context) -> None:
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "experiments" / "command.py").is_file():
+        raise InputError(
+            "gvpo lab comes with the repository, not with the package: clone it and install it there with "
+            "pip install -e '.[trl]'."
+        )
+    sys.path.insert(0, str(checkout))
+    from experiments.command import lab as run
+
+    run(context.args, prog_name="gvpo lab")
 
 
 def main(args: list[str] | None = None) -> None:

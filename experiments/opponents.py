@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 
+from experiments.responses import Responses
 from gvpo.errors import InputError
-from gvpo.lab.responses import Responses
 
 if TYPE_CHECKING:
     from jaxtyping import Float

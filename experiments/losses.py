@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gvpo.lab.responses import Responses
+from experiments.responses import Responses
 from gvpo.objective import gvpo_loss, gvpo_weights
 from gvpo.trust import beyond_trust
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.trainer_utils import set_seed
 
+from experiments.losses import Loss
+from experiments.responses import Responses
 from gvpo.errors import InputError
-from gvpo.lab.losses import Loss
-from gvpo.lab.responses import Responses
 from gvpo.quickstart import TASKS, make_model, make_tokenizer
 
 if TYPE_CHECKING:

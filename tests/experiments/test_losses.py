@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from experiments.losses import GVPO, RejectionSampling, RewardWeighted, TrustedGVPO
+from experiments.opponents import DPO, GRPO, RLOO
+from experiments.responses import Responses
 from gvpo import gvpo_loss
-from gvpo.lab.losses import GVPO, RejectionSampling, RewardWeighted, TrustedGVPO
-from gvpo.lab.opponents import DPO, GRPO, RLOO
-from gvpo.lab.responses import Responses
 
 K, GROUPS, TOKENS = 4, 6, 3
 

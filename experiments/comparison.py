@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.losses import Loss
 from gvpo.errors import InputError
-from gvpo.lab.losses import Loss
 
 Setting = dict[str, float]
 TUNING_SEED = 900

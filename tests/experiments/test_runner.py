@@ -1,12 +1,17 @@
 """`gvpo lab` as it is used: files written, the same numbers with any number of workers, bad usage refused."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import gvpo
+from experiments import frontier
 from gvpo.cli import main
-from gvpo.lab import frontier
 
 
 def stops(argv: list[str]) -> int:
@@ -30,6 +35,23 @@ def test_bad_usage_is_refused_and_nothing_written(tmp_path: Path, capsys: pytest
     assert stops(["lab", "show", "--output", str(tmp_path)]) == 2
     assert stops(["lab", "check", "--documentation", str(tmp_path / "docs")]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_without_the_repository_one_sentence_says_where_it_is(tmp_path: Path) -> None:
+    shutil.copytree(
+        Path(gvpo.__file__).parent, tmp_path / "gvpo", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "gvpo", "lab", "all"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gvpo: gvpo lab comes with the repository")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gvpo.lab.comparison import Arm, Interval, Record, Scale, grid, summarise
-from gvpo.lab.exact import Problem, train
-from gvpo.lab.losses import GVPO, Loss
-from gvpo.lab.opponents import GRPO, RLOO
-from gvpo.lab.report import COLOURS, by_metric, new_figure, save
-from gvpo.lab.sequences import REWARDS, pretrained
+from experiments.comparison import Arm, Interval, Record, Scale, grid, summarise
+from experiments.exact import Problem, train
+from experiments.losses import GVPO, Loss
+from experiments.opponents import GRPO, RLOO
+from experiments.report import COLOURS, by_metric, new_figure, save
+from experiments.sequences import REWARDS, pretrained
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -200,4 +200,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
     right.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=8, loc="lower right")
     figure.suptitle("One update per rollout: reward against KL", fontsize=10)
-    save(figure, path)
+    save(figure, path, found)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments import addition, foreign, reuse
+from experiments.comparison import TUNING_SEED, Scale
 from gvpo.errors import InputError
-from gvpo.lab import addition, foreign, reuse
-from gvpo.lab.comparison import TUNING_SEED, Scale
 from gvpo.quickstart import make_model, make_tokenizer
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from gvpo.lab import addition
-from gvpo.lab.comparison import TUNING_SEED, Arm, Record, Scale, Setting, grid, summarise
-from gvpo.lab.losses import GVPO, RejectionSampling, RewardWeighted
-from gvpo.lab.opponents import DPO, GRPO, RLOO
-from gvpo.lab.report import by_metric, dots, legend_below, new_figure, save
+from experiments import addition
+from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, grid, summarise
+from experiments.losses import GVPO, RejectionSampling, RewardWeighted
+from experiments.opponents import DPO, GRPO, RLOO
+from experiments.report import by_metric, dots, legend_below, new_figure, save
 
 METRIC = "accuracy"
 CONDITION = "other model"
@@ -133,4 +133,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("expected accuracy, held out, exact")
     axis.set_title("Addition, learnt from another model's responses", fontsize=10)
     legend_below(figure, axis, columns=3)
-    save(figure, path)
+    save(figure, path, found)

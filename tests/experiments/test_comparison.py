@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from experiments.comparison import TUNING_SEED, Arm, Interval, Record, Scale, grid, summarise
 from gvpo.errors import InputError
-from gvpo.lab.comparison import TUNING_SEED, Arm, Interval, Record, Scale, grid, summarise
 
 
 def record(condition: str, rate: float, seed: int, score: float, arm: str = "a") -> Record:

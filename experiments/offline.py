@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gvpo.lab.comparison import Arm, Interval, Record, Scale, grid, summarise
-from gvpo.lab.exact import Problem, make_log, train
-from gvpo.lab.losses import GVPO, RejectionSampling, RewardWeighted
-from gvpo.lab.opponents import DPO, GRPO, RLOO
-from gvpo.lab.report import COLOURS, by_condition, by_metric, dots, legend_below, new_figure, save
-from gvpo.lab.sequences import REWARDS, SequencePolicies, pretrained
+from experiments.comparison import Arm, Interval, Record, Scale, grid, summarise
+from experiments.exact import Problem, make_log, train
+from experiments.losses import GVPO, RejectionSampling, RewardWeighted
+from experiments.opponents import DPO, GRPO, RLOO
+from experiments.report import COLOURS, by_condition, by_metric, dots, legend_below, new_figure, save
+from experiments.sequences import REWARDS, SequencePolicies, pretrained
 
 BETA, K, GROUPS, LOGGED = 0.3, 8, 32, 1024
 METRIC = "kl_optimum"
@@ -238,7 +238,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     right.set_ylim(bottom=right.get_ylim()[0] / 3)  # room for the legend
     right.legend(frameon=False, fontsize=8, loc="lower left", ncols=2)
     legend_below(figure, left)
-    save(figure, path)
+    save(figure, path, found)
 
 
 def _first_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from gvpo.lab import optimum, sequences
-from gvpo.lab.exact import Dice, Problem, StackedAdam, draw, make_log, measure, pick, train
-from gvpo.lab.frontier import Frontier
-from gvpo.lab.losses import GVPO
+from experiments import optimum, sequences
+from experiments.exact import Dice, Problem, StackedAdam, draw, make_log, measure, pick, train
+from experiments.frontier import Frontier
+from experiments.losses import GVPO
 
 
 def problem_of(seeds: list[int], rates: list[float]) -> Problem:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from gvpo.lab.losses import Loss
-from gvpo.lab.responses import Responses
+from experiments.losses import Loss
+from experiments.responses import Responses
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -10,6 +10,7 @@ import typer
 lab = typer.Typer(
     help="Experiments on problems small enough to be sure: GVPO beside GRPO, RLOO, GSPO, DPO and others.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 
@@ -54,7 +55,7 @@ def reuse(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: 
 @lab.command("all")
 def all_(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
     """All of them, one after the other."""
-    from gvpo.lab.runner import EXPERIMENTS
+    from experiments.runner import EXPERIMENTS
 
     _run(list(EXPERIMENTS), seeds, quick, workers, output)
 
@@ -62,8 +63,8 @@ def all_(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: O
 @lab.command()
 def show(output: Output = _HERE) -> None:
     """Tables, JSON and pictures again, from the runs that are there."""
+    from experiments.runner import EXPERIMENTS, show_again
     from gvpo.errors import InputError
-    from gvpo.lab.runner import EXPERIMENTS, show_again
 
     names = [name for name in EXPERIMENTS if (output / name / "metrics.jsonl").exists()]
     if not names:
@@ -79,14 +80,14 @@ def check(
     write: Annotated[bool, typer.Option("--write", help="Bring the pages up to date.")] = False,
 ) -> None:
     """Check every number that the documentation takes from the laboratory against its results."""
-    from gvpo.lab.check import main
+    from experiments.check import main
 
     main(documentation, results, write=write)
 
 
 def _run(names: list[str], seeds: int, quick: bool, workers: int, output: Path) -> None:
-    from gvpo.lab.comparison import Scale
-    from gvpo.lab.runner import run_experiment
+    from experiments.comparison import Scale
+    from experiments.runner import run_experiment
     from gvpo.run import check_writable
 
     scale = Scale.of(seeds, quick)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from gvpo.lab import addition
-from gvpo.lab.comparison import TUNING_SEED, Arm, Record, Scale, Setting, summarise
-from gvpo.lab.losses import GVPO, TrustedGVPO
-from gvpo.lab.opponents import GRPO
-from gvpo.lab.report import by_condition, dots, legend_below, new_figure, save
+from experiments import addition
+from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, summarise
+from experiments.losses import GVPO, TrustedGVPO
+from experiments.opponents import GRPO
+from experiments.report import by_condition, dots, legend_below, new_figure, save
 
 METRIC = "accuracy"
 RATES = {"learning rate 3e-4": 3e-4, "learning rate 1e-3": 1e-3}
@@ -120,4 +120,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("expected accuracy, held out, exact")
     axis.set_title("Addition, eight updates on each rollout", fontsize=10)
     legend_below(figure, axis, columns=3)
-    save(figure, path)
+    save(figure, path, found)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.check import Results, main, renew
+from experiments.comparison import Interval
+from experiments.report import new_figure, save
+from experiments.runner import EXPERIMENTS
 from gvpo.errors import InputError
-from gvpo.lab.check import Results, main, renew
-from gvpo.lab.comparison import Interval
-from gvpo.lab.runner import EXPERIMENTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +66,21 @@ def test_what_is_written_up_to_date_passes_and_what_is_changed_does_not(site: Pa
     main(site / "docs", site / "results")
     page.write_text(text.replace("1.500", "1.501"), encoding="utf-8")
     with pytest.raises(InputError, match=r"1\.501"):
+        main(site / "docs", site / "results")
+
+
+def test_a_picture_of_other_results_is_noticed(site: Path) -> None:
+    write(site, "![KL](assets/lab/offline.png)")
+    summary = site / "results" / "offline" / "summary.json"
+    picture = site / "docs" / "assets" / "lab" / "offline.png"
+    picture.parent.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"offline\.png was not drawn from"):
+        main(site / "docs", site / "results")
+    found = json.loads(summary.read_text())
+    save(new_figure()[0], picture, found)
+    main(site / "docs", site / "results")
+    summary.write_text(json.dumps(found | {"problem": {"steps": 321}}))
+    with pytest.raises(InputError, match=r"offline\.png was not drawn from"):
         main(site / "docs", site / "results")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gvpo.lab.exact import StackedAdam
+from experiments.exact import StackedAdam
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gvpo.lab.comparison import Arm, Record, Scale, grid, summarise
-from gvpo.lab.exact import Problem, Table, train
-from gvpo.lab.losses import GVPO
-from gvpo.lab.opponents import DPO, GRPO, RLOO
-from gvpo.lab.report import by_condition, dots, legend_below, new_figure, save
+from experiments.comparison import Arm, Record, Scale, grid, summarise
+from experiments.exact import Problem, Table, train
+from experiments.losses import GVPO
+from experiments.opponents import DPO, GRPO, RLOO
+from experiments.report import by_condition, dots, legend_below, new_figure, save
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -213,4 +213,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("KL(π‖π*) after training, nats")
     axis.set_title("One prompt, 512 responses, β = 0.2: how far from the optimum, by sampler", fontsize=10)
     legend_below(figure, axis)
-    save(figure, path)
+    save(figure, path, found)

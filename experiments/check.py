@@ -9,23 +9,25 @@ as a whole stands between two comments:
 
 Behind the experiment's name comes a path into its `summary.json`: a key of a mapping, or any value that tells
 one entry of a list from the others. An interval stands for its mean, unless `low`, `high` or `worst` (of the
-seeds) follows. `gvpo lab check` compares, the pictures in `assets/lab` too; with `--write` it brings all
-up to date.
+seeds) follows. Pictures stand in `assets/lab` alone and carry the fingerprint of the summary that they were
+drawn from. `gvpo lab check` compares; with `--write` it brings all up to date.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.report import fingerprint, interval, number
 from gvpo.errors import InputError
-from gvpo.lab.report import interval, number
 
 _INLINE = re.compile(r"(?P<old>[<>−\-–0-9.e]+(?:×10⁻\d+)?)<!--lab:(?P<path>[^>]+?)-->")
 _BLOCK = re.compile(r"<!--lab-(?P<kind>table|made):(?P<path>[^>]+?)-->\n(?P<old>.*?)<!--/lab-->", re.DOTALL)
+_PICTURE = re.compile(r"assets/lab/(\w+)\.png")
 
 
 class Results:
@@ -162,6 +164,20 @@ def problems(pages: Sequence[Path], results: Results) -> list[str]:
     return found
 
 
+def _picture(documentation: Path, experiment: str) -> Path:
+    return documentation / "assets" / "lab" / f"{experiment}.png"
+
+
+def _source(picture: Path) -> str | None:
+    """The fingerprint in a picture."""
+    from PIL import Image
+
+    if not picture.exists():
+        return None
+    with Image.open(picture) as opened:
+        return opened.info.get("Source")
+
+
 def pages_of(documentation: Path) -> list[Path]:
     """All Markdown pages of the documentation, and the README beside it."""
     readme = documentation.parent / "README.md"
@@ -177,24 +193,21 @@ def main(documentation: Path, results: Path, *, write: bool = False) -> None:
     if not documentation.is_dir():
         raise InputError(f"There is no documentation in {documentation}.")
     pages, found = pages_of(documentation), Results(results)
-    pictures = [
-        (documentation / "assets" / "lab" / made.name, made) for made in sorted(results.glob("*/*.png"))
-    ]
-    marked = [page for page in pages if "<!--lab" in page.read_text(encoding="utf-8")]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    marked = [page for page, text in texts.items() if "<!--lab" in text]
+    pictures = sorted({name for text in texts.values() for name in _PICTURE.findall(text)})
     if write:
         for page in marked:
-            text = page.read_text(encoding="utf-8")
-            page.write_text(renew(text, found), encoding="utf-8")
-        for shown, made in pictures:
-            shown.parent.mkdir(parents=True, exist_ok=True)
-            shown.write_bytes(made.read_bytes())
-    wrong = problems(marked, found)
-    wrong += [
-        f"{shown} is not {made}."
-        for shown, made in pictures
-        if not shown.exists() or shown.read_bytes() != made.read_bytes()
+            page.write_text(renew(texts[page], found), encoding="utf-8")
+        for name in pictures:
+            module = importlib.import_module(f"experiments.{name}")
+            module.draw(found[name], _picture(documentation, name))
+    wrong = problems(marked, found) + [
+        f"{_picture(documentation, name)} was not drawn from {results / name / 'summary.json'}."
+        for name in pictures
+        if _source(_picture(documentation, name)) != fingerprint(found[name])
     ]
     if wrong:
         raise InputError("the documentation is not what the results say:\n  " + "\n  ".join(wrong))
-    marks = sum(page.read_text(encoding="utf-8").count("<!--lab") for page in marked)
+    marks = sum(texts[page].count("<!--lab") for page in marked)
     print(f"{marks} numbers and tables in {len(marked)} pages agree with {results}.")

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from experiments.comparison import TUNING_SEED, Record, Scale
 from gvpo import __version__
 from gvpo.errors import InputError
-from gvpo.lab.comparison import TUNING_SEED, Record, Scale
 from gvpo.run import RunDirectory, Ticker
 
 EXPERIMENTS = ("optimum", "offline", "foreign", "frontier", "reuse")
@@ -45,7 +45,7 @@ def run_experiment(
         InputError: the output directory cannot be written to.
     """
     console = console or Console()
-    module = importlib.import_module(f"gvpo.lab.{name}")
+    module = importlib.import_module(f"experiments.{name}")
     run = RunDirectory(output)
     run.start({"command": f"lab {name}", "seeds": list(scale.seeds), "quick": scale.quick})
     jobs = module.jobs(scale)
@@ -90,7 +90,7 @@ def show_again(name: str, output: Path, *, console: Console | None = None) -> di
     before = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     head = {key: before[key] for key in ("experiment", "command", "made", "seeds", "tuning_seed", "quick")}
     scale = Scale(tuple(before["seeds"]), before["quick"])
-    module = importlib.import_module(f"gvpo.lab.{name}")
+    module = importlib.import_module(f"experiments.{name}")
     return _finish(module, head, records, scale, run, console or Console())
 
 
@@ -137,7 +137,7 @@ def _run_job(name: str, job: str, scale: Scale, directory: Path) -> tuple[list[R
     # More threads cost models of this size more than they bring.
     torch.set_num_threads(1)
     started = time.process_time()
-    records = importlib.import_module(f"gvpo.lab.{name}").run_job(job, scale, directory)
+    records = importlib.import_module(f"experiments.{name}").run_job(job, scale, directory)
     return records, time.process_time() - started
 
 

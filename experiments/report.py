@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -84,11 +86,16 @@ def new_figure(panels: int = 1, width: float = 6.4, height: float = 3.8) -> tupl
     return figure, axes
 
 
-def save(figure: Any, path: Path) -> None:
-    """Whole or not at all."""
+def save(figure: Any, path: Path, found: Mapping[str, Any]) -> None:
+    """Whole or not at all, with the fingerprint of the summary that it shows."""
     aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png")
+    figure.savefig(aside, format="png", metadata={"Source": fingerprint(found)})
     os.replace(aside, path)
+
+
+def fingerprint(found: Mapping[str, Any]) -> str:
+    """Of a summary: tells whether a picture was drawn from it."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def dots(axis: Any, rows: Sequence[Row], metric: str, *, log: bool = False, floor: float = 1e-9) -> None:
