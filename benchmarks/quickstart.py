@@ -20,11 +20,12 @@ ABOUT = (
 def once(seed: int, small: bool) -> Row:
     started, cpu = time.time(), time.process_time()
     import gvpo.quickstart
+    import gvpo.sums
 
-    console, warm_up = Console(file=io.StringIO()), 2 if small else gvpo.quickstart.WARMUP_STEPS
+    console, warm_up = Console(file=io.StringIO()), 2 if small else gvpo.sums.WARMUP_STEPS
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(gvpo.quickstart, "WARMUP_STEPS", warm_up),
+        mock.patch.object(gvpo.sums, "WARMUP_STEPS", warm_up),
     ):
         summary = gvpo.quickstart.quickstart(
             "addition", seed, f"{folder}/run", steps=1 if small else 100, console=console, started=started

@@ -19,8 +19,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from benchmarks.measure import record
-from gvpo.quickstart import TASKS, make_model, make_tokenizer
 from gvpo.run import RunDirectory
+from gvpo.sums import TASKS, make_model, make_tokenizer
 from gvpo.trl import GVPOConfig, GVPOTrainer
 from gvpo.trl.callback import RunCallback
 

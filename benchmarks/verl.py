@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.measure import RESULTS, Row, show, write
 from benchmarks.workloads import GROUP, Workload
-from gvpo.quickstart import make_tokenizer
+from gvpo.sums import make_tokenizer
 from gvpo.verl.cpu import overrides, use
 
 ABOUT = (

@@ -20,7 +20,7 @@ from transformers.trainer_utils import set_seed
 from experiments.losses import Loss
 from experiments.responses import Responses
 from gvpo.errors import InputError
-from gvpo.quickstart import TASKS, make_model, make_tokenizer
+from gvpo.sums import TASKS, make_model, make_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

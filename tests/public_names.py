@@ -2,8 +2,8 @@
 
     python -m tests.public_names    # writes tests/fixtures/public_names.json anew
 
-Public is what docs/api.md lists, what a command's --help shows, GVPO's own fields of `GVPOConfig`, and `gvpo.*`
-in verl. TRL's own defaults are TRL's and left out.
+Public is what docs/api.md lists, what a command's --help shows, GVPO's own fields of `GVPOConfig`, and
+`gvpo.*` in verl. TRL's own defaults are TRL's and left out.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _signature(value: Any) -> str:
 
 def _names() -> Iterator[Entry]:
     from gvpo.data.recipes import RECIPES
-    from gvpo.quickstart import TASKS
     from gvpo.rewards import REWARDS
+    from gvpo.sums import TASKS
 
     for kind, names in {"data set": RECIPES, "reward": REWARDS, "quickstart task": TASKS}.items():
         yield from ((f"{kind} {name}", "name") for name in names)

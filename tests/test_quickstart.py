@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gvpo import quickstart
+from gvpo import quickstart, sums
 from gvpo.cli import main
 from gvpo.errors import InputError
 
@@ -17,9 +17,9 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(quickstart.TASKS))
+@pytest.mark.parametrize("name", list(sums.TASKS))
 def test_tasks(name: str) -> None:
-    task = quickstart.TASKS[name]
+    task = sums.TASKS[name]
     train, held_out = task.pairs(3)
     assert len(held_out) == 1000
     assert not set(train) & set(held_out)
@@ -53,7 +53,7 @@ def test_quickstart_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for folder, key in (("warmed-up-model", "accuracy_before"), ("model", "accuracy_after")):
         model = AutoModelForCausalLM.from_pretrained(run / folder)
         tokenizer = AutoTokenizer.from_pretrained(run / folder, padding_side="left")
-        given = quickstart.answers(model, tokenizer, [row["prompt"] for row in held_out])
+        given = sums.answers(model, tokenizer, [row["prompt"] for row in held_out])
         right = sum(a == row["answer"] for a, row in zip(given, held_out, strict=True))
         assert right / len(held_out) == summary[key]
 
@@ -66,7 +66,7 @@ def test_quickstart_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_same_seed_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "WARMUP_STEPS", 10)
+    monkeypatch.setattr(sums, "WARMUP_STEPS", 10)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ends = []

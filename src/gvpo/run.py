@@ -96,9 +96,10 @@ class RunDirectory:
             entries.append(entry)
         return entries
 
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one metric, where it was logged."""
-        points = [(entry["step"], entry[key]) for entry in self.metrics() if entry.get(key) is not None]
+    def curve(self, *keys: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one metric, or of several that are one, where they were logged."""
+        entries = self.metrics()
+        points = [(entry["step"], entry[k]) for entry in entries for k in keys if entry.get(k) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:

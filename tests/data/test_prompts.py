@@ -5,8 +5,8 @@ import json
 import pytest
 
 from gvpo.data import load_prompts
-from gvpo.data.recipes import any_answer, hash_answer
 from gvpo.errors import InputError
+from gvpo.rewards.truths import any_answer, hash_answer
 
 QUESTION = "How many?"
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from gvpo.errors import InputError
 from gvpo.evaluate.command import evaluate, report
 from gvpo.evaluate.sampling import SamplingOptions, TransformersSampler
-from gvpo.quickstart import make_model, make_tokenizer
 from gvpo.run import RunDirectory
+from gvpo.sums import make_model, make_tokenizer
 
 app = typer.Typer()
 app.command("eval")(evaluate)

@@ -8,7 +8,7 @@ import torch
 from experiments import addition, foreign, reuse
 from experiments.comparison import TUNING_SEED, Scale
 from gvpo.errors import InputError
-from gvpo.quickstart import make_model, make_tokenizer
+from gvpo.sums import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def compute_score(
         ground_truth: the row's `reward_model.ground_truth`; the full solution of GSM8K or MATH will do.
         extra_info: for reasoning_gym, `entry`.
     """
-    from gvpo.data.recipes import any_answer
+    from gvpo.rewards.truths import any_answer
 
     if str(data_source).startswith("reasoning_gym/"):
         entry = (extra_info or {}).get("entry")

@@ -21,12 +21,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from rich.console import Console
-from transformers import LlamaForCausalLM, set_seed
-from transformers import logging as transformers_logging
+from transformers import LlamaForCausalLM
 
 from gvpo.errors import InputError
-from gvpo.quickstart import TASKS, WARMUP_STEPS, Task, answers, make_model, make_tokenizer, warm_up
-from gvpo.run import RunDirectory, Ticker, plot_curves
+from gvpo.run import RunDirectory, Ticker
+from gvpo.sums import Lesson, Task
 from gvpo.verl.cpu import overrides, use
 from gvpo.verl.versions import check_versions
 
@@ -61,7 +60,7 @@ def quickstart(
     """Warm up the quickstart's model, train it on verl, and write the run to `output`.
 
     Args:
-        task_name: one of `gvpo.quickstart.TASKS`.
+        task_name: one of `gvpo.sums.TASKS`.
         seed: of everything.
         output: the run directory.
         steps: rollouts; each feeds four optimizer updates.
@@ -77,63 +76,26 @@ def quickstart(
         InputError: an unknown task, verl missing, or an output directory that cannot be written to.
         RuntimeError: verl failed; its log is in the run directory.
     """
-    started = time.time() if started is None else started
-    console = console or Console()
-    if task_name not in TASKS:
-        raise InputError(f"There is no quickstart task {task_name!r}: choose one of {', '.join(TASKS)}.")
     if check_versions() != "0.9":
         raise InputError("The quickstart needs verl 0.9: pip install -c constraints.txt 'gvpo[verl]'.")
-    task, run = TASKS[task_name], RunDirectory(output)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    set_seed(seed)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = _TEMPLATE
-    model = make_model(tokenizer)
-    train_pairs, test_pairs = task.pairs(seed)
-    ticker = Ticker(console, "Warm-up", WARMUP_STEPS)
-    with ticker.running():
-        warm_up(model, tokenizer, task, train_pairs, ticker, seed)
-    for part in (model, tokenizer):
-        part.save_pretrained(run.path / "warmed-up-model")
-    prompts, gold = [task.prompt(*p) for p in test_pairs], [task.right(*p) for p in test_pairs]
-    _write_prompts(run.path / "train.parquet", task, train_pairs)
-    _write_prompts(run.path / "held_out.parquet", task, test_pairs[:200])
-    run.write_lines(
-        "held_out.jsonl", ({"prompt": p, "answer": g} for p, g in zip(prompts, gold, strict=True))
+    arguments = _arguments(Path(output).resolve(), steps=steps, beta=beta, workers=workers, seed=seed)
+    config = {"command": "verl quickstart", "overrides": arguments}
+    lesson = Lesson(
+        task_name, seed, output, config, console=console, started=started, chat_template=_TEMPLATE
     )
-
-    def accuracy(given: list[str]) -> float:
-        return sum(a == b for a, b in zip(given, gold, strict=True)) / len(gold)
-
-    before = answers(model, tokenizer, prompts)
-    console.print(f"Greedy accuracy on {len(gold):,} held-out problems: {accuracy(before):.1%}")
-    console.print(
+    run, task = lesson.run, lesson.task
+    _write_prompts(run.path / "train.parquet", task, lesson.train_pairs)
+    _write_prompts(run.path / "held_out.parquet", task, lesson.test_pairs[:200])
+    lesson.console.print(
         f"verl starts {workers} Ray workers, a rollout server and a trainer: half a minute or more …"
     )
-    arguments = _arguments(run.path.resolve(), steps=steps, beta=beta, workers=workers, seed=seed)
-    run.start({"command": "verl quickstart", "task": task_name, "seed": seed, "overrides": arguments})
-    run.log({"step": 0, "accuracy": accuracy(before)})
-    seconds = _train(run, arguments, console, steps)
+    seconds = _train(run, arguments, lesson.console, steps)
     trained = LlamaForCausalLM.from_pretrained(_last_model(run.path), attn_implementation="eager")
-    after = answers(trained, tokenizer, prompts)
-    sampled = answers(trained, tokenizer, prompts, sample=True)
-    run.log({"step": steps, "accuracy": accuracy(after)})
-    for part in (trained, tokenizer):
-        part.save_pretrained(run.path / "model")
-    summary = {
-        "accuracy_before": accuracy(before),
-        "accuracy_after": accuracy(after),
-        "sampled_accuracy_after": accuracy(sampled),
-        "seconds_total": round(time.time() - started, 1),
-        **{name: round(value, 1) for name, value in seconds.items()},
-        "steps": steps,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "beta": beta,
-        "seed": seed,
-        "workers": workers,
-    }
-    _finish(run, console, task_name, summary, list(zip(prompts, before, after, gold, strict=True)))
+    rounded = {name: round(value, 1) for name, value in seconds.items()}
+    summary = lesson.examine(trained, **rounded, steps=steps, beta=beta, workers=workers)
+    run.log({"step": steps, "accuracy": summary["accuracy_after"]})
+    lesson.finish(summary, "GVPO on verl", "rollout")
+    lesson.console.print("verl's own log is verl.log.")
     return summary
 
 
@@ -249,39 +211,3 @@ def _last_model(run: Path) -> Path:
     checkpoints = run / "checkpoints"
     step = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
     return checkpoints / f"global_step_{step}" / "actor" / "huggingface"
-
-
-def _finish(
-    run: RunDirectory,
-    console: Console,
-    task_name: str,
-    summary: dict[str, Any],
-    samples: list[tuple[str, str, str, str]],
-) -> None:
-    records = [
-        {"prompt": prompt.removeprefix("<bos>"), "before": before, "after": after, "answer": gold}
-        for prompt, before, after, gold in samples[:100]
-    ]
-    (run.path / "samples.json").write_text(json.dumps(records, indent=1) + "\n")
-    logged = run.metrics()
-
-    def curve(label: str, *keys: str) -> tuple[str, list[float], list[float]]:
-        points = [(m["step"], m[k]) for m in logged for k in keys if m.get(k) is not None]
-        return label, [x for x, _ in points], [y for _, y in points]
-
-    plot_curves(
-        run.path / "learning_curve.png",
-        [
-            ("accuracy", [curve("greedy, held out", "accuracy", "accuracy_200"), curve("sampled", "reward")]),
-            ("explained variance of the reward", [curve("", "gvpo/explained_variance")]),
-            ("KL to the initial policy (nats)", [curve("", "gvpo/kl")]),
-        ],
-        title=f"GVPO on verl: two-digit {task_name}",
-        x="rollout",
-    )
-    run.finish(summary)
-    console.print(
-        f"Greedy accuracy {summary['accuracy_before']:.1%} → [bold]{summary['accuracy_after']:.1%}[/bold], "
-        f"sampled {summary['sampled_accuracy_after']:.1%}, in {summary['seconds_total']:.0f} s."
-    )
-    console.print(f"Model, metrics and learning_curve.png are in {run.path}; verl's own log is verl.log.")
