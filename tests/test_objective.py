@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gvpo import gvpo_loss, gvpo_weights
 
@@ -133,11 +134,33 @@ def test_groups_below_two_valid_rows_do_not_count():
     assert nothing.metrics["groups_dropped"].item() == 5
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_results_have_the_dtype_of_the_log_probs(dtype):
-    logps = torch.tensor([-1.0, -2.0], dtype=dtype)
-    result = gvpo_loss(logps, logps, torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.int32))
-    assert result.weights.dtype == result.loss.dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_results_are_float32_at_least(dtype):
+    """In half precision the weights of a group would not sum to 0."""
+    logps = torch.tensor([-1.0, -2.0, -2.5], dtype=dtype, requires_grad=True)
+    result = gvpo_loss(logps, logps, torch.tensor([1.0, 0.3, 0.1]), torch.zeros(3, dtype=torch.int32))
+    assert result.weights.dtype == result.loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert abs(result.weights.sum().item()) < 1e-8
+    result.loss.backward()
+    assert logps.grad.dtype == dtype
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_operation_is_refused_on_cuda_under_deterministic_algorithms():
+    """Of those that `torch.use_deterministic_algorithms` refuses there, what an objective might use."""
+    with _Operations() as operations:
+        gvpo_loss(torch.zeros(4), torch.zeros(4), torch.rand(4), torch.tensor([0, 0, 1, 1]))
+    assert "index_add_" in operations.seen
+    assert not operations.seen & {"bincount", "cumsum", "put_", "histc", "median", "kthvalue", "resize_"}
 
 
 def test_statistics_are_float64_inside():

@@ -81,13 +81,15 @@ def gvpo_weights(
             none): the weights are those of the union of all rows, and G is global. A collective call.
 
     Returns:
-        The weights of this rank's rows, in the dtype of `policy_logps`, computed in float64.
+        The weights of this rank's rows, in the dtype of `policy_logps` or float32 if that is wider,
+        computed in float64.
 
     Raises:
         ValueError: a non-finite log-probability or reward in a valid row, β ≤ 0, or arguments whose shape,
             dtype or device do not fit. With a `process_group`, it is raised on every rank.
     """
-    return _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)[0]
+    rows, terms = _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)
+    return _of_this_rank(terms.weights, rows, policy_logps)
 
 
 def gvpo_loss(
@@ -105,15 +107,12 @@ def gvpo_loss(
     Gradients flow to `policy_logps` only, and are those of this rank's rows: the gradient of the union is
     their *sum* over ranks, so an engine that averages gradients over n ranks needs the loss times n.
     """
-    weights, rows, terms, all_weights = _solve(
-        policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group
-    )
-    with torch.no_grad():
-        metrics = _diagnose(rows, terms, all_weights)
+    rows, terms = _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)
+    weights, metrics = _of_this_rank(terms.weights, rows, policy_logps), _diagnose(rows, terms)
     # A row that is masked out may hold anything, NaN too, and 0 · NaN is NaN.
     scored = policy_logps if mask is None else policy_logps.masked_fill(~mask.bool(), 0.0)
     linear = -(weights * scored).sum()
-    value = metrics["loss"].to(policy_logps)
+    value = metrics["loss"].to(linear)
     return GVPOLoss(loss=linear - linear.detach() + value, weights=weights, metrics=metrics)
 
 
@@ -138,6 +137,7 @@ class _Terms:
     reward: Float[Tensor, "rows"]  # R − mean R
     residual: Float[Tensor, "rows"]  # d, their difference
     share: Float[Tensor, "rows"]  # 1/((k−1) G), and 0 in groups with fewer than two valid rows
+    weights: Float[Tensor, "rows"]  # −β d share
     kept: Bool[Tensor, "rows"]
     kept_group: Bool[Tensor, "groups"]
 
@@ -150,26 +150,28 @@ def _solve(
     beta: float,
     mask: Tensor | None,
     process_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, _Rows, _Terms, Tensor]:
-    """This rank's weights in its dtype; then all rows, their terms and their weights in float64."""
+) -> tuple[_Rows, _Terms]:
+    """The rows of all ranks, and their centred terms and weights, in float64."""
     problem = _find_problem(policy_logps, reference_logps, rewards, group_ids, beta, mask)
     if process_group is None and problem:
         raise ValueError(problem)
     with torch.no_grad():
         rows = _union(policy_logps, reference_logps, rewards, group_ids, mask, process_group, problem)
         _check_finite(rows)
-        terms = _centre(rows, float(beta))
-        # Centred terms that are both exactly 0 make a weight of exactly 0 (and not −0).
-        weights = torch.where(terms.residual == 0, 0.0, terms.residual * terms.share * -float(beta))
-        local = weights[rows.local].to(device=policy_logps.device, dtype=policy_logps.dtype)
-    return local, rows, terms, weights
+        return rows, _centre(rows, float(beta))
+
+
+def _of_this_rank(weights: Tensor, rows: _Rows, like: Tensor) -> Float[Tensor, "batch"]:
+    """Never in half precision, in which the weights of a group would not sum to 0."""
+    return weights[rows.local].to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 def _centre(rows: _Rows, beta: float) -> _Terms:
     """Implicit rewards and rewards less their group's mean (docs/theory.md, fact 2)."""
     ids, group = torch.unique(rows.group_ids, return_inverse=True)
     n_ids = len(ids)
-    size = torch.bincount(group, rows.valid.double(), n_ids)
+    # (bincount with weights has no deterministic form on CUDA; index_add_ has.)
+    size = rows.policy.new_zeros(n_ids).index_add_(0, group, rows.valid.double())
     kept_group = size >= 2
     kept = rows.valid & kept_group.index_select(0, group)
     values = torch.stack([beta * (rows.policy - rows.reference), rows.rewards])
@@ -182,10 +184,14 @@ def _centre(rows: _Rows, beta: float) -> _Terms:
     implicit, reward = torch.where(kept, shifted - mean.gather(1, both), 0.0)
     per_group = 1 / ((size - 1) * kept_group.sum())
     share = torch.where(kept, per_group.index_select(0, group), 0.0)
-    return _Terms(implicit, reward, implicit - reward, share, kept, kept_group)
+    residual = implicit - reward
+    # Centred terms that are both exactly 0 make a weight of exactly 0 (and not −0).
+    weights = torch.where(residual == 0, 0.0, residual * share * -beta)
+    return _Terms(implicit, reward, residual, share, weights, kept, kept_group)
 
 
-def _diagnose(rows: _Rows, terms: _Terms, weights: Tensor) -> dict[str, Tensor]:
+@torch.no_grad()
+def _diagnose(rows: _Rows, terms: _Terms) -> dict[str, Tensor]:
     """The metrics of `GVPOLoss` (docs/theory.md, fact 5)."""
     centred = torch.stack([terms.implicit, terms.reward, terms.residual])
     (implicit_variance, covariance, _), (_, reward_variance, _), (_, _, residual_variance) = (
@@ -201,8 +207,8 @@ def _diagnose(rows: _Rows, terms: _Terms, weights: Tensor) -> dict[str, Tensor]:
         "explained_variance": torch.where(
             reward_variance > 0, 1 - residual_variance / reward_variance, torch.nan
         ),
-        "weight_abs_mean": weights.abs().sum() / n_valid,
-        "weight_zero_fraction": ((weights == 0) & rows.valid).sum() / n_valid.double(),
+        "weight_abs_mean": terms.weights.abs().sum() / n_valid,
+        "weight_zero_fraction": ((terms.weights == 0) & rows.valid).sum() / n_valid.double(),
         "groups": n_groups,
         "groups_dropped": len(terms.kept_group) - n_groups,
         "kl": log_ratio.sum() / terms.kept.sum().clamp(min=1),

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import GroupBatch, MicroBatch, widest_float
+from gvpo.model.determinism import without_noise
 from gvpo.model.logprobs import TokenScorer, TokenScores
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.objective import GVPOLoss, gvpo_loss
@@ -161,7 +162,6 @@ class SequenceScorer:
         self, batch: GroupBatch, rows: Sequence[int] | None = None
     ) -> Float[Tensor, "batch length"]:
         """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out."""
-        self._decide_head(batch)
         device, lengths = batch.input_ids.device, batch.lengths.tolist()
         chosen_rows = range(len(batch)) if rows is None else rows
 
@@ -178,7 +178,9 @@ class SequenceScorer:
                     out[torch.tensor(micro.rows, device=device), : spread.shape[1]] = spread
             return out
 
-        return self._retrying(score, lengths)[0]
+        with without_noise(self.model):
+            self._decide_head(batch)
+            return self._retrying(score, lengths)[0]
 
     def _retrying(
         self,
@@ -192,7 +194,6 @@ class SequenceScorer:
 
         `attempt` clears `_retry_is_safe` when other ranks may wait for it in a collective.
         """
-        rng = _rng_state(next(self.model.parameters()).device) if _has_dropout(self.model) else None
         for retries in count():
             self._retry_is_safe = safe
             try:
@@ -209,24 +210,26 @@ class SequenceScorer:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if rng is not None:
-                _set_rng_state(rng)
             warnings.warn(
                 f"Out of memory: made again with micro-batches of {self.token_budget} tokens.", stacklevel=4
             )
         raise AssertionError("unreachable")
 
     def _decide_head(self, batch: GroupBatch) -> None:
-        """Let the scorer check its fused head once, and all ranks come to the same answer."""
-        if self.scorer.fused is not None:
+        """Let the scorer check the model once, and all ranks come to the same answer."""
+        if self.scorer.checked:
             return
         micro = MicroBatch.of(batch, list(range(len(batch))), batch.lengths.tolist())
+
+        def agree(holds: bool) -> bool:
+            if self.backend.process_group is None:
+                return holds
+            vote = torch.tensor(int(holds), device=batch.input_ids.device)
+            dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.backend.process_group)
+            return bool(vote.item())
+
         with self.backend.forward_context():
-            agrees = self.scorer.check(self._bare, micro.input_ids, micro.lengths, micro.chosen)
-        if self.backend.process_group is not None:
-            votes = torch.tensor(int(agrees), device=batch.input_ids.device)
-            dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.backend.process_group)
-            self.scorer.fused = bool(votes.item())
+            self.scorer.check(self._bare, micro.input_ids, micro.lengths, agree)
 
     def _equal_count(self, count: int) -> int:
         if self.backend.process_group is None or not self.backend.collective_forward(self.model):
@@ -304,15 +307,16 @@ class GVPOStep(SequenceScorer):
         report = StepReport(result.loss.detach(), result.metrics, result.weights, policy_logps)
         if result.metrics["groups"].item() == 0:
             return report
-        self._decide_head(batch)
         if self.trust is not None and token_logps is not None:
             batch, report = self._within_trust(batch, report, token_logps)
         # Gradients that others left would be lost in a retry.
         owned = all(p.grad is None for p in self.model.parameters())
         lengths = batch.lengths.tolist()
-        report, retries = self._retrying(
-            lambda: self._accumulate(batch, lengths, report), lengths, safe=owned, clear_gradients=True
-        )
+        with without_noise(self.model):
+            self._decide_head(batch)
+            report, retries = self._retrying(
+                lambda: self._accumulate(batch, lengths, report), lengths, safe=owned, clear_gradients=True
+            )
         return replace(report, retries=retries)
 
     def _within_trust(
@@ -391,18 +395,3 @@ def _rows_to_score(batch: GroupBatch) -> list[int]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    return model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-
-
-def _rng_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
-    return device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_rng_state(state: tuple[torch.device, Tensor, Tensor | None]) -> None:
-    device, cpu, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)

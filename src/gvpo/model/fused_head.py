@@ -7,6 +7,7 @@ its tile.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 TILE_BYTES = 48 << 20  # of float32 logits
 
 
+# What transformers' configurations call the factor, the divisor and the cap of the logits.
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_DIVISOR = "logits_scaling"
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_LOOKS_LIKE_ONE = re.compile("(logit|head|output|vocab).*(cap|scal|multipl|divi|temper)")
+_NOT_OF_THE_HEAD = re.compile("attn|attention|router|init|altup|heads")
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """From the head's linear output z to logits: softcap · tanh(scale · z / softcap) / temperature."""
@@ -33,18 +42,24 @@ class LogitTransform:
     def of(cls, config: Any, temperature: float) -> LogitTransform:
         """Read the transform that a transformers configuration asks for, under its several names."""
         text = config.get_text_config()
-        scale = next(
-            (
-                value
-                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-                if (value := getattr(text, name, None)) is not None
-            ),
-            None,
-        )
-        if scale is None and (divisor := getattr(text, "logits_scaling", None)) is not None:
+
+        def first(names: tuple[str, ...]) -> float | None:
+            return next((v for name in names if (v := getattr(text, name, None)) is not None), None)
+
+        scale = first(_SCALES)
+        if scale is None and (divisor := first((_DIVISOR,))) is not None:
             scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
-        softcap = getattr(text, "final_logit_softcapping", None)
-        return cls(temperature, 1.0 if scale is None else scale, softcap)
+        return cls(temperature, 1.0 if scale is None else scale, first(_SOFTCAPS))
+
+    @staticmethod
+    def unknown(config: Any) -> str | None:
+        """A setting of the configuration that looks like a cap or a scale of logits and is not known here."""
+        for name, value in vars(config.get_text_config()).items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1)
+            known = name in (*_SCALES, _DIVISOR, *_SOFTCAPS)
+            if number and not known and _LOOKS_LIKE_ONE.search(name) and not _NOT_OF_THE_HEAD.search(name):
+                return f"{name}={value}"
+        return None
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Transform z in place; returns logits, and 1 − tanh² where the transform is not linear."""

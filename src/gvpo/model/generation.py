@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from gvpo.model.determinism import without_noise
+
 if TYPE_CHECKING:
     from jaxtyping import Int
 
@@ -42,9 +44,7 @@ def prefill(
     mask = distinct[:, 1]
     # As `generate` counts positions: from the first token that is not padding.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    training = model.training
-    model.eval()
-    try:
+    with without_noise(model):
         model(
             input_ids=distinct[:, 0, :-1].clamp(min=0),
             attention_mask=mask[:, :-1],
@@ -53,8 +53,6 @@ def prefill(
             use_cache=True,
             logits_to_keep=1,
         )
-    finally:
-        model.train(training)
     cache.batch_select_indices(where)
     return cache
 

@@ -7,22 +7,30 @@ the model's own logits where it finds that the fused head would not give the sam
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
+from gvpo.errors import InputError
+from gvpo.model.determinism import apart, random_module
 from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
+from gvpo.model.head import head_parameters, is_linear, probed
 from gvpo.model.vocabulary import VocabularyGradients, embedding_summed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+PROBE_TOKENS = 24  # of the row that a model is checked with
 
 
 class TokenScores(NamedTuple):
@@ -53,7 +61,7 @@ class ScoreRequest:
     tile_bytes: int = TILE_BYTES
 
     def score(self, hidden: Float[Tensor, "rows length dim"], head: nn.Module) -> TokenScores:
-        weight, bias = _head_parameters(head)
+        weight, bias = head_parameters(head)
         if isinstance(weight, DTensor):
             # FSDP2 averages gradients over ranks; without "avg" the head's would be summed instead.
             average = [Partial("avg")] * weight.device_mesh.ndim
@@ -76,19 +84,6 @@ class ScoreRequest:
                     self.sums,
                 )
             )  # fmt: skip
-
-
-def _head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a plain linear head, or of one with LoRA adapters (merged, differentiably)."""
-    if hasattr(head, "get_base_layer"):  # peft's tuner layers
-        base = head.get_base_layer()
-        weight = base.weight
-        for name in [] if getattr(head, "disable_adapters", False) else head.active_adapters:
-            if name in head.lora_A:
-                low_rank = head.lora_B[name].weight @ head.lora_A[name].weight
-                weight = weight + low_rank.to(weight.dtype) * head.scaling[name]
-        return weight, base.bias
-    return head.weight, getattr(head, "bias", None)
 
 
 def prepare_model(model: nn.Module) -> None:
@@ -123,7 +118,7 @@ class TokenScorer:
         temperature: the policy is the model at this sampling temperature.
         float32_head: multiply by the head in float32, outside autocast.
         fused: whether to score without keeping logits. None decides by a check against the model's own
-            logits on the first rows scored, and warns if they differ.
+            logits before the first rows are scored, and warns if they differ.
     """
 
     model: nn.Module
@@ -131,12 +126,16 @@ class TokenScorer:
     float32_head: bool = False
     fused: bool | None = None
     tile_bytes: int = TILE_BYTES
+    checked: bool = field(init=False, default=False)
     _transform: LogitTransform = field(init=False, default_factory=LogitTransform)
+    _options: dict[str, bool] = field(init=False, default_factory=dict)  # of the model's own forward
 
     def __post_init__(self) -> None:
         base = unwrap(self.model)
         if hasattr(base, "get_output_embeddings") and hasattr(base, "base_model"):
             self._transform = LogitTransform.of(base.config, self.temperature)
+            if "use_cache" in inspect.signature(base.forward).parameters:
+                self._options["use_cache"] = False
             prepare_model(base)
         else:
             self.fused = False
@@ -154,12 +153,25 @@ class TokenScorer:
 
         `model` is this scorer's model or a wrapper of it (DDP, FSDP). Rows are left-aligned: padding
         comes after the first `lengths[i]` tokens, where no causal model can see it, so no mask is needed.
+
+        Raises:
+            InputError: at first use, if scores are random or depend on padding.
         """
-        if self.fused is None:
-            self.check(model, input_ids, lengths, chosen)
-        if not self.fused:
+        if not self.checked:
+            self.check(model, input_ids, lengths)
+        # An adapter may have been put on the head, or taken off, since the check.
+        if not (self.fused and is_linear(unwrap(self.model).get_output_embeddings())):
             return self._from_logits(model, input_ids, lengths, chosen, token_weights)
-        request = ScoreRequest(
+        return model(input_ids=input_ids[:, :-1], gvpo=self._request(input_ids, chosen, token_weights, sums))
+
+    def _request(
+        self,
+        input_ids: Tensor,
+        chosen: Tensor,
+        token_weights: Tensor | None = None,
+        sums: VocabularyGradients | None = None,
+    ) -> ScoreRequest:
+        return ScoreRequest(
             chosen[:, 1:],
             input_ids[:, 1:][chosen[:, 1:]],
             token_weights,
@@ -168,7 +180,6 @@ class TokenScorer:
             sums,
             self.tile_bytes,
         )
-        return model(input_ids=input_ids[:, :-1], gvpo=request)
 
     def _from_logits(
         self,
@@ -178,8 +189,7 @@ class TokenScorer:
         chosen: Tensor,
         token_weights: Tensor | None,
     ) -> TokenScores:
-        attention_mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
-        logits = model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
+        logits = model(input_ids=input_ids, attention_mask=_mask(input_ids, lengths), **self._options).logits
         logits = logits[:, :-1][chosen[:, 1:]]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         all_logps = F.log_softmax(logits, dim=-1)
@@ -190,34 +200,128 @@ class TokenScorer:
         return TokenScores(-(logps * token_weights.to(logps)).sum(), logps.detach(), entropy)
 
     @torch.no_grad()
-    def check(self, model: nn.Module, input_ids: Tensor, lengths: Tensor, chosen: Tensor) -> bool:
-        """Decide `fused` by scoring both ways the shortest row and the next longer one (for its padding)."""
-        by_length = lengths.argsort()
-        longer = by_length[lengths[by_length] > lengths[by_length[0]]][:1]
-        rows = torch.cat([by_length[:1], longer])
-        width = int(lengths[rows].max())
-        few = (input_ids[rows, :width], lengths[rows], chosen[rows, :width])
-        expected = self._from_logits(model, *few, None).logps
-        try:
-            self.fused = True
-            got = self(model, *few).logps
-            # Where the model itself is not finite there is nothing to compare, and the step will say so.
-            apart = (got - expected)[expected.isfinite()].abs()
-            error = float(apart.max()) if apart.numel() else 0.0
-            why = f"log-probabilities differ by up to {error:.2g} nats"
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as failure:
-            error, why = float("inf"), f"{type(failure).__name__}: {failure}"
-        narrow = next(self.model.parameters()).dtype.itemsize < 4
-        self.fused = error <= (0.25 if narrow or torch.is_autocast_enabled(expected.device.type) else 2e-3)
-        if not self.fused:
-            warnings.warn(
-                f"The fused head does not give this model's log-probabilities ({why}): using the model's own "
-                "logits, which takes more memory.",
-                stacklevel=3,
+    def check(
+        self,
+        model: nn.Module,
+        input_ids: Int[Tensor, "rows length"],
+        lengths: Int[Tensor, "rows"],
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        """Decide `fused`, and refuse a model whose scores are not a function of weights and tokens alone.
+
+        Ranks that score together call it together; `agree` says whether something holds on all of them.
+
+        Raises:
+            InputError: scores are random even in evaluation mode, or depend on what pads a row.
+        """
+        self.checked = True
+        probe = Probe.of(input_ids, lengths)
+        wide = next(self.model.parameters()).dtype.itemsize >= 4
+        tolerance = 2e-3 if wide and not torch.is_autocast_enabled(input_ids.device.type) else 0.05
+        if self.fused is None:
+            self._decide(model, probe, tolerance, agree)
+
+        first, second = (self(model, *probe).logps for _ in range(2))
+        error = apart(first, second)
+        if not agree(error <= tolerance):
+            name = random_module(model, lambda: self(model, *probe))
+            raise InputError(
+                f"The model scores a row differently at each try, even in evaluation mode ({error:.2g} nats "
+                f"a token apart): {name} is random; take its noise out, so that the weights alone decide."
             )
-        return self.fused
+        whole, beginning = first.split([int(n) - 1 for n in probe[1]])
+        error = apart(whole[: len(beginning)], beginning)
+        if not agree(error <= tolerance):
+            raise InputError(
+                f"The model's log-probabilities depend on what pads a row on the right ({error:.2g} nats a "
+                "token apart): GVPO needs a causal language model, in which no token sees a later one."
+            )
+
+    def _decide(
+        self, model: nn.Module, probe: Probe, tolerance: float, agree: Callable[[bool], bool]
+    ) -> None:
+        """Decide `fused`: whether the fused head makes of the model's hidden states what the model makes."""
+        base, why = unwrap(self.model), ""
+        own: Tensor | None = None
+        if unknown := LogitTransform.unknown(base.config):
+            why = f"it does not know the configuration's {unknown}"
+        elif not is_linear(base.get_output_embeddings()):
+            why = "the head is more than a linear layer with plain LoRA"
+        for compare in (self._compare_heads, self._compare_hidden):
+            if not why:
+                try:
+                    own, why = compare(model, probe, own, tolerance)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as failure:
+                    why = f"{type(failure).__name__}: {failure}"
+            if not agree(not why):
+                self.fused = False
+                warnings.warn(
+                    "The fused head does not give this model's log-probabilities "
+                    f"({why or 'on another rank'}): using the model's own logits, which takes more memory.",
+                    stacklevel=4,
+                )
+                return
+        self.fused = True
+
+    def _compare_heads(
+        self, model: nn.Module, probe: Probe, _: Tensor | None, tolerance: float
+    ) -> tuple[Float[Tensor, "tokens"], str]:
+        """The model's own log-probs of the probe; and why its head is not the fused one ("" if it is).
+
+        Both get the same hidden states, and logits of the whole vocabulary are compared.
+        """
+        ids, lengths, chosen = probe
+        head = unwrap(self.model).get_output_embeddings()
+        with probed(head, precise=not isinstance(model, FSDPModule)) as linear:
+            logits = model(input_ids=ids, attention_mask=_mask(ids, lengths), **self._options).logits
+        (z,) = linear
+        exact = torch.promote_types(z.dtype, torch.float32)
+        rounding = 1e-4 if z.dtype == exact else 2**-6
+        theirs = (logits.to(exact) / self.temperature).log_softmax(-1)
+        # Where the hidden states are not finite there is nothing to compare: the step says so.
+        comparable = z.isfinite().all(-1)
+        ours = self._transform(z.to(exact))[0].log_softmax(-1)
+        error = (ours - theirs)[comparable].abs()
+        own = theirs[: len(ids), :-1][chosen[:, 1:]].gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
+        if bool((error <= rounding * (1 + theirs[comparable].abs().amax(-1, keepdim=True))).all()):
+            return own, ""
+        return own, f"log-probabilities differ by up to {float(error.max()):.2g} nats"
+
+    def _compare_hidden(
+        self, model: nn.Module, probe: Probe, own: Tensor | None, tolerance: float
+    ) -> tuple[Float[Tensor, "tokens"], str]:
+        """Whether `base_model` gives the hidden states that the model's own logits were made of."""
+        assert own is not None
+        request = replace(self._request(probe.input_ids, probe.chosen), float32_head=True)
+        got = model(input_ids=probe.input_ids[:, :-1], gvpo=request).logps
+        if (error := apart(own, got)) <= tolerance:
+            return own, ""
+        return own, f"base_model's hidden states are others: {error:.2g} nats a token apart"
+
+
+class Probe(NamedTuple):
+    """Tokens that a model is checked with: the beginning of a row, and half of it with other padding."""
+
+    input_ids: Int[Tensor, "2 length"]
+    lengths: Int[Tensor, "2"]
+    chosen: Bool[Tensor, "2 length"]
+
+    @classmethod
+    def of(cls, input_ids: Int[Tensor, "rows length"], lengths: Int[Tensor, "rows"]) -> Probe:
+        """From the longest row, repeated where it is short: any tokens will do, so there always are some."""
+        longest = input_ids[int(lengths.argmax()), : max(1, int(lengths.max()))]
+        whole = longest.repeat(-(-PROBE_TOKENS // len(longest)))[:PROBE_TOKENS]
+        half = PROBE_TOKENS // 2
+        ids = torch.stack([whole, torch.cat([whole[:half], whole[half:].flip(0)])])
+        ends = torch.tensor([PROBE_TOKENS, half], device=ids.device)
+        at = torch.arange(PROBE_TOKENS, device=ids.device)
+        return cls(ids, ends, (at > 0) & (at < ends[:, None]))
+
+
+def _mask(input_ids: Tensor, lengths: Tensor) -> Int[Tensor, "rows length"]:
+    return (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
 
 
 def unwrap(model: Any) -> Any:

@@ -18,6 +18,7 @@ _NO_ENTROPY = "GVPO's optimum fixes the policy's entropy through beta"
 _EXACT = "an update must not depend on how rows are cut into micro-batches"
 
 # Options of GRPO that GVPO gives no meaning to, and why. They are accepted at their default only.
+_AS_IT_SAMPLES = "the policy is scored and updated as it samples"
 REFUSED: dict[str, str] = {
     "epsilon": _NO_RATIO,
     "epsilon_high": _NO_RATIO,
@@ -46,6 +47,8 @@ REFUSED: dict[str, str] = {
     "ref_model_mixup_alpha": "sync_ref_model has no meaning in GVPO",
     "ref_model_sync_steps": "sync_ref_model has no meaning in GVPO",
     "use_liger_kernel": "GVPO brings its own fused head, which Liger's forward would replace",
+    "disable_dropout": f"{_AS_IT_SAMPLES}, so without dropout",
+    "neftune_noise_alpha": f"{_AS_IT_SAMPLES}, so without noise",
     "vllm_importance_sampling_correction": _NO_BEHAVIOUR,
     "vllm_importance_sampling_mode": _NO_BEHAVIOUR,
     "vllm_importance_sampling_cap": _NO_BEHAVIOUR,
