@@ -83,7 +83,8 @@ class _LookUp(torch.autograd.Function):
     ) -> Float[Tensor, "*tokens dim"]:
         ctx.save_for_backward(weight, ids)
         ctx.padding, ctx.sums, ctx.last = padding, sums, sums.last
-        return rows.view_as(rows)
+        ctx.mark_dirty(rows)  # not a view, which the model could not scale in place
+        return rows
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
