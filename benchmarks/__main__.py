@@ -27,6 +27,7 @@ NAMES = (
     "scaling",
     "prefix",
     "quickstart",
+    "families",
 )
 
 

@@ -39,9 +39,15 @@ _GQA = {"num_key_value_heads": 2, "intermediate_size": 48}
 _MOE = {**_GQA, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # Where PEFT does not take "all-linear": experts that are one tensor, and Mamba's kernels.
-_TARGETS = {"phimoe": _ATTENTION, "mixtral": _ATTENTION, "qwen3_moe": _ATTENTION, "olmoe": _ATTENTION,
-    "gpt_oss": _ATTENTION, "jamba": _ATTENTION, "qwen3_next": _ATTENTION, "deepseek_v3": ["q_a_proj", "q_b_proj", "o_proj"], "mamba": ["in_proj", "x_proj"],
-    "mamba2": ["in_proj"], "falcon_h1": [*_ATTENTION, "in_proj", "gate_proj"]}  # fmt: skip
+_TARGETS = {
+    **dict.fromkeys(
+        ("phimoe", "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "jamba", "qwen3_next"), _ATTENTION
+    ),
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "o_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "mamba2": ["in_proj"],
+    "falcon_h1": [*_ATTENTION, "in_proj", "gate_proj"],
+}
 _MAMBA2 = {"head_dim": 8, "num_heads": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", _GQA),
@@ -63,9 +69,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek-V3": (
         "deepseek_v3",
         {
-            **_MOE, "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4, "n_group": 2,
-            "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
-            "v_head_dim": 8, "first_k_dense_replace": 1,
+            **_MOE, "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4,
+            "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
         },
     ),
     "GPT-OSS": ("gpt_oss", {**_MOE, "head_dim": 8, "sliding_window": 8}),
@@ -83,7 +89,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "xLSTM": (
-        "xlstm", {"num_heads": 4, "num_blocks": 2, "output_logit_soft_cap": 5.0, "mlstm_round_up_to_multiple_of": 8}
+        "xlstm",
+        {"num_heads": 4, "num_blocks": 2, "output_logit_soft_cap": 5.0, "mlstm_round_up_to_multiple_of": 8},
     ),
     "HyperCLOVA X": ("hyperclovax", {**_GQA, "logits_scaling": 3.0}),
     "nanochat": ("nanochat", {**_GQA, "final_logit_softcapping": 5.0}),
@@ -93,10 +100,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "BioGPT": ("biogpt", {"intermediate_size": 48}),
     "ModernBERT decoder": ("modernbert-decoder", {"intermediate_size": 48}),
     "Nemotron": ("nemotron", _GQA),
-    "Jamba": ("jamba", {**_MOE, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    "Jamba": (
+        "jamba",
+        {
+            **_MOE, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
     "LFM2": ("lfm2", {**_GQA, "layer_types": ["conv", "full_attention"]}),
-    "Qwen3-Next": ("qwen3_next", {**_MOE, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}),
-    "Gemma 3n": ("gemma3n_text", {**_GQA, "head_dim": 8, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], "vocab_size_per_layer_input": 67, "hidden_size_per_layer_input": 8, "laurel_rank": 4}),
+    "Qwen3-Next": (
+        "qwen3_next",
+        {
+            **_MOE, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "head_dim": 8,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "Gemma 3n": (
+        "gemma3n_text",
+        {
+            **_GQA, "head_dim": 8, "num_kv_shared_layers": 0, "intermediate_size": [48, 48],
+            "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
+            "vocab_size_per_layer_input": 67, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+        },
+    ),
     "GPT-2": ("gpt2", {}),
     "GPT-J": ("gptj", {"rotary_dim": 4}),
     "GPT-NeoX": ("gpt_neox", {"intermediate_size": 48}),
@@ -126,11 +153,12 @@ def build(family: str, adapter: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     if adapter != "bare":
         head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+        on_head, of_type = [head.rpartition(".")[2]], _TARGETS.get(config.model_type, "all-linear")
         lora = LoraConfig(
             r=4,
             lora_dropout=0.1,
             use_dora="DoRA" in adapter,
-            target_modules=[head.rpartition(".")[2]] if "head" in adapter else _TARGETS.get(config.model_type, "all-linear"),
+            target_modules=on_head if "head" in adapter else of_type,
         )
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         for name, parameter in model.named_parameters():
@@ -140,7 +168,7 @@ def build(family: str, adapter: str) -> PreTrainedModel:
 
 
 def outcome(family: str, adapter: str) -> tuple[str, float]:
-    """By which way the update of a family with an adapter is made, and its relative error (NaN if refused)."""
+    """How the update of a family with an adapter is made, and its relative error (NaN if refused)."""
     model, batch = build(family, adapter), random_batch(groups=2, k=3, reference=True, equal_groups=0)
     expected, _ = literal_gradient(copy.deepcopy(model).eval(), batch, BETA, TEMPERATURE)
     step = GVPOStep(model, beta=BETA, temperature=TEMPERATURE, token_budget=90)

@@ -32,7 +32,7 @@ def test_each_benchmark_runs_and_compares_like_with_like(name, tmp_path):
     assert rows
     for row in rows:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        assert numbers
+        assert numbers or name == "families"  # its cells are words
         assert all(math.isfinite(value) for value in numbers.values()), row
         assert all(value > 0 for key, value in numbers.items() if key.endswith(" s")), row
         for key in ("gradient difference", "gradient vs floor", "tokens that differ"):

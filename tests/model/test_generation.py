@@ -101,3 +101,12 @@ def test_the_trainer_s_rollouts_share_prompts():
     # 8 prompts × 4 responses: the prompts once, then a token of each row at a time.
     assert widths[0][0] == 8
     assert widths[1] == (32, 1)
+
+
+def test_modules_that_were_in_evaluation_mode_stay_in_it():
+    model = tiny_model().train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    ids = torch.tensor([[3, 4, 5]] * 2)
+    assert prefill(model, ids, torch.ones_like(ids)) is not None
+    assert [module.training for module in model.modules()] == before

@@ -190,7 +190,8 @@ class TokenScorer:
         token_weights: Tensor | None,
     ) -> TokenScores:
         logits = model(input_ids=input_ids, attention_mask=_mask(input_ids, lengths), **self._options).logits
-        logits = logits[:, :-1][chosen[:, 1:]]
+        # Prompt tuning puts virtual tokens before the row.
+        logits = logits[:, -input_ids.shape[1] : -1][chosen[:, 1:]]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         all_logps = F.log_softmax(logits, dim=-1)
         logps = all_logps.gather(1, input_ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
@@ -218,8 +219,10 @@ class TokenScorer:
         probe = Probe.of(input_ids, lengths)
         wide = next(self.model.parameters()).dtype.itemsize >= 4
         tolerance = 2e-3 if wide and not torch.is_autocast_enabled(input_ids.device.type) else 0.05
+        differs = ""
         if self.fused is None:
-            self._decide(model, probe, tolerance, agree)
+            differs = self._differs(model, probe, tolerance, agree)
+            self.fused = not differs
 
         first, second = (self(model, *probe).logps for _ in range(2))
         error = apart(first, second)
@@ -236,11 +239,17 @@ class TokenScorer:
                 f"The model's log-probabilities depend on what pads a row on the right ({error:.2g} nats a "
                 "token apart): GVPO needs a causal language model, in which no token sees a later one."
             )
+        if differs:
+            warnings.warn(
+                f"The fused head does not give this model's log-probabilities ({differs}): using the model's "
+                "own logits, which takes more memory.",
+                stacklevel=3,
+            )
 
-    def _decide(
+    def _differs(
         self, model: nn.Module, probe: Probe, tolerance: float, agree: Callable[[bool], bool]
-    ) -> None:
-        """Decide `fused`: whether the fused head makes of the model's hidden states what the model makes."""
+    ) -> str:
+        """Why the fused head does not give the model's log-probabilities; "" where it does."""
         base, why = unwrap(self.model), ""
         own: Tensor | None = None
         if unknown := LogitTransform.unknown(base.config):
@@ -256,14 +265,8 @@ class TokenScorer:
                 except Exception as failure:
                     why = f"{type(failure).__name__}: {failure}"
             if not agree(not why):
-                self.fused = False
-                warnings.warn(
-                    "The fused head does not give this model's log-probabilities "
-                    f"({why or 'on another rank'}): using the model's own logits, which takes more memory.",
-                    stacklevel=4,
-                )
-                return
-        self.fused = True
+                return why or "on another rank"
+        return ""
 
     def _compare_heads(
         self, model: nn.Module, probe: Probe, _: Tensor | None, tolerance: float
