@@ -16,7 +16,8 @@ from experiments import addition
 from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, grid, summarise
 from experiments.losses import GVPO, RejectionSampling, RewardWeighted
 from experiments.opponents import DPO, GRPO, RLOO
-from experiments.report import by_metric, dots, legend_below, new_figure, save
+from experiments.report import by_metric, dots, legend_below, save
+from gvpo.run import new_figure
 
 METRIC = "accuracy"
 CONDITION = "other model"

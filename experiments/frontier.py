@@ -18,8 +18,9 @@ from experiments.comparison import Arm, Interval, Record, Scale, grid, summarise
 from experiments.exact import Problem, train
 from experiments.losses import GVPO, Loss
 from experiments.opponents import GRPO, RLOO
-from experiments.report import COLOURS, by_metric, new_figure, save
+from experiments.report import COLOURS, by_metric, save
 from experiments.sequences import REWARDS, pretrained
+from gvpo.run import new_figure
 
 if TYPE_CHECKING:
     from jaxtyping import Float

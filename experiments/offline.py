@@ -17,8 +17,9 @@ from experiments.comparison import Arm, Interval, Record, Scale, grid, summarise
 from experiments.exact import Problem, make_log, train
 from experiments.losses import GVPO, RejectionSampling, RewardWeighted
 from experiments.opponents import DPO, GRPO, RLOO
-from experiments.report import COLOURS, by_condition, by_metric, dots, legend_below, new_figure, save
+from experiments.report import COLOURS, by_condition, by_metric, dots, legend_below, save
 from experiments.sequences import REWARDS, SequencePolicies, pretrained
+from gvpo.run import new_figure
 
 BETA, K, GROUPS, LOGGED = 0.3, 8, 32, 1024
 METRIC = "kl_optimum"

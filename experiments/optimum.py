@@ -17,7 +17,8 @@ from experiments.comparison import Arm, Record, Scale, grid, summarise
 from experiments.exact import Problem, Table, train
 from experiments.losses import GVPO
 from experiments.opponents import DPO, GRPO, RLOO
-from experiments.report import by_condition, dots, legend_below, new_figure, save
+from experiments.report import by_condition, dots, legend_below, save
+from gvpo.run import new_figure
 
 if TYPE_CHECKING:
     from jaxtyping import Float

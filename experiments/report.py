@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from gvpo.run import save_figure
 
 Row = Mapping[str, Any]
 # Told apart without colour vision (Okabe and Ito), GVPO first.
@@ -71,26 +72,9 @@ def by_metric(rows: Sequence[Row], metrics: Mapping[str, str], title: str) -> Ta
     return table
 
 
-def new_figure(panels: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Any, Sequence[Any]]:
-    """A figure and its axes, without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def save(figure: Any, path: Path, found: Mapping[str, Any]) -> None:
-    """Whole or not at all, with the fingerprint of the summary that it shows."""
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png", metadata={"Source": fingerprint(found)})
-    os.replace(aside, path)
+    """A picture with the fingerprint of the summary that it shows."""
+    save_figure(figure, path, Source=fingerprint(found))
 
 
 def fingerprint(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ from experiments import addition
 from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, summarise
 from experiments.losses import GVPO, TrustedGVPO
 from experiments.opponents import GRPO
-from experiments.report import by_condition, dots, legend_below, new_figure, save
+from experiments.report import by_condition, dots, legend_below, save
+from gvpo.run import new_figure
 
 METRIC = "accuracy"
 RATES = {"learning rate 3e-4": 3e-4, "learning rate 1e-3": 1e-3}

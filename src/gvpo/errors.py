@@ -15,3 +15,8 @@ class InputError(ValueError):
 
 class NonFiniteError(ValueError):
     """A log-probability, a reward or a gradient of a step is not a finite number."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message as a part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -76,31 +76,12 @@ class RunDirectory:
         self._write("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, but for a last one that was torn by a kill.
+        """The lines of `metrics.jsonl`; see `read_metrics`."""
+        return read_metrics(self.path / METRICS)
 
-        Raises:
-            InputError: another line is damaged.
-        """
-        path = self.path / METRICS
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        entries = []
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                entry = None
-            if not isinstance(entry, dict) or not isinstance(entry.get("step", 0), int | float):
-                raise InputError(
-                    f"{path}, line {number}, is no record of metrics: remove the line or the file."
-                )
-            entries.append(entry)
-        return entries
-
-    def curve(self, *keys: str) -> tuple[list[float], list[float]]:
+    def curve(self, *names: str) -> tuple[list[float], list[float]]:
         """Steps and values of one metric, or of several that are one, where they were logged."""
-        entries = self.metrics()
-        points = [(entry["step"], entry[k]) for entry in entries for k in keys if entry.get(k) is not None]
-        return [step for step, _ in points], [value for _, value in points]
+        return points(self.metrics(), *names)
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a .jsonl file of its own."""
@@ -110,6 +91,39 @@ class RunDirectory:
         aside = self.path / f".{name}.partial"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, self.path / name)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, but for a last one that was torn by a kill or is being written.
+
+    Raises:
+        InputError: the file cannot be read, or another line is damaged.
+    """
+    try:
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): remove or repair it.") from error
+    entries = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step", 0), int | float):
+            raise InputError(f"{path}, line {number}, is no record of metrics: remove the line or the file.")
+        entries.append(entry)
+    return entries
+
+
+def points(entries: Iterable[Mapping[str, Any]], *names: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, or of several that are one, in lines of metrics."""
+    found = [
+        (float(entry["step"]), float(entry[name]))
+        for entry in entries
+        for name in names
+        if isinstance(entry.get(name), int | float) and "step" in entry
+    ]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _plain(value: Any) -> Any:
@@ -164,24 +178,37 @@ class Ticker:
 Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 
 
-def plot_curves(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], *, title: str, x: str) -> None:
-    """Write a PNG with one panel beside the other; a panel is a y label and its curves."""
+def new_figure(panels: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Any, Sequence[Any]]:
+    """A matplotlib figure and its axes, side by side, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.5 * len(panels), 3.4), dpi=160, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: Any, path: Path, **metadata: str) -> None:
+    """Write a PNG, whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, format="png", metadata=metadata)
+    os.replace(aside, path)
+
+
+def plot_curves(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], *, title: str, x: str) -> None:
+    """Write a PNG with one panel beside the other; a panel is a y label and its curves."""
+    figure, axes = new_figure(len(panels), 3.5 * len(panels), 3.4)
     for axis, (label, curves) in zip(axes, panels, strict=True):
         for name, xs, ys in curves:
             axis.plot(xs, ys, label=name or None, marker="o" if len(xs) < 30 else None, markersize=3)
         axis.set_xlabel(x)
         axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
         if any(name for name, _, _ in curves):
             axis.legend(frameon=False)
     figure.suptitle(title)
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png")
-    os.replace(aside, path)
+    save_figure(figure, path)

@@ -7,9 +7,10 @@ import pytest
 
 from experiments.check import Results, main, renew
 from experiments.comparison import Interval
-from experiments.report import new_figure, save
+from experiments.report import save
 from experiments.runner import EXPERIMENTS
 from gvpo.errors import InputError
+from gvpo.run import new_figure
 
 ROOT = Path(__file__).parents[2]
 

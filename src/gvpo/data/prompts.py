@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gvpo.data.generated import arithmetic_rows, reasoning_gym_rows
-from gvpo.data.recipes import ANSWER_COLUMNS, QUESTION_COLUMNS, RECIPES, Recipe
+from gvpo.data.recipes import RECIPES, Recipe
 from gvpo.data.sources import Row, looks_like_file, read_file, read_hub
 from gvpo.errors import InputError
 
@@ -24,11 +24,107 @@ _ARITHMETIC = {"arithmetic": False, "arithmetic:reversed": True}
 
 @dataclass
 class Prompts:
-    """Rows that became prompts, and the count of those that did not, by reason."""
+    """How the rows of a source become prompts, and what became of them.
+
+    Attributes:
+        recipe: of the data set.
+        where: the source, for messages.
+        columns, system_prompt, instruction, chat, keep: as for `load_prompts`.
+        generated: a task's own scorer decides what is right; `answer` is one right answer, taken as it is.
+        dropped: rows that did not become prompts, by reason.
+        seen: rows read so far.
+    """
 
     recipe: Recipe
+    where: str
+    columns: Mapping[str, str]
+    system_prompt: str | None
+    instruction: str
+    chat: bool
+    keep: Sequence[str]
+    generated: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     seen: int = 0
+
+    def convert(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The prompts, one at a time; counts as it goes."""
+        ids: dict[Any, int] = {}
+        question_column = answer_column = ""
+        for index, row in enumerate(rows):
+            self.seen += 1
+            if index == 0:
+                question_column = self._column(row, "prompt", self.recipe.question_columns)
+                answer_column = self._column(row, "answer", self.recipe.answer_columns)
+            for column in (question_column, answer_column, *self.keep):
+                if column not in row:
+                    raise InputError(
+                        f"{self.where}, row {index + 1} has no column {column!r}: give every row the same "
+                        "columns."
+                    )
+            _refuse_duplicate_id(row, index, ids, self.where)
+            question, truth = row[question_column], row[answer_column]
+            prompt = self._messages(question, f"{self.where}, row {index + 1}")
+            truth = truth if self.generated else self.recipe.ground_truth(truth)
+            if prompt is None or truth is None:
+                what = "the question is empty" if prompt is None else "the ground truth cannot be parsed"
+                self.dropped[what] += 1
+                continue
+            kept = (*self.keep, *(("task", "entry") if self.generated else ()))
+            yield {
+                "prompt": prompt if self.chat else prompt[-1]["content"],
+                "answer": truth,
+                "question": question if isinstance(question, str) else prompt[-1]["content"],
+                "index": index,
+                "data_source": self.recipe.data_source,
+                **{key: row[key] for key in kept},
+            }
+
+    def _column(self, row: Row, ours: str, recognised: tuple[str, ...]) -> str:
+        unknown = sorted(set(self.columns) - {"prompt", "answer"})
+        if unknown:
+            raise InputError(f"the column mapping names {unknown[0]!r}: it maps prompt and answer only.")
+        candidates = (self.columns[ours],) if ours in self.columns else recognised
+        for candidate in candidates:
+            if candidate in row:
+                return candidate
+        raise InputError(
+            f"{self.where} has no column {' or '.join(map(repr, candidates))} for the {ours} (it has "
+            f"{', '.join(map(repr, row)) or 'none'}): rename one, or map it with {ours}=COLUMN."
+        )
+
+    def _messages(self, question: Any, where: str) -> list[dict[str, str]] | None:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        if isinstance(question, list):
+            messages = [dict(message) for message in question if isinstance(message, Mapping)]
+            if len(messages) != len(question) or any({"role", "content"} - set(m) for m in messages):
+                raise InputError(
+                    f"{where}: the prompt is a list but not of messages: give each message a role and a "
+                    "content."
+                )
+            if not messages:
+                return None
+            return messages if messages[0]["role"] == "system" else [*system, *messages]
+        if question is not None and not isinstance(question, str):
+            raise InputError(f"{where}: the question is a {type(question).__name__}: give text or messages.")
+        if not question or not question.strip():
+            return None
+        content = f"{question} {self.instruction}" if self.instruction else question
+        return [*system, {"role": "user", "content": content}]
+
+    def describe_dropped(self) -> str:
+        """How many rows were dropped and why, in words."""
+        return ", ".join(f"{count} rows: {reason}" for reason, count in sorted(self.dropped.items()))
+
+
+def _refuse_duplicate_id(row: Row, index: int, ids: dict[Any, int], where: str) -> None:
+    identifier = row.get("id", row.get("unique_id"))
+    if not isinstance(identifier, str | int):
+        return
+    first = ids.setdefault(identifier, index + 1)
+    if first != index + 1:
+        raise InputError(
+            f"{where}, row {index + 1} repeats the id {identifier!r} of row {first}: remove one of them."
+        )
 
 
 def load_prompts(
@@ -98,19 +194,14 @@ def load_prompts(
     kept = ("prompt", "answer", "data_source", "task", "entry", *keep)
     loaded = [{key: row[key] for key in kept if key in row} for row in converted]
     if prompts.dropped:
-        logger.warning("%s: left out %s", name, describe_dropped(prompts))
+        logger.warning("%s: left out %s", name, prompts.describe_dropped())
     if not loaded:
-        raise InputError(f"{name} has no usable row of {prompts.seen} ({describe_dropped(prompts)}).")
+        raise InputError(f"{name} has no usable row of {prompts.seen} ({prompts.describe_dropped()}).")
     dataset = datasets.Dataset.from_list(loaded)
     if size is not None and size < len(dataset):
         chosen = sorted(dataset.shuffle(seed=seed)._indices["indices"][:size].to_pylist())
         dataset = dataset.select(chosen)
     return dataset
-
-
-def describe_dropped(prompts: Prompts) -> str:
-    """How many rows were dropped and why, in words."""
-    return ", ".join(f"{count} rows: {reason}" for reason, count in sorted(prompts.dropped.items()))
 
 
 def iterate_prompts(
@@ -133,27 +224,18 @@ def iterate_prompts(
         The tally, filled while the rows are consumed, and the rows: `prompt`, `answer`, `question`, `index`
         (the row's number in the source, from 0), `data_source` and, for reasoning_gym, `task` and `entry`.
     """
-    if name.startswith(_REASONING_GYM):
+    generated = name.startswith(_REASONING_GYM)
+    if generated:
         task = name.removeprefix(_REASONING_GYM)
         recipe = Recipe(name, data_source=f"reasoning_gym/{task}", ability="reasoning", instruction="")
         rows: Iterable[Row] = reasoning_gym_rows(task, split=split, seed=seed, size=size)
-        # The scorer decides what is right; the answer column is one right answer, taken as it is.
-        truths_as_they_are = True
     else:
         recipe, rows = open_source(name, split=split, source=source, revision=revision)
-        truths_as_they_are = False
-    prompts = Prompts(recipe)
-    return prompts, _convert(
-        rows,
-        prompts,
-        where=source or name,
-        columns=columns or {},
-        system_prompt=system_prompt,
-        instruction=(recipe.instruction if chat else "") if instruction is None else instruction,
-        chat=chat,
-        truths_as_they_are=truths_as_they_are,
-        keep=keep,
-    )
+    if instruction is None:
+        instruction = recipe.instruction if chat else ""
+    where = source or name
+    prompts = Prompts(recipe, where, columns or {}, system_prompt, instruction, chat, keep, generated)
+    return prompts, prompts.convert(rows)
 
 
 def open_source(
@@ -164,10 +246,10 @@ def open_source(
     if known in RECIPES:
         recipe = RECIPES[known]
         origin = source or attached or recipe.hub_id or ""
-    elif source is None and (looks_like_file(name) or "/" in name):
-        recipe, origin = Recipe(name, data_source=_source_name(name)), name
-    elif source is not None:
-        recipe, origin = Recipe(name, data_source=_source_name(name)), source
+    elif source is not None or looks_like_file(name) or "/" in name:
+        # A file's name without its folder, so that the same file gives the same rows wherever it lies.
+        recipe = Recipe(name, data_source=Path(name).stem if looks_like_file(name) else name)
+        origin = source or name
     else:
         names = [*RECIPES, *_ARITHMETIC, f"{_REASONING_GYM}<task>"]
         raise InputError(
@@ -180,105 +262,3 @@ def open_source(
         raise InputError(f"{name} has no {split} split: choose {' or '.join(recipe.splits)}.")
     config = recipe.hub_config if origin == recipe.hub_id else None
     return recipe, read_hub(origin, config=config, split=recipe.splits[split], revision=revision)
-
-
-def _source_name(name: str) -> str:
-    """A file's name without its folder, so that the same file gives the same rows wherever it lies."""
-    return Path(name).stem if looks_like_file(name) else name
-
-
-def _convert(
-    rows: Iterable[Row],
-    prompts: Prompts,
-    *,
-    where: str,
-    columns: Mapping[str, str],
-    system_prompt: str | None,
-    instruction: str,
-    chat: bool,
-    truths_as_they_are: bool,
-    keep: Sequence[str],
-) -> Iterator[Row]:
-    recipe = prompts.recipe
-    ids: dict[Any, int] = {}
-    question_column = answer_column = ""
-    for index, row in enumerate(rows):
-        prompts.seen += 1
-        if index == 0:
-            question_column = _column(row, columns, "prompt", recipe.question_columns, where)
-            answer_column = _column(row, columns, "answer", recipe.answer_columns, where)
-        for column in (question_column, answer_column, *keep):
-            if column not in row:
-                raise InputError(
-                    f"{where}, row {index + 1} has no column {column!r}: give every row the same columns."
-                )
-        _refuse_duplicate_id(row, index, ids, where)
-        question = row[question_column]
-        prompt = _as_messages(question, system_prompt, instruction, f"{where}, row {index + 1}")
-        if prompt is None:
-            prompts.dropped["the question is empty"] += 1
-            continue
-        truth = row[answer_column] if truths_as_they_are else recipe.ground_truth(row[answer_column])
-        if truth is None:
-            prompts.dropped["the ground truth cannot be parsed"] += 1
-            continue
-        yield {
-            "prompt": prompt if chat else prompt[-1]["content"],
-            "answer": truth,
-            "question": question if isinstance(question, str) else prompt[-1]["content"],
-            "index": index,
-            "data_source": recipe.data_source,
-            **{key: row[key] for key in ("task", "entry") if truths_as_they_are},
-            **{key: row[key] for key in keep},
-        }
-
-
-def _column(row: Row, columns: Mapping[str, str], ours: str, recognised: tuple[str, ...], where: str) -> str:
-    unknown = sorted(set(columns) - {"prompt", "answer"})
-    if unknown:
-        raise InputError(f"the column mapping names {unknown[0]!r}: it maps prompt and answer only.")
-    candidates = (columns[ours],) if ours in columns else recognised
-    for candidate in candidates:
-        if candidate in row:
-            return candidate
-    raise InputError(
-        f"{where} has no column {' or '.join(map(repr, candidates))} for the {ours} (it has "
-        f"{', '.join(map(repr, row)) or 'none'}): rename one, or map it with {ours}=COLUMN."
-    )
-
-
-def _refuse_duplicate_id(row: Row, index: int, ids: dict[Any, int], where: str) -> None:
-    identifier = row.get("id", row.get("unique_id"))
-    if not isinstance(identifier, str | int):
-        return
-    if identifier in ids:
-        raise InputError(
-            f"{where}, row {index + 1} repeats the id {identifier!r} of row {ids[identifier]}: remove one of "
-            "them."
-        )
-    ids[identifier] = index + 1
-
-
-def _as_messages(
-    question: Any, system_prompt: str | None, instruction: str, where: str
-) -> list[dict[str, str]] | None:
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    if isinstance(question, list):
-        messages = [dict(message) for message in question if isinstance(message, Mapping)]
-        if len(messages) != len(question) or any({"role", "content"} - set(m) for m in messages):
-            raise InputError(
-                f"{where}: the prompt is a list but not of messages: give each message a role and a content."
-            )
-        if not messages:
-            return None
-        own_system = messages[0]["role"] == "system"
-        return [*([] if own_system else system), *messages]
-    if question is not None and not isinstance(question, str):
-        raise InputError(f"{where}: the question is a {type(question).__name__}: give text or messages.")
-    if not question or not question.strip():
-        return None
-    content = f"{question} {instruction}" if instruction else question
-    return [*system, {"role": "user", "content": content}]
-
-
-__all__ = ["ANSWER_COLUMNS", "QUESTION_COLUMNS", "Prompts", "iterate_prompts", "load_prompts"]

@@ -1,7 +1,8 @@
 """Rows from .jsonl and .parquet files and from the Hugging Face Hub, one at a time.
 
 Files are streamed, so a file larger than memory can be read. Whatever cannot be read is an `InputError` that
-names the file and the row (rows count from 1).
+names the file and the row (rows count from 1). The Hub is read by `datasets`; files are not, since its JSON
+reader (5.2) fills missing columns with None and counts a damaged row from the block that it is in.
 """
 
 import json
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, first_line
 
 Row = dict[str, Any]
 
@@ -74,8 +75,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as parquet ({reason}): write it again.") from error
+        raise InputError(
+            f"{path} cannot be read as parquet ({first_line(error)}): write it again."
+        ) from error
 
 
 def read_hub(dataset: str, *, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
@@ -89,11 +91,7 @@ def read_hub(dataset: str, *, config: str | None, split: str, revision: str | No
     try:
         yield from datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=True)
     except Exception as error:  # the Hub client raises a dozen unrelated types for "not there"
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"the Hub data set {dataset!r} (split {split!r}) cannot be loaded ({reason}): check its name and "
-            "the network, or give a local .jsonl or .parquet file."
-        ) from error
+        raise _not_there(f"the Hub data set {dataset!r} (split {split!r}) cannot be loaded", error) from error
 
 
 def hub_revision(dataset: str, revision: str | None) -> str:
@@ -107,8 +105,11 @@ def hub_revision(dataset: str, revision: str | None) -> str:
     try:
         return str(HfApi().dataset_info(dataset, revision=revision).sha)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"the revision of the Hub data set {dataset!r} cannot be resolved ({reason}): check its name and "
-            "the network, or give a local .jsonl or .parquet file."
-        ) from error
+        raise _not_there(f"the revision of the Hub data set {dataset!r} cannot be resolved", error) from error
+
+
+def _not_there(what: str, error: Exception) -> InputError:
+    return InputError(
+        f"{what} ({first_line(error)}): check its name and the network, or give a local .jsonl or .parquet "
+        "file."
+    )

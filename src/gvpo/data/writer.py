@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -30,13 +30,10 @@ def write_dataset(
     output: str | Path,
     *,
     sources: Sequence[str] = (),
-    columns: Mapping[str, str] | None = None,
     revision: str | None = None,
-    system_prompt: str | None = None,
-    instruction: str | None = None,
-    size: int | None = None,
     seed: int = 0,
     progress: Callable[[str, int], None] = lambda split, rows: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write `train.parquet`, `test.parquet` (as far as there are such splits) and `manifest.json`.
 
@@ -44,9 +41,10 @@ def write_dataset(
         name: a data set as `load_prompts` takes it, but `arithmetic`, which needs no files.
         output: folder; files of these names in it are replaced once everything is written, and only then.
         sources: local files, folders with train and test files, or one Hub id. Empty for the name's own.
-        columns, revision, system_prompt, instruction: as for `load_prompts`.
-        size, seed: of reasoning_gym's generated problems.
+        revision: commit, branch or tag on the Hub; the manifest says which commit it was.
+        seed: of reasoning_gym's generated problems.
         progress: called with the split and the number of its rows written so far.
+        options: columns, system_prompt, instruction and size, as for `load_prompts`.
 
     Returns:
         The manifest.
@@ -59,31 +57,13 @@ def write_dataset(
     origins = _origins(name, sources)
     on_hub = [origin for origin in set(origins.values()) if origin and not looks_like_file(origin)]
     commit = hub_revision(on_hub[0], revision) if on_hub else None
-    output = Path(output)
-    new = not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
-    except OSError as error:
-        raise InputError(
-            f"the folder {output} cannot be written to ({error.strerror}): choose another."
-        ) from error
-    try:
-        manifest: dict[str, Any] = {"name": name, "gvpo": __version__, "splits": {}}
+    manifest: dict[str, Any] = {"name": name, "gvpo": __version__, "splits": {}}
+    with _aside(Path(output)) as aside:
         for split, origin in origins.items():
             prompts, rows = iterate_prompts(
-                name,
-                split=split,
-                source=origin,
-                columns=columns,
-                revision=commit,
-                system_prompt=system_prompt,
-                instruction=instruction,
-                size=size,
-                seed=seed,
+                name, split=split, source=origin, revision=commit, seed=seed, **options
             )
-            manifest["instruction"] = prompts.recipe.instruction if instruction is None else instruction
-            manifest["system_prompt"] = system_prompt
+            manifest |= {"instruction": prompts.instruction, "system_prompt": prompts.system_prompt}
             path = aside / f"{split}.parquet"
             written = _write_parquet(path, _verl_rows(rows, prompts.recipe.ability, split), split, progress)
             if not written:
@@ -99,9 +79,24 @@ def write_dataset(
                 "file": path.name,
                 "sha256": _sha256(path),
             }
-        (aside / MANIFEST).write_text(
-            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (aside / MANIFEST).write_text(text, encoding="utf-8")
+    return manifest
+
+
+@contextmanager
+def _aside(output: Path) -> Iterator[Path]:
+    """A folder whose files move to `output` when all went well; otherwise nothing of it remains."""
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
+    except OSError as error:
+        raise InputError(
+            f"the folder {output} cannot be written to ({error.strerror}): choose another."
+        ) from error
+    try:
+        yield aside
         for file in sorted(aside.iterdir()):
             os.replace(file, output / file.name)
     finally:
@@ -109,7 +104,6 @@ def write_dataset(
         if new:
             with suppress(OSError):  # not empty: all went well
                 output.rmdir()
-    return manifest
 
 
 def _origins(name: str, sources: Sequence[str]) -> dict[str, str | None]:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,7 +16,7 @@ from gvpo.errors import InputError
 from gvpo.evaluate.sampling import Completion, Sampler, SamplingOptions
 from gvpo.evaluate.statistics import bootstrap, majority_correct, paired_test, pass_at_k
 from gvpo.rewards.functions import RewardFunction
-from gvpo.run import RunDirectory
+from gvpo.run import RunDirectory, new_figure, save_figure
 
 if TYPE_CHECKING:
     import datasets
@@ -89,17 +91,13 @@ def sample_all(
         if not file.exists():
             sampler = sampler or make_sampler()
             texts = [sampler.render(prompts[index]["prompt"]) for index, _ in batch]
-            drawn = sampler.sample(texts, _batch_seed(settings.seed, start))
-            _write(
-                [_row(prompts, job, text, one) for job, text, one in zip(batch, texts, drawn, strict=True)],
-                file,
-            )
+            # Seeds far apart for batches next to each other and for seeds next to each other.
+            drawn = sampler.sample(texts, (settings.seed * 1_000_003 + start * 7_919) % 2**31)
+            _write([_row(prompts, *one) for one in zip(batch, texts, drawn, strict=True)], file)
         progress(start + len(batch))
     rows = [row for file in files for row in _read(file)]
     _write(rows, complete)
-    for file in files:
-        file.unlink()
-    parts.rmdir()
+    shutil.rmtree(parts)
     return rows
 
 
@@ -109,21 +107,14 @@ def _start(run: RunDirectory, settings: Settings, prompts: "datasets.Dataset") -
     config = {**asdict(settings), "prompts_sha256": hashlib.sha256(content.encode()).hexdigest()}
     path = run.path / "config.yaml"
     started = (run.path / SAMPLES).exists() or (run.path / _PARTS).exists()
-    if started and path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = [key for key in config if before.get(key) != config[key]]
-        if changed:
-            key = changed[0]
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if started and path.exists() else config
+    for key, value in config.items():
+        if before.get(key) != value:
             raise InputError(
-                f"{run.path} holds an evaluation with {key} {before.get(key)!r} instead of {config[key]!r}: "
+                f"{run.path} holds an evaluation with {key} {before.get(key)!r} instead of {value!r}: "
                 "choose another --output, or remove it."
             )
     run.start(config)
-
-
-def _batch_seed(seed: int, start: int) -> int:
-    # Far apart for batches next to each other and for seeds next to each other.
-    return (seed * 1_000_003 + start * 7_919) % 2**31
 
 
 def _row(prompts: "datasets.Dataset", job: tuple[int, int], text: str, completion: Completion) -> Row:
@@ -153,8 +144,7 @@ def _write(rows: Sequence[Row], path: Path) -> None:
 def _read(path: Path) -> list[Row]:
     import pyarrow.parquet
 
-    rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    return rows
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 # --- Grading ------------------------------------------------------------------------------------------------
@@ -179,10 +169,8 @@ def grade(rows: list[Row], run: RunDirectory, reward_name: str, reward: RewardFu
                 "remove it from the data."
             )
         found = extract_answer(row["completion"])
-        if reward_name == "exact":
-            row["extracted"] = row["completion"].strip() or None
-        else:
-            row["extracted"] = found.text if found else None
+        whole = row["completion"].strip() or None
+        row["extracted"] = whole if reward_name == "exact" else found and found.text
         row["reward"] = float(score)
     _write(rows, run.path / SAMPLES)
 
@@ -209,30 +197,28 @@ def summarise(rows: Iterable[Row], samples: int, seed: int) -> dict[str, dict[st
         k = 2, 4, 8, … up to n, `truncated` and `unparsable` (shares of samples) and `tokens` (mean length),
         each with `mean`, `low` and `high`.
     """
-    prompts: dict[int, list[Row]] = {}
-    for row in rows:
-        prompts.setdefault(row["prompt_index"], []).append(row)
-    groups = list(prompts.values())
+    groups = list(_by_prompt(rows, "prompt_index").values())
     scores = [[row["reward"] for row in group] for group in groups]
     right = [sum(score >= 1.0 for score in group) for group in scores]
-    values: dict[str, list[float]] = {"pass@1": [sum(group) / len(group) for group in scores]}
+    values: dict[str, list[float]] = {"pass@1": [fmean(group) for group in scores]}
     if samples > 1:
         values[f"avg@{samples}"] = values["pass@1"]
     sizes = sorted({2**power for power in range(1, samples.bit_length())} | ({samples} - {1}))
-    for k in sizes:
-        values[f"pass@{k}"] = [pass_at_k(samples, count, k) for count in right]
+    values |= {f"pass@{k}": [pass_at_k(samples, count, k) for count in right] for k in sizes}
     votes = [[_vote(row) for row in group] for group in groups]
-    for k in sizes:
-        values[f"maj@{k}"] = [
-            majority_correct(vote[:k], score[:k]) for vote, score in zip(votes, scores, strict=True)
-        ]
-    for name, share in (
-        ("truncated", lambda row: float(row["truncated"])),
-        ("unparsable", lambda row: float(row["extracted"] is None)),
-        ("tokens", lambda row: float(row["tokens"])),
-    ):
-        values[name] = [sum(map(share, group)) / len(group) for group in groups]
+    both = list(zip(votes, scores, strict=True))
+    values |= {f"maj@{k}": [majority_correct(vote[:k], score[:k]) for vote, score in both] for k in sizes}
+    values["truncated"] = [fmean(row["truncated"] for row in group) for group in groups]
+    values["unparsable"] = [fmean(row["extracted"] is None for row in group) for group in groups]
+    values["tokens"] = [fmean(row["tokens"] for row in group) for group in groups]
     return {name: asdict(bootstrap(value, seed)) for name, value in values.items()}
+
+
+def _by_prompt(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    prompts: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        prompts.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return prompts
 
 
 def compare(run: Path, other: Path, seed: int) -> dict[str, Any]:
@@ -250,14 +236,12 @@ def compare(run: Path, other: Path, seed: int) -> dict[str, Any]:
     return {"run": run.name, "other": other.name, "prompts": len(these), **result}
 
 
-def _means(path: Path) -> dict[tuple[int, str], float]:
+def _means(path: Path) -> dict[tuple[Any, ...], float]:
     """Mean reward for each prompt, told apart by its place and its answer."""
     if not (path / SAMPLES).is_file() or not (path / "summary.json").is_file():
         raise InputError(f"{path} holds no finished evaluation: run gvpo eval --output {path} first.")
-    scores: dict[tuple[int, str], list[float]] = {}
-    for row in _read(path / SAMPLES):
-        scores.setdefault((row["prompt_index"], row["answer"]), []).append(row["reward"])
-    return {prompt: sum(values) / len(values) for prompt, values in scores.items()}
+    prompts = _by_prompt(_read(path / SAMPLES), "prompt_index", "answer")
+    return {prompt: fmean(row["reward"] for row in rows) for prompt, rows in prompts.items()}
 
 
 def finish(run: RunDirectory, settings: Settings, rows: list[Row]) -> dict[str, Any]:
@@ -277,16 +261,11 @@ def finish(run: RunDirectory, settings: Settings, rows: list[Row]) -> dict[str, 
 
 def draw(figures: dict[str, dict[str, float]], title: str, path: Path) -> None:
     """The accuracies and rates with their intervals, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [name for name in figures if name != "tokens"][::-1]
     means = [figures[name]["mean"] for name in names]
     below = [figures[name]["mean"] - figures[name]["low"] for name in names]
     above = [figures[name]["high"] - figures[name]["mean"] for name in names]
-    figure = Figure(figsize=(7, 1.2 + 0.36 * len(names)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = new_figure(width=7, height=1.2 + 0.36 * len(names))
     axis.errorbar(means, names, xerr=[below, above], fmt="o", capsize=3, color="#1f5fa8")
     for name, mean in zip(names, means, strict=True):
         axis.annotate(
@@ -295,8 +274,4 @@ def draw(figures: dict[str, dict[str, float]], title: str, path: Path) -> None:
     axis.set_xlim(-0.03, 1.03)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("mean and 95 % interval over prompts")
-    axis.grid(axis="x", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png")
-    os.replace(aside, path)
+    save_figure(figure, path)

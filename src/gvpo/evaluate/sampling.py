@@ -7,9 +7,9 @@ evaluation that was cut off goes on as if it had not been.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, first_line
 
 Prompt = str | list[dict[str, str]]
 
@@ -38,16 +38,6 @@ class Completion:
     truncated: bool
 
 
-class Sampler(Protocol):
-    """Draws one completion for each prompt."""
-
-    def render(self, prompt: Prompt) -> str:
-        """The text that the model is given."""
-
-    def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
-        """One completion for each text."""
-
-
 def load_tokenizer(model: str, chat_template: str | None, needs_template: bool) -> Any:
     """A model's tokenizer, with a chat template where one is needed.
 
@@ -56,13 +46,14 @@ def load_tokenizer(model: str, chat_template: str | None, needs_template: bool) 
     """
     from transformers import AutoTokenizer
 
-    if not _known(model):
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1 or Path(model).exists()
+    if looks_local and not Path(model).is_dir():
         raise InputError(f"there is no model at {model}: give a folder that holds one, or a Hub id.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     except Exception as error:  # a dozen unrelated types, by what is missing
         raise InputError(
-            f"{model} has no tokenizer that can be loaded ({_first_line(error)}): save the tokenizer beside "
+            f"{model} has no tokenizer that can be loaded ({first_line(error)}): save the tokenizer beside "
             "the model."
         ) from error
     if chat_template is not None:
@@ -77,30 +68,8 @@ def load_tokenizer(model: str, chat_template: str | None, needs_template: bool) 
     return tokenizer
 
 
-def _known(model: str) -> bool:
-    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    return Path(model).is_dir() or not (looks_local or Path(model).exists())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-class _Rendering:
-    """Prompts as the text that the model is given."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def render(self, prompt: Prompt) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return str(text)
-
-
-class TransformersSampler(_Rendering):
-    """Batches through `generate`; on a GPU when there is one, in the precision that the model was saved in.
+class Sampler:
+    """Draws one completion for each prompt.
 
     Args:
         model: folder or Hub id.
@@ -109,32 +78,54 @@ class TransformersSampler(_Rendering):
         chat_template: instead of the tokenizer's own.
 
     Raises:
-        InputError: the model or its tokenizer cannot be loaded.
+        InputError: the model, its tokenizer or the engine cannot be loaded.
     """
 
     def __init__(
         self, model: str, options: SamplingOptions, *, chat: bool, chat_template: str | None
     ) -> None:
+        self.options, self.chat = options, chat
+        self.tokenizer = load_tokenizer(model, chat_template, chat)
+        try:
+            self._load(model)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"the model {model} cannot be loaded ({first_line(error)}).") from error
+
+    def _load(self, model: str) -> None:
+        raise NotImplementedError
+
+    def render(self, prompt: Prompt) -> str:
+        """The text that the model is given."""
+        if isinstance(prompt, str):
+            return prompt
+        return str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+    def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
+        """One completion for each text."""
+        raise NotImplementedError
+
+
+class TransformersSampler(Sampler):
+    """Batches through `generate`; on a GPU when there is one, in the precision of the saved model."""
+
+    def _load(self, model: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        super().__init__(load_tokenizer(model, chat_template, chat))
-        self.chat = chat
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
-        except Exception as error:
-            raise InputError(f"the model {model} cannot be loaded ({_first_line(error)}).") from error
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
         ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
-        sampled = options.temperature > 0
+        temperature, top_p = self.options.temperature, self.options.top_p
+        drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
         # A configuration of our own: one saved with the model may hold penalties and a top-k of 50.
         self.generation = GenerationConfig(
-            do_sample=sampled,
-            **({"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if sampled else {}),
-            max_new_tokens=options.max_tokens,
+            do_sample=bool(drawn),
+            **drawn,
+            max_new_tokens=self.options.max_tokens,
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
@@ -157,53 +148,27 @@ class TransformersSampler(_Rendering):
         return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), stop is None)
 
 
-class VLLMSampler(_Rendering):
-    """Batches through vLLM (the extra `gvpo[vllm]`), with a seed for each request.
+class VLLMSampler(Sampler):
+    """Batches through vLLM (the extra `gvpo[vllm]`), with a seed for each request."""
 
-    Args:
-        model, options, chat, chat_template: as for `TransformersSampler`.
-
-    Raises:
-        InputError: vLLM is not installed, or the model or its tokenizer cannot be loaded.
-    """
-
-    def __init__(
-        self, model: str, options: SamplingOptions, *, chat: bool, chat_template: str | None
-    ) -> None:
+    def _load(self, model: str) -> None:
         try:
             from vllm import LLM  # type: ignore[import-not-found]
         except ImportError as error:
             raise InputError(
                 "vLLM is not installed: pip install 'gvpo[vllm]', or use --backend transformers."
             ) from error
-        super().__init__(load_tokenizer(model, chat_template, chat))
-        self.chat = chat
-        self.options = options
-        try:
-            self.engine = LLM(model=model)
-        except Exception as error:
-            raise InputError(f"the model {model} cannot be loaded by vLLM ({_first_line(error)}).") from error
+        self.engine = LLM(model=model)
 
     def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
         from vllm import SamplingParams
 
-        parameters = [
-            SamplingParams(
-                temperature=self.options.temperature,
-                top_p=self.options.top_p,
-                max_tokens=self.options.max_tokens,
-                seed=seed + index,
-            )
-            for index in range(len(texts))
-        ]
+        parameters = [SamplingParams(**vars(self.options), seed=seed + index) for index in range(len(texts))]
+        special = not self.chat
         prompts = [
-            {"prompt_token_ids": self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]}
+            {"prompt_token_ids": self.tokenizer(text, add_special_tokens=special)["input_ids"]}
             for text in texts
         ]
-        outputs = [
-            request.outputs[0] for request in self.engine.generate(prompts, parameters, use_tqdm=False)
-        ]
-        return [
-            Completion(output.text, len(output.token_ids), output.finish_reason == "length")
-            for output in outputs
-        ]
+        outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
+        drawn = [request.outputs[0] for request in outputs]
+        return [Completion(one.text, len(one.token_ids), one.finish_reason == "length") for one in drawn]
