@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from gvpo.errors import InputError
 from gvpo.evaluate.command import evaluate, report
 from gvpo.evaluate.sampling import SamplingOptions, TransformersSampler
+from gvpo.model.tokenizer import load_tokenizer
 from gvpo.run import RunDirectory
 from gvpo.sums import make_model, make_tokenizer
 
@@ -74,7 +75,8 @@ def test_evaluation_from_the_command_line(model, problems, tmp_path):
 
 @pytest.mark.slow
 def test_greedy_decoding_agrees_with_the_model(model, problems):
-    sampler = TransformersSampler(str(model), SamplingOptions(0.0, 1.0, 3), chat=False, chat_template=None)
+    tokenizer = load_tokenizer(str(model), needs_template=False, advice="")
+    sampler = TransformersSampler(str(model), tokenizer, SamplingOptions(0.0, 1.0, 3), chat=False)
     text = "<bos>05+07="
     ids = sampler.tokenizer(text)["input_ids"]
     expected = []
@@ -98,7 +100,7 @@ def test_greedy_decoding_agrees_with_the_model(model, problems):
         ({"--data": "no_such_data"}, "there is no data set 'no_such_data'"),
         ({"--reward": "no_such_reward"}, "there is no reward"),
         ({"--samples": "4", "--temperature": "0"}, "are all alike"),
-        ({"--chat-template": "missing.jinja"}, "missing.jinja is not a file"),
+        ({"--chat-template": "missing.jinja"}, "missing.jinja cannot be read"),
     ],
 )
 def test_bad_input_leaves_no_directory(model, problems, tmp_path, change, message):

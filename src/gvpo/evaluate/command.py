@@ -66,6 +66,7 @@ def evaluate(
     from gvpo.data.command import parse_columns
     from gvpo.evaluate.evaluation import Settings
     from gvpo.evaluate.sampling import SamplingOptions
+    from gvpo.model.tokenizer import read_template
 
     number = samples or (32 if data.partition(":")[0] == "aime24" else 1)
     if temperature is None:
@@ -75,8 +76,6 @@ def evaluate(
             f"{number} greedy samples of a prompt are all alike: give --temperature (0.6 or 1.0 are usual), "
             "or --samples 1."
         )
-    if chat_template is not None and not chat_template.is_file():
-        raise InputError(f"the chat template {chat_template} is not a file: give one that exists.")
     settings = Settings(
         model=model,
         data=data,
@@ -89,7 +88,7 @@ def evaluate(
         chat=not plain,
         system_prompt=system_prompt,
         instruction=instruction,
-        chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+        chat_template=read_template(chat_template),
         backend=backend,
         seed=seed,
     )
@@ -102,7 +101,8 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
 
     from gvpo.data import load_prompts
     from gvpo.evaluate.evaluation import compare, finish, grade, sample_all
-    from gvpo.evaluate.sampling import Sampler, TransformersSampler, VLLMSampler, load_tokenizer
+    from gvpo.evaluate.sampling import Sampler, TransformersSampler, VLLMSampler
+    from gvpo.model.tokenizer import load_tokenizer
     from gvpo.rewards import load_reward
     from gvpo.run import RunDirectory, Ticker
 
@@ -120,11 +120,16 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
         chat=settings.chat,
     )
     chat = not isinstance(prompts[0]["prompt"], str)
-    load_tokenizer(settings.model, settings.chat_template, chat)  # complain before the directory is made
+    tokenizer = load_tokenizer(
+        settings.model,
+        settings.chat_template,
+        needs_template=chat,
+        advice="--chat-template FILE, or --plain",
+    )
 
     def make_sampler() -> Sampler:
         kind = VLLMSampler if settings.backend == "vllm" else TransformersSampler
-        return kind(settings.model, settings.sampling, chat=chat, chat_template=settings.chat_template)
+        return kind(settings.model, tokenizer, settings.sampling, chat=chat)
 
     run = RunDirectory(output)
     ticker = Ticker(console, "sampling", len(prompts) * settings.samples)

@@ -6,7 +6,6 @@ evaluation that was cut off goes on as if it had not been.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gvpo.errors import InputError, first_line
@@ -38,54 +37,21 @@ class Completion:
     truncated: bool
 
 
-def load_tokenizer(model: str, chat_template: str | None, needs_template: bool) -> Any:
-    """A model's tokenizer, with a chat template where one is needed.
-
-    Raises:
-        InputError: there is no tokenizer or no template.
-    """
-    from transformers import AutoTokenizer
-
-    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1 or Path(model).exists()
-    if looks_local and not Path(model).is_dir():
-        raise InputError(f"there is no model at {model}: give a folder that holds one, or a Hub id.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    except Exception as error:  # a dozen unrelated types, by what is missing
-        raise InputError(
-            f"{model} has no tokenizer that can be loaded ({first_line(error)}): save the tokenizer beside "
-            "the model."
-        ) from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if needs_template and not tokenizer.chat_template:
-        raise InputError(
-            f"the tokenizer of {model} has no chat template: give one with --chat-template FILE, or --plain "
-            "to send the questions as they are."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 class Sampler:
     """Draws one completion for each prompt.
 
     Args:
         model: folder or Hub id.
+        tokenizer: of the model (`gvpo.model.tokenizer`).
         options: how to sample.
         chat: whether the prompts are conversations, whose rendered text has all special tokens already.
-        chat_template: instead of the tokenizer's own.
 
     Raises:
-        InputError: the model, its tokenizer or the engine cannot be loaded.
+        InputError: the model or the engine cannot be loaded.
     """
 
-    def __init__(
-        self, model: str, options: SamplingOptions, *, chat: bool, chat_template: str | None
-    ) -> None:
-        self.options, self.chat = options, chat
-        self.tokenizer = load_tokenizer(model, chat_template, chat)
+    def __init__(self, model: str, tokenizer: Any, options: SamplingOptions, *, chat: bool) -> None:
+        self.tokenizer, self.options, self.chat = tokenizer, options, chat
         try:
             self._load(model)
         except InputError:

@@ -14,12 +14,12 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
 from gvpo.data import load_prompts
-from gvpo.errors import InputError
+from gvpo.errors import InputError, first_line
+from gvpo.model.tokenizer import load_tokenizer, read_template
 from gvpo.rewards import load_reward
 from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import GVPOScriptArguments, TrainArguments, parse_arguments
@@ -181,44 +181,19 @@ def _load(
     return whole if size is None else whole.shuffle(seed=seed).select(range(min(size, len(whole))))
 
 
-def _tokenizer(arguments: TrainArguments, trust_remote_code: bool, *, needs_template: bool) -> Any:
-    name = arguments.model.model_name_or_path
-    assert name is not None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name,
-            revision=arguments.model.model_revision,
-            trust_remote_code=trust_remote_code,
-            padding_side="left",
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The tokenizer of {name} cannot be loaded ({_first_line(error)}): check model_name_or_path."
-        ) from error
-    if arguments.script.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(arguments.script.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"The chat template {arguments.script.chat_template} cannot be read ({error.strerror})."
-            ) from error
-    if needs_template and not tokenizer.chat_template:
-        raise InputError(
-            f"The tokenizer of {name} has no chat template: give one with --chat_template FILE, or "
-            "--no_chat to send prompts as plain text."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def _trainer(
     arguments: TrainArguments, rewards: list[Any], train: Dataset | None, held_out: Dataset | None
 ) -> GVPOTrainer:
     training, model = arguments.training, arguments.model
     trust = bool(getattr(training, "trust_remote_code", False))
-    tokenizer = _tokenizer(
-        arguments, trust, needs_template=train is not None and not isinstance(train[0]["prompt"], str)
+    assert model.model_name_or_path is not None
+    tokenizer = load_tokenizer(
+        model.model_name_or_path,
+        read_template(arguments.script.chat_template),
+        needs_template=train is not None and not isinstance(train[0]["prompt"], str),
+        advice="--chat_template FILE, or --no_chat",
+        revision=model.model_revision,
+        trust_remote_code=trust,
     )
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -226,7 +201,6 @@ def _trainer(
         "dtype": model.dtype,
         "trust_remote_code": trust,
     } | dict(training.model_init_kwargs or {})
-    assert model.model_name_or_path is not None
     try:
         return GVPOTrainer(
             model.model_name_or_path,
@@ -241,7 +215,7 @@ def _trainer(
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{model.model_name_or_path} cannot be trained: {_first_line(error)}") from error
+        raise InputError(f"{model.model_name_or_path} cannot be trained: {first_line(error)}") from error
 
 
 def _announce(console: Console, arguments: TrainArguments, prompts: int, checkpoint: str | None) -> None:
@@ -299,7 +273,3 @@ def _finish(
         f"curves.png are in {run.path}. Look at it:\n  gvpo report {run.path} --output report.html",
         soft_wrap=True,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

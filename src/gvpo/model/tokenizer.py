@@ -1,0 +1,59 @@
+"""A model's tokenizer, fit for batches of prompts."""
+
+from pathlib import Path
+from typing import Any
+
+from gvpo.errors import InputError, first_line
+
+
+def read_template(path: str | Path | None) -> str | None:
+    """The text of a Jinja file; None for none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return None if path is None else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the chat template {path} cannot be read ({first_line(error)}): give a Jinja file."
+        ) from error
+
+
+def load_tokenizer(
+    model: str, chat_template: str | None = None, *, needs_template: bool, advice: str, **options: Any
+) -> Any:
+    """The tokenizer of a model, padding on the left, with a chat template where one is needed.
+
+    Args:
+        model: folder or Hub id.
+        chat_template: to use in place of the tokenizer's own.
+        needs_template: the prompts are conversations.
+        advice: what gives it a template, or does without: "--chat-template FILE, or --plain".
+        options: of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        InputError: there is no model, tokenizer or template.
+    """
+    from transformers import AutoTokenizer
+
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1 or Path(model).exists()
+    if looks_local and not Path(model).is_dir():
+        raise InputError(f"there is no model at {model}: give a folder that holds one, or a Hub id.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
+    except Exception as error:  # a dozen unrelated types, by what is missing
+        raise InputError(
+            f"{model} has no tokenizer that can be loaded ({first_line(error)}): save the tokenizer beside "
+            "the model."
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if needs_template and not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {model} has no chat template: give one with {advice} to send the questions as "
+            "they are."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
