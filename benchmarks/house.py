@@ -101,10 +101,11 @@ def rooms(graph: Graph) -> Graph:
 
 
 def lines(sources: Path = SOURCES) -> Counter[str]:
-    """Lines of Python in each room."""
+    """Lines of Python, and of templates, in each room."""
     count: Counter[str] = Counter()
-    for name, path in modules(sources).items():
-        count[room(name)] += len(path.read_text(encoding="utf-8").splitlines())
+    for path in (*sources.glob("gvpo/**/*.py"), *sources.glob("gvpo/**/*.jinja")):
+        parts = path.relative_to(sources / "gvpo").with_suffix("").parts
+        count[parts[0].replace("__init__", "gvpo")] += len(path.read_text(encoding="utf-8").splitlines())
     return count
 
 

@@ -25,6 +25,19 @@ def parse_columns(mappings: list[str]) -> dict[str, str]:
     return columns
 
 
+Column = Annotated[
+    list[str] | None, typer.Option(help="Other column names: prompt=THEIRS and answer=THEIRS.")
+]
+SystemPrompt = Annotated[str | None, typer.Option(help="First message of each conversation.")]
+Instruction = Annotated[
+    str | None,
+    typer.Option(
+        help="Text after each question; '' for none. "
+        "[default: the data set's own, the published recipe's for gsm8k and math]"
+    ),
+]
+
+
 def data(
     name: Annotated[
         str,
@@ -43,18 +56,10 @@ def data(
             "May be given twice, for train and test."
         ),
     ] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(help="Other column names: prompt=THEIRS and answer=THEIRS.")
-    ] = None,
+    column: Column = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag on the Hub.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="First message of each conversation.")] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            help="Text after each question; '' for none. "
-            "[default: the data set's own, the published recipe's for gsm8k and math]"
-        ),
-    ] = None,
+    system_prompt: SystemPrompt = None,
+    instruction: Instruction = None,
     size: Annotated[int | None, typer.Option(min=1, help="Problems a split, for reasoning_gym.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of reasoning_gym's problems.")] = 0,
 ) -> None:

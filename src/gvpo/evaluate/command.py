@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from gvpo.data.command import Column, Instruction, SystemPrompt, parse_columns
 from gvpo.errors import InputError
 
 
@@ -42,17 +43,15 @@ def evaluate(
     ] = "accuracy",
     split: Annotated[str, typer.Option(help="train or test; files are taken as they are.")] = "test",
     size: Annotated[int | None, typer.Option(min=1, help="So many prompts, drawn at random.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(help="Other column names: prompt=THEIRS and answer=THEIRS.")
-    ] = None,
+    column: Column = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Questions as plain text, without chat template and instruction.")
     ] = False,
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a Jinja chat template instead of the tokenizer's.")
     ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="First message of each conversation.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="Text after each question; '' for none.")] = None,
+    system_prompt: SystemPrompt = None,
+    instruction: Instruction = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions sampled at a time.")] = 32,
     compare: Annotated[
         Path | None, typer.Option(help="Run directory of an earlier evaluation, for a paired test.")
@@ -63,7 +62,6 @@ def evaluate(
 
     An evaluation that was cut off goes on where it was when the same command is given again.
     """
-    from gvpo.data.command import parse_columns
     from gvpo.evaluate.evaluation import Settings
     from gvpo.evaluate.sampling import SamplingOptions
     from gvpo.model.tokenizer import read_template
