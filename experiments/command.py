@@ -22,42 +22,32 @@ Output = Annotated[Path, typer.Option(help="Results go into a directory in it, n
 _HERE = Path("runs/lab")
 
 
-@lab.command()
-def optimum(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
-    """Where the updates lead, from ten samplers: KL to the optimum, exact."""
-    _run(["optimum"], seeds, quick, workers, output)
+_ABOUT = {
+    "optimum": "Where the updates lead, from ten samplers: KL to the optimum, exact.",
+    "offline": "Learning from a fixed log of responses where several answers are good.",
+    "foreign": "Learning addition from another model's responses, whose probabilities nobody knows.",
+    "frontier": "Reward against KL on-policy, beside the exact frontier.",
+    "reuse": "Many updates on each rollout of addition: where GVPO loses, and why.",
+}
 
 
-@lab.command()
-def offline(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
-    """Learning from a fixed log of responses where several answers are good."""
-    _run(["offline"], seeds, quick, workers, output)
+def _add(command: str, experiments: list[str], about: str) -> None:
+    def run(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
+        from experiments.comparison import Scale
+        from experiments.runner import run_experiment
+        from gvpo.run import check_writable
+
+        scale = Scale.of(seeds, quick)
+        check_writable(output)
+        for name in experiments:
+            run_experiment(name, scale, output / name, workers=workers)
+
+    lab.command(command, help=about)(run)
 
 
-@lab.command()
-def foreign(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
-    """Learning addition from another model's responses, whose probabilities nobody knows."""
-    _run(["foreign"], seeds, quick, workers, output)
-
-
-@lab.command()
-def frontier(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
-    """Reward against KL on-policy, beside the exact frontier."""
-    _run(["frontier"], seeds, quick, workers, output)
-
-
-@lab.command()
-def reuse(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
-    """Many updates on each rollout of addition: where GVPO loses, and why."""
-    _run(["reuse"], seeds, quick, workers, output)
-
-
-@lab.command("all")
-def all_(seeds: Seeds = 5, quick: Quick = False, workers: Workers = 2, output: Output = _HERE) -> None:
-    """All of them, one after the other."""
-    from experiments.runner import EXPERIMENTS
-
-    _run(list(EXPERIMENTS), seeds, quick, workers, output)
+for _name, _about in _ABOUT.items():
+    _add(_name, [_name], _about)
+_add("all", list(_ABOUT), "All of them, one after the other.")
 
 
 @lab.command()
@@ -83,14 +73,3 @@ def check(
     from experiments.check import main
 
     main(documentation, results, write=write)
-
-
-def _run(names: list[str], seeds: int, quick: bool, workers: int, output: Path) -> None:
-    from experiments.comparison import Scale
-    from experiments.runner import run_experiment
-    from gvpo.run import check_writable
-
-    scale = Scale.of(seeds, quick)
-    check_writable(output)
-    for name in names:
-        run_experiment(name, scale, output / name, workers=workers)
