@@ -6,7 +6,6 @@ import pytest
 
 from gvpo.data import load_prompts
 from gvpo.errors import InputError
-from gvpo.rewards.truths import any_answer, hash_answer
 
 QUESTION = "How many?"
 
@@ -89,33 +88,6 @@ def test_reasoning_gym_keeps_the_entry():
     train = load_prompts("reasoning_gym:gcd", size=3)
     assert json.loads(train[0]["entry"])["answer"] == train[0]["answer"]
     assert train["prompt"] != load_prompts("reasoning_gym:gcd", split="test", size=3)["prompt"]
-
-
-@pytest.mark.parametrize(
-    ("value", "truth"),
-    [
-        (142.0, "142"),
-        (["9.6\n"], "9.6"),
-        (["4.4e7\n", r"4.4 \times 10^7", "4.4e7"], json.dumps(["4.4e7", r"4.4 \times 10^7"])),
-        ([r"$\frac{1}{2n}$"], r"\frac{1}{2n}"),
-        ("$69$,$84$", "$69$,$84$"),
-        (r"\frac{1}{", None),
-        ("", None),
-        (None, None),
-        (True, None),
-        ([], None),
-    ],
-)
-def test_ground_truths(value, truth):
-    assert any_answer(value) == truth
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("#### 72", "72"), ("#### -5", "-5"), ("#### 1,450,000", "1450000"), ("#### five", None), ("72", None)],
-)
-def test_hash_answers(text, answer):
-    assert hash_answer(text) == answer
 
 
 GOOD = b'{"question": "a?", "answer": "#### 1"}\n'
