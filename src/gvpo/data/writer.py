@@ -113,21 +113,16 @@ def _origins(name: str, sources: Sequence[str]) -> dict[str, str | None]:
             raise InputError("reasoning_gym makes its problems itself: leave --source out.")
         return {"train": None, "test": None}
     known, _, attached = name.partition(":")
-    if not sources and attached:
-        sources = [attached]
-    elif not sources and known not in RECIPES:
-        sources = [name]
-    if not sources:
-        recipe = RECIPES[known]
-        return dict.fromkeys(recipe.splits, recipe.hub_id)
+    recipe = RECIPES.get(known)
+    splits = list(recipe.splits) if recipe else list(SPLITS)
+    sources = sources or [attached or (recipe.hub_id or "" if recipe else name)]
     files = [file for source in sources for file in _files(source)]
     if not files:
-        splits = RECIPES[known].splits if known in RECIPES else {split: split for split in SPLITS}
         return dict.fromkeys(splits, sources[0])
     origins: dict[str, str | None] = {}
     for file in files:
         # A file named for neither split is for training, unless the set is for tests only.
-        alone = "train" if known not in RECIPES or "train" in RECIPES[known].splits else "test"
+        alone = "train" if "train" in splits else "test"
         split = next((split for split in SPLITS if split in file.stem), alone)
         if split in origins:
             raise InputError(

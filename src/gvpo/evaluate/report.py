@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from gvpo.errors import InputError
-from gvpo.run import METRICS, points, read_metrics
+from gvpo.run import METRICS, new_figure, points, read_metrics
 
 # Title, the metric's names (the first that a run has counts), and the unit of the vertical axis.
 PANELS = (
@@ -241,22 +241,16 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def _drawing(title: str, unit: str, curves: Sequence[tuple[int, list[float], list[float]]]) -> str:
     import matplotlib
     from markupsafe import Markup
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
     # Text as text keeps it small and selectable; the fixed salt makes the same runs give the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
-        FigureCanvasSVG(figure)
-        axis = figure.subplots()
+        figure, (axis,) = new_figure(width=4.6, height=3.0)
         for index, steps, values in curves:
             marker = "o" if len(steps) < 40 else None
             axis.plot(steps, values, color=_colour(index), lw=1.6, marker=marker, ms=3)
         axis.set_xlabel("optimizer step", fontsize=9)
         axis.set_ylabel(unit, fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
