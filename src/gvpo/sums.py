@@ -30,6 +30,7 @@ HELD_OUT = 1000
 WARMUP_STEPS = 1000
 WARMUP_ROWS = 64
 FORGETFUL = 0.62  # share of the teacher's answers without carries (or borrows)
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Task:
     def prompt(self, a: int, b: int) -> str:
         return f"<bos>{a:02d}{self.symbol}{b:02d}="
 
-    def pairs(self, seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def pairs(self, seed: int) -> tuple[list[Pair], list[Pair]]:
         """Pairs for training and 1,000 held-out ones, in an order that the seed fixes."""
         everything = [(a, b) for a in range(100) for b in range(100) if self.allowed(a, b)]
         random.Random(seed).shuffle(everything)
@@ -66,18 +67,12 @@ TASKS = {
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character."""
-    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+-="]
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    vocabulary = [*special.values(), *"0123456789+-="]
     inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **special)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -102,7 +97,7 @@ def warm_up(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     task: Task,
-    pairs: list[tuple[int, int]],
+    pairs: list[Pair],
     ticker: Ticker,
     seed: int,
 ) -> None:
@@ -136,11 +131,7 @@ def warm_up(
 
 @torch.no_grad()
 def answers(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[str],
-    *,
-    sample: bool = False,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], *, sample: bool = False
 ) -> list[str]:
     """The model's answers, greedy or sampled at temperature 1."""
     training = model.training
