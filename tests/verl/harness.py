@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gvpo.verl.cpu import overrides, use
+from gvpo.verl.records import read_record
 from tests.models import tiny_model
 from tests.test_objective import literal_loss
 
@@ -135,7 +136,7 @@ class Update:
 
 
 def updates(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(file, weights_only=False) for file in sorted(folder.glob("update_*.pt"))]
+    return [read_record(file) for file in sorted(folder.glob("update_*.safetensors"))]
 
 
 def replay(

@@ -22,10 +22,10 @@ def test_each_epoch_takes_each_prompt_once_in_mini_batches_of_the_size(prompts, 
 @given(st.lists(st.sampled_from([0.0, 0.0, -0.3, 0.7]), min_size=1, max_size=40), st.integers(1, 9))
 def test_rows_of_weight_stay_and_the_fewest_others_fill_up(weights, multiple):
     real = len(weights)
-    padding = range(real, real + -real % multiple)
-    every = torch.tensor(weights + [0.0] * len(padding))
-    lengths = [10 + i % 5 for i in range(real)] + [128] * len(padding)
-    chosen = choose_rows(every, lengths, multiple, spare=padding)
+    padding = -real % multiple
+    every = torch.tensor(weights + [0.0] * padding)
+    lengths = [10 + i % 5 for i in range(real)] + [1] * padding
+    chosen = choose_rows(every, lengths, multiple, padding=padding)
     used = {i for i, weight in enumerate(weights) if weight}
     assert used <= set(chosen)
     assert len(set(chosen)) == len(chosen)

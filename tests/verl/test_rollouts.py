@@ -23,7 +23,6 @@ def make(prompts, sessions=None, seed=0, valid=None):
         start=random[1] - 20,
         rewards=random[2],
         valid=torch.ones(n, dtype=torch.bool) if valid is None else valid,
-        lengths=[1] * n,
     )
 
 
@@ -75,6 +74,16 @@ def test_a_response_without_a_token_that_counts_is_no_member_of_its_group():
     smaller, _ = weigh(whole.take([0, 1, 3]), policy[[0, 1, 3]], 0.3)
     assert left_out[2] == 0
     torch.testing.assert_close(left_out[valid], smaller)
+
+
+def test_a_response_without_a_reward_is_no_member_of_its_group():
+    whole = make(["a"] * 4)
+    rewards = whole.rewards.clone()
+    rewards[2] = math.nan
+    policy = torch.randn(4, dtype=torch.float64)
+    left_out, _ = weigh(Rollouts(**{**whole.__dict__, "rewards": rewards}), policy, 0.3)
+    smaller, _ = weigh(whole.take([0, 1, 3]), policy[[0, 1, 3]], 0.3)
+    assert left_out.tolist() == [*smaller[:2].tolist(), 0.0, smaller[2].item()]
 
 
 def test_row_sums_skip_tokens_that_do_not_count_whatever_they_hold():

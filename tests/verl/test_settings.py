@@ -74,6 +74,7 @@ def test_published_scale_is_micro_batch_over_n_and_initial_reference_switches_th
         (f"{ACTOR}.gvpo_beta=-1", "beta"),
         ("gvpo.reference=latest", "gvpo.reference"),
         ("gvpo.loss_scale=sum", "gvpo.loss_scale"),
+        ("gvpo.max_bad_steps=0", "gvpo.max_bad_steps"),
         ("actor_rollout_ref.rollout.n=1", "rollout.n=1"),
         ("data.train_batch_size=100", "ppo_mini_batch_size=256"),
         (f"{ACTOR}.ppo_micro_batch_size_per_gpu=null", "ppo_micro_batch_size_per_gpu"),
@@ -110,12 +111,29 @@ def test_a_word_on_options_without_effect_and_on_a_beta_that_cannot_be_felt():
 
 
 @pytest.mark.parametrize(
-    ("installed", "words"), [("0.8.2", "0.9.1"), ("0.6.1", "0.6.0"), (None, "not installed")]
+    ("installed", "words"),
+    [
+        ("0.8.2", "0.9.1"),
+        ("0.9.1rc1", "0.9.1"),
+        ("0.10.0.dev1", "0.9.1"),
+        ("0.6.1", "0.6.0"),
+        (None, "not installed"),
+    ],
 )
 def test_other_versions_of_verl_are_refused_with_the_range(monkeypatch, installed, words):
     monkeypatch.setattr(versions, "version", _versions(verl=installed))
     with pytest.raises(InputError, match=words):
         versions.check_versions()
+
+
+@pytest.mark.parametrize(
+    ("installed", "adapter"),
+    [("0.9.1", "0.9"), ("0.9.1+local", "0.9"), ("0.9.2rc1", "0.9"), ("0.9.10", "0.9"), ("0.6.0", "0.6")],
+)
+def test_versions_of_verl_and_their_adapters(monkeypatch, capsys, installed, adapter):
+    monkeypatch.setattr(versions, "version", _versions(verl=installed, TransferQueue="0.1.11"))
+    assert versions.check_versions() == adapter
+    assert ("newer" in capsys.readouterr().out) == (installed in ("0.9.2rc1", "0.9.10"))
 
 
 def test_a_configuration_file_of_ones_own_is_refused():

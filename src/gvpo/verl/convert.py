@@ -5,60 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import yaml
 
 from gvpo.errors import InputError
-from gvpo.verl.settings import DEFAULT_BETA
+from gvpo.verl.settings import DEFAULT_BETA, Companion, companions
 
 _ENTRY = re.compile(r"\bverl\.trainer\.main_ppo\b|\brecipe\.gvpo\.\w+")
 # An override: one word of the shell, whose value may be quoted.
 _OVERRIDE = re.compile(
     r"""(?<![\w.$/{-])(?P<plus>\+{0,2})(?P<name>[a-z_]\w*(?:\.\w+)+)=(?P<value>"[^"]*"|'[^']*'|[^\s\\)"']*)"""
 )
+_BETA = "actor_rollout_ref.actor.gvpo_beta"
 _CONFIG_FLAG = re.compile(r"""--config-(?P<what>name|path|dir)[= ](?P<value>"[^"]*"|'[^']*'|[^\s\\]+)""")
-_KL = "the KL term is part of GVPO's objective, with beta as its coefficient"
-_CLIPPING = "GVPO has no clipping"
-_SUMS = "GVPO sums over tokens: its weights are for whole sequences"
-_CORRECTION = "GVPO needs no correction for the engine that sampled"
-
-_ACTOR = "actor_rollout_ref.actor"
-# name, value, why; these are added where the script does not have them
-_SET = (
-    ("algorithm.adv_estimator", "grpo", "it is what keeps a prompt's responses together"),
-    ("algorithm.norm_adv_by_std_in_grpo", "False", "GVPO's optimum is defined by the reward itself"),
-    ("algorithm.use_kl_in_reward", "False", _KL),
-    (
-        f"{_ACTOR}.use_kl_loss",
-        "False",
-        _KL + "; gvpo.reference=initial pulls to the initial policy",
-    ),
-    (f"{_ACTOR}.entropy_coeff", "0", "an entropy bonus moves the optimum; raise beta instead"),
-    (f"{_ACTOR}.policy_loss.loss_mode", "gvpo", "the objective"),
-    (f"{_ACTOR}.gvpo_beta", str(DEFAULT_BETA), "the published temperature"),
-)
-_ADD = {
-    "algorithm.adv_estimator",
-    "algorithm.norm_adv_by_std_in_grpo",
-    f"{_ACTOR}.policy_loss.loss_mode",
-    f"{_ACTOR}.gvpo_beta",
-}
-_DROP: dict[str, str] = {
-    f"{_ACTOR}.kl_loss_coef": _KL,
-    f"{_ACTOR}.kl_loss_type": _KL,
-    "algorithm.kl_ctrl.kl_coef": _KL,
-    "algorithm.kl_ctrl.type": _KL,
-    "algorithm.kl_penalty": _KL,
-    f"{_ACTOR}.clip_ratio": _CLIPPING,
-    f"{_ACTOR}.clip_ratio_low": _CLIPPING,
-    f"{_ACTOR}.clip_ratio_high": _CLIPPING,
-    f"{_ACTOR}.clip_ratio_c": _CLIPPING,
-    f"{_ACTOR}.loss_agg_mode": _SUMS,
-    f"{_ACTOR}.loss_scale_factor": _SUMS,
-    f"{_ACTOR}.use_prefix_grouper": "rows of a group are not kept in one micro-batch",
-    "algorithm.rollout_is": _CORRECTION,
-    "algorithm.rollout_correction.rollout_is": _CORRECTION,
-    "algorithm.rollout_correction.rollout_rs": _CORRECTION,
-    "algorithm.rollout_correction.bypass_mode": _CORRECTION,
-}
 
 
 @dataclass(frozen=True)
@@ -97,12 +57,15 @@ def convert_script(text: str, name: str = "the script") -> Converted:
             _close(lines, line)
         else:
             lines.append(converted)
-    added = [(key, value, why) for key, value, why in _SET if key in _ADD and key not in found]
-    changes += [f"{key}={value} added: {why}." for key, value, why in added]
-    words = "".join(f" \\\n    {key}={value}" for key, value, _ in added)
-    body = _map_code(
-        "\n".join(lines), lambda line: _ENTRY.sub(lambda _: "gvpo.verl" + words, line)
-    ).splitlines()
+    required, _ = companions()
+    added = {name: c for name, c in required.items() if c.add and name not in found}
+    words = [f"{name}={_word(companion)}" for name, companion in added.items()]
+    changes += [f"{word} added: {c.why}." for word, c in zip(words, added.values(), strict=True)]
+    if _BETA not in found:
+        words.append(f"{_BETA}={DEFAULT_BETA}")
+        changes.append(f"{words[-1]} added: the published temperature.")
+    entry = " \\\n    ".join(["gvpo.verl", *words])
+    body = _map_code("\n".join(lines), lambda line: _ENTRY.sub(lambda _: entry, line)).splitlines()
     changes.insert(0, "verl.trainer.main_ppo → gvpo.verl: the same Hydra overrides, GVPO's updates.")
     start = 1 if body and body[0].startswith("#!") else 0
     body[start:start] = ["# Converted by `gvpo verl convert`:", *(f"#   {change}" for change in changes)]
@@ -110,7 +73,7 @@ def convert_script(text: str, name: str = "the script") -> Converted:
 
 
 def _convert_line(line: str, found: set[str], changes: list[str]) -> str:
-    wanted = {key: (value, why) for key, value, why in _SET}
+    required, inert = companions()
 
     def convert(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
@@ -120,21 +83,33 @@ def _convert_line(line: str, found: set[str], changes: list[str]) -> str:
             raise InputError(
                 f"algorithm.adv_estimator={plain} needs more than a group: convert a GRPO script."
             )
-        if name in _DROP:
-            changes.append(f"{name}={value} removed: {_DROP[name]}.")
+        if name in inert:
+            changes.append(f"{name}={value} removed: {inert[name]}.")
             return ""
         if name == "actor_rollout_ref.rollout.mode" and plain == "sync":
             changes.append(f"{name}={value} removed: verl 0.9 has rollout servers only.")
             return ""
-        if name not in wanted or name.endswith("gvpo_beta"):
+        if name not in required or required[name].accepts(_value(plain)):
             return match[0]
-        target, why = wanted[name]
-        if plain.lower() == target.lower() or (target == "0" and _is_zero(plain)):
-            return match[0]
-        changes.append(f"{name}: {plain} → {target}: {why}.")
+        target = _word(required[name])
+        changes.append(f"{name}: {plain} → {target}: {required[name].why}.")
         return f"{match['plus']}{name}={target}"
 
     return _tidy(line, _OVERRIDE.sub(convert, line))
+
+
+def _value(text: str) -> Any:
+    """What Hydra makes of the value of an override; of shell variables, their text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _word(companion: Companion) -> str:
+    """The value to set, as Hydra takes it."""
+    value = companion.allow[0]
+    return "null" if value is None else str(value)
 
 
 def _convert_config_flags(text: str, name: str) -> tuple[str, list[str]]:
@@ -176,10 +151,3 @@ def _close(lines: list[str], removed: str) -> None:
     """A line has gone whole: if it ended its command, the one before it does so now."""
     if not removed.rstrip().endswith("\\") and lines and lines[-1].rstrip().endswith("\\"):
         lines[-1] = lines[-1].rstrip().removesuffix("\\").rstrip()
-
-
-def _is_zero(text: str) -> bool:
-    try:
-        return float(text) == 0
-    except ValueError:
-        return False

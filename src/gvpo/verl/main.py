@@ -91,7 +91,7 @@ def _train_09(config: Any) -> None:
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
-    from gvpo.verl.runner import task_runner
+    from gvpo.verl.trainer import task_runner
 
     auto_set_device(config)
     # verl 0.9 still lists the old names of reward settings, but no longer reads them by itself.
@@ -126,5 +126,6 @@ def _default_reward(section: Any, has_model: bool) -> None:
 
 
 def _refuse(error: InputError) -> None:
-    print(f"gvpo: {error}", file=sys.stderr)
+    # From a process of Ray's it comes with that process's traceback around it.
+    print(f"gvpo: {getattr(error, 'cause', None) or error}", file=sys.stderr)
     sys.exit(2)

@@ -40,7 +40,7 @@ def rows_short(rows: int, multiple: int) -> int:
 
 
 def choose_rows(
-    weights: Float[Tensor, "rows"], lengths: Sequence[int], multiple: int, *, spare: Sequence[int] = ()
+    weights: Float[Tensor, "rows"], lengths: Sequence[int], multiple: int, *, padding: int = 0
 ) -> list[int]:
     """The rows of an update: all of weight other than 0, filled up to a multiple by the shortest others.
 
@@ -48,19 +48,18 @@ def choose_rows(
     is taking them as filling.
 
     Args:
-        weights: (rows,); padding rows have weight 0.
+        weights: (rows,).
         lengths: tokens of each row.
         multiple: the number of rows must be a multiple of this, and is at least this.
-        spare: rows to take as filling only when the others do not suffice: verl's padding rows.
+        padding: how many of the rows, the last ones, are taken only when no others are left.
 
     Returns:
         Row numbers, ascending.
     """
-    used = [i for i, weight in enumerate(weights.tolist()) if weight != 0]
+    used = weights.nonzero()[:, 0].tolist()
+    idle = (weights == 0).nonzero()[:, 0].tolist()
     short = rows_short(len(used), multiple) if used else multiple
-    last_resort = set(spare)
-    idle = [i for i, weight in enumerate(weights.tolist()) if weight == 0]
-    filling = sorted(idle, key=lambda i: (i in last_resort, lengths[i]))[:short]
+    filling = sorted(idle, key=lambda i: (i >= len(weights) - padding, lengths[i]))[:short]
     if len(filling) < short:
         raise ValueError(f"an update needs {short} rows of weight 0 to fill it up and has {len(filling)}.")
     return sorted(used + filling)

@@ -27,9 +27,8 @@ class Rollouts:
         sessions: the session of each row, with its prompt.
         reference: S', sequence log-probabilities under the reference, in nats.
         start: S when the step began, before its first update, in nats.
-        rewards: R of each row; a session's is that of its last row.
+        rewards: R of each row, NaN where it has none; a session's is that of its last row.
         valid: False for padding rows and rows without a token that counts.
-        lengths: tokens of prompt and response.
     """
 
     prompts: list[str]
@@ -38,7 +37,6 @@ class Rollouts:
     start: Float[Tensor, "rows"]
     rewards: Float[Tensor, "rows"]
     valid: Bool[Tensor, "rows"]
-    lengths: list[int]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -54,7 +52,6 @@ class Rollouts:
             start=self.start[at],
             rewards=self.rewards[at],
             valid=self.valid[at],
-            lengths=[self.lengths[i] for i in rows],
         )
 
 
@@ -72,10 +69,15 @@ def weigh(
 ) -> tuple[Float[Tensor, "rows"], GVPOLoss]:
     """GVPO's weight of each row of a mini-batch under the current policy, and the loss with its diagnostics.
 
+    A session without a reward is no member of its group.
+
     Args:
         rollouts: whole groups, in any order.
         policy: S of each row under the current policy, in nats.
         beta: temperature of the implicit reward.
+
+    Raises:
+        NonFiniteError: a log-probability or reward that counts is not a finite number.
     """
     numbers: dict[tuple[str, str], int] = {}
     session = torch.tensor([numbers.setdefault(name, len(numbers)) for name in rollouts.sessions])
@@ -90,6 +92,7 @@ def weigh(
     rewards[session] = rollouts.rewards  # rows of a session share their reward
     mask = torch.zeros(len(numbers), dtype=torch.bool)
     mask[session[rollouts.valid]] = True
+    mask &= ~rewards.isnan()
     result = gvpo_loss(
         per_session(policy), per_session(rollouts.reference), rewards, group_ids, beta=beta, mask=mask
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gvpo.errors import InputError
@@ -14,71 +16,34 @@ from gvpo.errors import InputError
 DEFAULT_BETA = 0.1
 _PADDING_TOKENS = 128  # length of the rows that verl pads a batch with
 
-# name, the only value that GVPO can work with, why
-_COMPANIONS: tuple[tuple[str, Any, str], ...] = (
-    (
-        "actor_rollout_ref.actor.policy_loss.loss_mode",
-        "gvpo",
-        "gvpo.verl trains with no other loss; use verl.trainer.main_ppo for that",
-    ),
-    (
-        "algorithm.adv_estimator",
-        "grpo",
-        "it is what keeps the responses to a prompt together",
-    ),
-    (
-        "algorithm.norm_adv_by_std_in_grpo",
-        False,
-        "dividing rewards by their standard deviation changes the reward that GVPO's optimum is defined by",
-    ),
-    (
-        "actor_rollout_ref.actor.use_kl_loss",
-        False,
-        "the KL term is part of GVPO's objective, with beta as its coefficient; a second moves the optimum",
-    ),
-    (
-        "algorithm.use_kl_in_reward",
-        False,
-        "the KL term is part of GVPO's objective, with beta as its coefficient; a second moves the optimum",
-    ),
-    ("actor_rollout_ref.actor.entropy_coeff", 0, "an entropy bonus moves the optimum; raise beta instead"),
-    ("algorithm.use_pf_ppo", False, "it draws rows again by weight and so changes the groups"),
-    ("actor_rollout_ref.actor.use_prefix_grouper", False, "rows of a group are not kept in one micro-batch"),
-    ("critic.enable", (None, False), "GVPO has no critic"),
-    ("distillation.enabled", (None, False), "distillation adds a loss of its own"),
-    ("trainer.use_v1", (None, True), "only verl's V1 trainer is supported"),
-    ("trainer.v1.trainer_mode", (None, "sync"), "the asynchronous trainers are not tested with GVPO"),
-    ("algorithm.rollout_is", (None, False), "GVPO needs no importance weights, whatever engine sampled"),
-    (
-        "algorithm.rollout_correction.rollout_is",
-        None,
-        "GVPO needs no importance weights, whatever engine sampled",
-    ),
-    (
-        "algorithm.rollout_correction.rollout_rs",
-        None,
-        "GVPO needs no correction, whatever engine sampled",
-    ),
-    (
-        "algorithm.rollout_correction.bypass_mode",
-        (None, False),
-        "the reference must be scored by the same engine as the policy",
-    ),
-)
-# Options of other objectives, which the published scripts carry along.
-_INERT = (
-    "actor_rollout_ref.actor.clip_ratio",
-    "actor_rollout_ref.actor.clip_ratio_low",
-    "actor_rollout_ref.actor.clip_ratio_high",
-    "actor_rollout_ref.actor.clip_ratio_c",
-    "actor_rollout_ref.actor.kl_loss_coef",
-    "actor_rollout_ref.actor.kl_loss_type",
-    "actor_rollout_ref.actor.loss_agg_mode",
-    "actor_rollout_ref.actor.loss_scale_factor",
-    "algorithm.kl_ctrl.kl_coef",
-    "algorithm.lam",
-    "algorithm.gamma",
-)
+
+@dataclass(frozen=True)
+class Companion:
+    """An option of verl's that GVPO depends on.
+
+    Attributes:
+        allow: the values that GVPO can work with; the first is the one to set.
+        why: the reason why no others.
+        add: whether a converted script gets it where it has none.
+    """
+
+    allow: tuple[Any, ...]
+    why: str
+    add: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        """Whether GVPO can work with it; where verl's default is off, so is nothing."""
+        return value in self.allow or (value is None and False in self.allow)
+
+
+def companions() -> tuple[dict[str, Companion], dict[str, str]]:
+    """`config/companions.yaml`: companions by name, and why each option of other objectives does nothing."""
+    data = yaml.safe_load((Path(__file__).parent / "config" / "companions.yaml").read_text(encoding="utf-8"))
+    required = {
+        name: Companion(tuple(entry["allow"]), entry["why"], entry.get("add", False))
+        for name, entry in data["required"].items()
+    }
+    return required, data["inert"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +58,9 @@ class Settings:
         epochs: passes over a rollout's prompts.
         shuffle: whether prompts are drawn into mini-batches at random, by `seed`.
         row_multiple: rows of a mini-batch must be a multiple of this on every rank.
-        micro_batch: rows of a training micro-batch on one rank; None with dynamic batch size.
-        leave_out_zero_weights, poll_seconds, watch_seconds, dump_dir: as in `gvpo_trainer.yaml`.
+        incidents_dir: where the inputs of skipped updates are kept.
+        leave_out_zero_weights, poll_seconds, watch_seconds, max_bad_steps, dump_dir: as in
+            `config/gvpo_trainer.yaml`.
     """
 
     beta: float
@@ -105,10 +71,11 @@ class Settings:
     shuffle: bool
     seed: int
     row_multiple: int
-    micro_batch: int | None
+    incidents_dir: str
     leave_out_zero_weights: bool
     poll_seconds: float | None
     watch_seconds: float
+    max_bad_steps: int
     dump_dir: str | None
 
     def updates_per_step(self, prompts: int) -> int:
@@ -122,39 +89,37 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         InputError: a value that GVPO cannot work with, by name.
     """
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    gvpo = config.gvpo
-    reference, loss_scale = gvpo.reference, gvpo.loss_scale
-    if reference not in ("rollout", "initial"):
-        raise InputError(f"gvpo.reference={reference} is not known: choose rollout or initial.")
-    if loss_scale not in ("mean", "published"):
-        raise InputError(f"gvpo.loss_scale={loss_scale} is not known: choose mean or published.")
-    dynamic = bool(actor.use_dynamic_bsz)
-    micro_batch = None if dynamic else actor.ppo_micro_batch_size_per_gpu
-    if loss_scale == "published" and micro_batch is None:
+    actor, rollout, gvpo = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.gvpo
+    for name, choices in (("reference", ("rollout", "initial")), ("loss_scale", ("mean", "published"))):
+        if gvpo[name] not in choices:
+            raise InputError(f"gvpo.{name}={gvpo[name]} is not known: choose {' or '.join(choices)}.")
+    if gvpo.max_bad_steps < 1:
+        raise InputError(f"gvpo.max_bad_steps={gvpo.max_bad_steps} must be at least 1.")
+    published = gvpo.loss_scale == "published"
+    sizes = []
+    if not actor.use_dynamic_bsz:
+        sizes = [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
+    if published and not any(sizes[:1]):
         raise InputError(
             "gvpo.loss_scale=published is defined by actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu: "
             "set it, and use_dynamic_bsz=False."
         )
-    row_multiple = 1
-    if not dynamic:
-        sizes = [micro_batch, rollout.log_prob_micro_batch_size_per_gpu]
-        if reference == "initial":
-            sizes.append(_reference_micro_batch(config))
-        row_multiple = math.lcm(*(int(size) for size in sizes if size))
+    if sizes and gvpo.reference == "initial":
+        sizes.append(_reference_micro_batch(config))
     return Settings(
         beta=_beta(config),
-        reference=reference,
-        scale=micro_batch / rollout.n if loss_scale == "published" else 1.0,
+        reference=gvpo.reference,
+        scale=sizes[0] / rollout.n if published else 1.0,
         mini_batch=actor.ppo_mini_batch_size,
         epochs=gvpo.get("epochs", None) or actor.ppo_epochs,
         shuffle=bool(actor.shuffle),
         seed=actor.get("data_loader_seed", None) or 0,
-        row_multiple=row_multiple,
-        micro_batch=micro_batch,
+        row_multiple=math.lcm(*(int(size) for size in sizes if size)),
+        incidents_dir=f"{config.trainer.default_local_dir}/incidents",
         leave_out_zero_weights=bool(gvpo.leave_out_zero_weights),
         poll_seconds=gvpo.poll_seconds,
         watch_seconds=gvpo.watch_seconds,
+        max_bad_steps=gvpo.max_bad_steps,
         dump_dir=gvpo.dump_dir,
     )
 
@@ -173,19 +138,21 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
         raise InputError(
             "the configuration has no section gvpo: leave --config-name out, and write overrides."
         )
-    for name, wanted, reason in _COMPANIONS:
+    required, inert = companions()
+    for name, companion in required.items():
         value = OmegaConf.select(config, name, default=None)
-        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
-        if value not in allowed and not (value is None and False in allowed):
-            right = next((choice for choice in allowed if choice is not None), "null")
-            raise InputError(f"{name}={value} does not go with GVPO: {reason}; set {name}={right}.")
+        if not companion.accepts(value):
+            right = "null" if companion.allow[0] is None else companion.allow[0]
+            raise InputError(f"{name}={value} does not go with GVPO: {companion.why}; set {name}={right}.")
     settings = read_settings(config)
     _check_sizes(config, settings)
     notes = []
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    inert = [name for name in _INERT if name in given]
-    if inert:
-        notes.append(f"{', '.join(inert)}: without effect, GVPO has neither clipping nor a separate KL term.")
+    idle = [name for name in inert if name in given]
+    if idle:
+        notes.append(
+            f"{', '.join(idle)}: without effect ({', '.join(dict.fromkeys(inert[n] for n in idle))})."
+        )
     prompts = config.data.train_batch_size
     if settings.reference == "rollout" and settings.updates_per_step(prompts) == 1:
         notes.append(
@@ -214,21 +181,18 @@ def prepare(config: DictConfig) -> None:
             actor.use_kl_loss = True
             actor.kl_loss_coef = 0.0
             if not actor.use_dynamic_bsz:
-                config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu = _reference_micro_batch(
-                    config
-                )
+                rows = _reference_micro_batch(config)
+                config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu = rows
 
 
 def _beta(config: DictConfig) -> float:
-    ours = config.gvpo.beta
-    published = config.actor_rollout_ref.actor.get("gvpo_beta", None)
-    if ours is not None and published is not None and float(ours) != float(published):
+    given = [config.gvpo.beta, config.actor_rollout_ref.actor.get("gvpo_beta", None)]
+    betas = {float(value) for value in given if value is not None} or {DEFAULT_BETA}
+    if len(betas) > 1:
         raise InputError(
-            f"gvpo.beta={ours} and actor_rollout_ref.actor.gvpo_beta={published} are one thing: give one."
+            f"gvpo.beta={given[0]} and actor_rollout_ref.actor.gvpo_beta={given[1]} are one thing: give one."
         )
-    beta = (
-        DEFAULT_BETA if ours is None and published is None else float(ours if ours is not None else published)
-    )
+    beta = betas.pop()
     if not (math.isfinite(beta) and beta > 0):
         raise InputError(f"beta must be a finite number above 0, got {beta}; the published setting is 0.1.")
     return beta

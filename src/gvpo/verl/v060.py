@@ -1,13 +1,12 @@
-"""GVPO on verl 0.6.0, the version that the published recipe names, with the same driver-side weights.
+"""GVPO on verl 0.6.0, the version that the published recipe names, with the same updates.
 
 What differs from verl's own trainer: `update_actor` of its worker group is called once for each mini-batch of
-whole prompts, with weights as advantages. The workers run verl's own code.
+whole prompts (`gvpo.verl.updates`), with weights as advantages. The workers run verl's own code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from gvpo.errors import InputError
-from gvpo.verl.minibatches import rows_short, split_prompts
-from gvpo.verl.rollouts import Rollouts, weigh
-from gvpo.verl.settings import Settings, read_settings
+from gvpo.verl.minibatches import rows_short
+from gvpo.verl.rollouts import Rollouts
+from gvpo.verl.settings import read_settings
+from gvpo.verl.updates import Updates, count_updates
 
 _Runner: Any = main_ppo.TaskRunner.__ray_metadata__.modified_class
 _missing = [name for name in ("_create_dataloader", "init_workers") if not hasattr(RayPPOTrainer, name)]
@@ -38,138 +38,78 @@ class GVPORayTrainer(RayPPOTrainer):
 
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         self.settings = read_settings(config)
+        self.updates = Updates(self.settings)
         super().__init__(config, *args, **kwargs)
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
         super()._create_dataloader(*args, **kwargs)
-        # The workers' scheduler steps at each `update_actor`, which is here a mini-batch and not a rollout.
         updates = self.settings.updates_per_step(self.config.data.train_batch_size)
-        optim = self.config.actor_rollout_ref.actor.optim
-        with open_dict(self.config):
-            optim.total_training_steps = self.total_training_steps * updates
-            if (optim.get("lr_warmup_steps", None) or -1) > 0:
-                optim.lr_warmup_steps *= updates
+        count_updates(self.config, self.total_training_steps, updates)
 
     def init_workers(self) -> None:
         super().init_workers()
-        group = self.actor_rollout_wg
-        group.update_actor = _Updates(self, group, group.update_actor)
+        update_actor = self.actor_rollout_wg.update_actor
+
+        def update(batch: DataProto) -> DataProto:
+            workers = _Batch(self, batch, update_actor)
+            prompts: dict[str, list[int]] = {}
+            for i, prompt in enumerate(workers.rollouts.prompts):
+                prompts.setdefault(prompt, []).append(i)
+            metrics = self.updates.run(self.global_steps, prompts, workers)
+            return DataProto(meta_info={"metrics": {name: [value] for name, value in metrics.items()}})
+
+        self.actor_rollout_wg.update_actor = update
 
 
-class _Updates:
-    """Takes the place of the worker group's `update_actor`: all updates for one rollout."""
+class _Batch:
+    """A rollout of verl 0.6.0, as `gvpo.verl.updates.Workers`."""
 
-    def __init__(self, trainer: GVPORayTrainer, group: Any, update_actor: Any) -> None:
-        config = trainer.config
-        self.trainer, self.group, self.update_actor = trainer, group, update_actor
-        self.settings: Settings = trainer.settings
-        self.ranks = group.world_size // config.actor_rollout_ref.actor.get(
-            "ulysses_sequence_parallel_size", 1
-        )
+    def __init__(self, trainer: GVPORayTrainer, batch: DataProto, update_actor: Callable[..., Any]) -> None:
+        self.batch, self.group, self.update_actor = batch, trainer.actor_rollout_wg, update_actor
+        config = trainer.config.actor_rollout_ref
+        self.ranks = self.group.world_size // config.actor.get("ulysses_sequence_parallel_size", 1)
         # verl 0.6.0 divides by this number of rows, whatever the mini-batch holds.
-        self.rows = self.settings.mini_batch * config.actor_rollout_ref.rollout.n
-        self.dumped = 0
+        self.rows = trainer.settings.mini_batch * config.rollout.n
+        reference = "ref_log_prob" if trainer.settings.reference == "initial" else "old_log_probs"
+        data, prompts = batch.batch, [str(prompt) for prompt in batch.non_tensor_batch["uid"]]
+        self.rollouts = Rollouts(
+            prompts=prompts,
+            sessions=[(prompt, str(i)) for i, prompt in enumerate(prompts)],
+            reference=_sums(data[reference], data["response_mask"]),
+            start=_sums(data["old_log_probs"], data["response_mask"]),
+            rewards=data["token_level_rewards"].double().sum(-1),
+            valid=data["response_mask"].bool().any(-1),
+        )
 
-    def __call__(self, batch: DataProto) -> DataProto:
-        rollouts = _read(batch, self.settings.reference)
-        collected: dict[str, list[float]] = {}
-        updates = 0
-        for rows in self._mini_batches(rollouts):
-            policy = self._score(batch, rows) if updates else rollouts.start[rows]
-            weights, result = weigh(rollouts.take(rows), policy, self.settings.beta)
-            metrics = self._train(batch, rollouts, rows, weights * self.settings.scale)
-            metrics |= {f"gvpo/{name}": value.item() for name, value in result.metrics.items()}
-            if self.settings.dump_dir:
-                self._dump(batch, rollouts, rows, policy, weights, metrics)
-            updates += 1
-            for name, value in metrics.items():
-                if not np.isnan(value):
-                    collected.setdefault(name, []).append(value)
-        collected["gvpo/updates"], collected["gvpo/scoring_passes"] = [updates], [updates - 1]
-        return DataProto(meta_info={"metrics": collected})
-
-    def _mini_batches(self, rollouts: Rollouts) -> Iterator[list[int]]:
-        rows: dict[str, list[int]] = {}
-        for i, prompt in enumerate(rollouts.prompts):
-            rows.setdefault(prompt, []).append(i)
-        seed = self.settings.seed + self.trainer.global_steps if self.settings.shuffle else None
-        for prompts in split_prompts(list(rows), self.settings.mini_batch, self.settings.epochs, seed):
-            yield [i for prompt in prompts for i in rows[prompt]]
-
-    def _score(self, batch: DataProto, rows: list[int]) -> Tensor:
-        """S of these rows under the current policy, in nats."""
-        filled = rows + rows[:1] * rows_short(len(rows), self.ranks)
-        part = batch.select_idxs(np.array(filled))
+    def score(self, rows: Sequence[int]) -> Tensor:
+        part = self._part([*rows, *[rows[0]] * rows_short(len(rows), self.ranks)])
         scored = self.group.compute_log_prob(part).batch["old_log_probs"]
         return _sums(scored, part.batch["response_mask"])[: len(rows)]
 
-    def _train(
-        self, batch: DataProto, rollouts: Rollouts, rows: list[int], weights: Tensor
-    ) -> dict[str, float]:
-        """One update with the gradient of −Σ w S; a row of weight 0 stands in for each that is missing."""
+    def update(self, rows: Sequence[int], weights: Tensor) -> dict[str, float]:
         short = self.rows - len(rows)
-        taken = rows + rows[:1] * short
+        taken = [*rows, *[rows[0]] * short]  # a row of weight 0 stands in for each that is missing
         weights = torch.cat([weights, weights.new_zeros(short)])
-        lengths = [rollouts.lengths[i] for i in taken]
+        lengths = self.batch.batch["attention_mask"].sum(-1)[taken].tolist()
         parts = get_seqlen_balanced_partitions(lengths, k_partitions=self.ranks, equal_size=True)
         order = [i for part in parts for i in part]
-        part = batch.select_idxs(np.array([taken[i] for i in order]))
+        part = self._part([taken[i] for i in order])
         part.meta_info["global_token_num"] = [lengths[i] for i in order]
         advantages = weights[order, None] * self.rows * part.batch["response_mask"]
         part.batch["advantages"] = advantages.float()
         metrics = self.update_actor(part).meta_info["metrics"]
+        return {name: float(np.mean(value)) for name, value in metrics.items()}
+
+    def tokens(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
+        data = self._part(rows).batch
+        real = data["attention_mask"].bool()
         return {
-            name: float(np.mean(value))
-            for name, value in metrics.items()
-            if name not in ("actor/pg_loss", "actor/kl_loss", "actor/kl_coef")
+            name: [row[keep[-row.shape[0] :]] for row, keep in zip(data[name], real, strict=True)]
+            for name in ("input_ids", "responses", "response_mask")
         }
 
-    def _dump(
-        self,
-        batch: DataProto,
-        rollouts: Rollouts,
-        rows: list[int],
-        policy: Tensor,
-        weights: Tensor,
-        metrics: dict[str, float],
-    ) -> None:
-        """What an update was made of, to be checked by other means; without padding, as on verl 0.9."""
-        part = batch.select_idxs(np.array(rows)).batch
-        width = part["responses"].shape[1]
-        real = part["attention_mask"].bool()
-        mini = rollouts.take(rows)
-        record = {
-            "input_ids": [ids[keep] for ids, keep in zip(part["input_ids"], real, strict=True)],
-            "responses": [r[keep[-width:]] for r, keep in zip(part["responses"], real, strict=True)],
-            "response_mask": [m[keep[-width:]] for m, keep in zip(part["response_mask"], real, strict=True)],
-            "prompts": mini.prompts,
-            "sessions": mini.sessions,
-            "rewards": mini.rewards,
-            "reference_logps": mini.reference,
-            "policy_logps": policy,
-            "weights": weights,
-            "metrics": metrics,
-            "step": self.trainer.global_steps,
-        }
-        folder = Path(self.settings.dump_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(record, folder / f"update_{self.trainer.global_steps:06d}_{self.dumped:04d}.pt")
-        self.dumped += 1
-
-
-def _read(batch: DataProto, reference: str) -> Rollouts:
-    mask = batch.batch["response_mask"]
-    prompts = [str(prompt) for prompt in batch.non_tensor_batch["uid"]]
-    start = _sums(batch.batch["old_log_probs"], mask)
-    return Rollouts(
-        prompts=prompts,
-        sessions=[(prompt, str(i)) for i, prompt in enumerate(prompts)],
-        reference=_sums(batch.batch["ref_log_prob"], mask) if reference == "initial" else start,
-        start=start,
-        rewards=batch.batch["token_level_rewards"].double().sum(-1),
-        valid=mask.bool().any(-1),
-        lengths=batch.batch["attention_mask"].sum(-1).tolist(),
-    )
+    def _part(self, rows: Sequence[int]) -> DataProto:
+        return self.batch.select_idxs(np.array(rows))
 
 
 def _sums(values: Tensor, mask: Tensor) -> Tensor:
@@ -190,23 +130,24 @@ def train(config: DictConfig) -> None:
     Raises:
         InputError: sizes that verl 0.6.0 cannot split.
     """
-    actor = config.actor_rollout_ref.actor
+    actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
     ranks = workers // actor.get("ulysses_sequence_parallel_size", 1)
-    n = config.actor_rollout_ref.rollout.n
     multiple = ranks * (1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu)
-    rows = actor.ppo_mini_batch_size * n
-    if rows % multiple:
-        raise InputError(
-            f"verl 0.6.0 needs ppo_mini_batch_size × rollout.n = {rows} rows to be a multiple of {multiple}, "
-            "which is workers × ppo_micro_batch_size_per_gpu: change one, or use verl 0.9, which fills up."
-        )
-    rows = config.data.train_batch_size * n
-    if rows % ranks:
-        raise InputError(
-            f"verl 0.6.0 needs train_batch_size × rollout.n = {rows} rows to be a multiple of the "
-            f"{ranks} workers: change one, or use verl 0.9, which fills up."
-        )
+    for name, prompts, divisor, what in (
+        (
+            "ppo_mini_batch_size",
+            actor.ppo_mini_batch_size,
+            multiple,
+            "workers × ppo_micro_batch_size_per_gpu",
+        ),
+        ("train_batch_size", config.data.train_batch_size, ranks, "the number of workers"),
+    ):
+        if prompts * n % divisor:
+            raise InputError(
+                f"verl 0.6.0 needs {name} × rollout.n = {prompts * n} rows to be a multiple of {divisor}, "
+                f"which is {what}: change one, or use verl 0.9, which fills up."
+            )
     with open_dict(config):
         # The driver repeats, and the workers don't.
         config.gvpo.epochs, actor.ppo_epochs = actor.ppo_epochs, 1

@@ -19,15 +19,17 @@ def check_versions() -> str:
     installed = _version("verl")
     if installed is None:
         raise InputError(f"verl is not installed: {_INSTALL}.")
-    release = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    if release[:2] == (0, 6) and release == (0, 6, 0):
+    from packaging.version import Version  # verl brings it
+
+    found = Version(installed)
+    if found.public == "0.6.0":
         return "0.6"
-    if release[:2] != (0, 9) or release < (0, 9, 1):
+    if not Version(TESTED[0]) <= found < Version("0.10.dev0"):
         raise InputError(
             f"verl {installed} is outside the range that gvpo.verl is tested with, which is 0.9.1 and later "
             f"releases of 0.9, and 0.6.0: {_INSTALL} brings {TESTED[0]}."
         )
-    if installed != TESTED[0]:
+    if found.public != TESTED[0]:
         print(f"gvpo: verl {installed} is newer than {TESTED[0]}, the newest tested one.")
     if _version("TransferQueue") is None:
         raise InputError(

@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from gvpo.errors import InputError
+
 _GRACE = 60.0  # seconds for the main thread to end by itself
 _LAST_LOOKS = 10  # of a second each, for Ray to learn of a death that has already made something fail
 
@@ -52,7 +54,7 @@ class Watch:
         thread.start()
         try:
             yield
-        except WorkerDied:
+        except (WorkerDied, InputError):
             raise
         except Exception as error:
             # Something failed before the watch looked; if a death is behind it, that is what to tell.

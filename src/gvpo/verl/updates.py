@@ -1,0 +1,159 @@
+"""All updates for one rollout, the same whatever verl: score, weigh, update, for each mini-batch of prompts.
+
+A version of verl brings the calls that reach its workers (`Workers`). The driver decides everything else, so
+that all workers make an update or none does.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from gvpo.errors import InputError, NonFiniteError
+from gvpo.verl.minibatches import split_prompts
+from gvpo.verl.records import write_record
+from gvpo.verl.rollouts import Rollouts, weigh
+from gvpo.verl.settings import Settings
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# Values of the workers' surrogate −Σ w S and of the KL term with coefficient 0: they mean nothing here.
+_SURROGATES = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/kl_coef")
+
+
+class Workers(Protocol):
+    """A rollout in the hands of verl's workers; `rows` are numbers of rows of its `Rollouts`."""
+
+    rollouts: Rollouts
+
+    def score(self, rows: Sequence[int]) -> Float[Tensor, "rows"]:
+        """S of these rows under the current policy, in nats."""
+
+    def update(self, rows: Sequence[int], weights: Float[Tensor, "rows"]) -> dict[str, float]:
+        """One optimizer update with the gradient of −Σ w S; verl's metrics of it."""
+
+    def tokens(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
+        """`input_ids`, `responses` and `response_mask` of each row, without padding."""
+
+
+class Updates:
+    """Makes the updates of a run.
+
+    Attributes:
+        bad_in_a_row: updates skipped since the last that was made.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.bad_in_a_row = 0
+        self._recorded = 0
+
+    def mini_batches(self, prompts: Mapping[str, list[int]], step: int) -> Iterator[list[int]]:
+        """The rows of each mini-batch of a step, epoch after epoch.
+
+        Args:
+            prompts: the rows of each prompt, prompts in the order of the data.
+            step: number of the step, which a random order depends on.
+        """
+        settings = self.settings
+        seed = settings.seed + step if settings.shuffle else None
+        for chosen in split_prompts(list(prompts), settings.mini_batch, settings.epochs, seed):
+            yield [row for prompt in chosen for row in prompts[prompt]]
+
+    def run(self, step: int, prompts: Mapping[str, list[int]], workers: Workers) -> dict[str, float]:
+        """Make all updates of a step; those with numbers that are not finite are skipped.
+
+        Args:
+            step: number of the step.
+            prompts: as for `mini_batches`.
+            workers: the rollout.
+
+        Returns:
+            Metrics: means over the step's updates, of the learning rate the last.
+
+        Raises:
+            InputError: `max_bad_steps` updates in a row had to be skipped.
+        """
+        done: list[dict[str, float]] = []
+        passes = skipped = 0
+        moved = False  # until the first update the policy is the one that scored the rollout
+        for rows in self.mini_batches(prompts, step):
+            mini = workers.rollouts.take(rows)
+            policy = workers.score(rows) if moved else mini.start
+            passes += moved
+            try:
+                weights, result = weigh(mini, policy, self.settings.beta)
+                moved = True
+                metrics = workers.update(rows, weights * self.settings.scale)
+                if not math.isfinite(norm := metrics.get("actor/grad_norm", 0.0)):
+                    raise NonFiniteError(f"the gradient's norm is {norm}")
+            except NonFiniteError as error:
+                skipped += 1
+                why = str(error).partition(":")[0]  # what, without advice for other callers
+                self._skip(step, why, mini, policy, workers.tokens(rows))
+                continue
+            self.bad_in_a_row = 0
+            metrics = {name: value for name, value in metrics.items() if name not in _SURROGATES}
+            metrics |= {f"gvpo/{name}": value.item() for name, value in result.metrics.items()}
+            metrics["actor/loss"] = metrics["gvpo/loss"]
+            if self.settings.dump_dir:
+                path = Path(self.settings.dump_dir) / self._name("update", step)
+                tokens = workers.tokens(rows)
+                write_record(path, mini, tokens, policy, weights=weights, step=step, metrics=metrics)
+            done.append(metrics)
+        counts = {"updates": len(done), "scoring_passes": passes, "steps_skipped": skipped}
+        return _summarise(done) | {f"gvpo/{name}": float(count) for name, count in counts.items()}
+
+    def _skip(
+        self, step: int, why: str, mini: Rollouts, policy: Tensor, tokens: dict[str, list[Tensor]]
+    ) -> None:
+        """Keep what the update would have been made of.
+
+        Raises:
+            InputError: it was one too many in a row.
+        """
+        self.bad_in_a_row += 1
+        path = Path(self.settings.incidents_dir) / self._name("update", step)
+        kept = f"its inputs are kept in {path}"
+        try:
+            write_record(path, mini, tokens, policy, step=step, why=why)
+        except OSError as error:  # of two evils the smaller
+            kept = f"its inputs cannot be kept ({error})"
+        if self.bad_in_a_row >= self.settings.max_bad_steps:
+            raise InputError(
+                f"{self.bad_in_a_row} updates in a row, the last at step {step}, had numbers that are not "
+                f"finite ({why}): lower actor_rollout_ref.actor.optim.lr or raise gvpo.beta, and look at "
+                f"gvpo/kl and actor/entropy before that; {kept}."
+            )
+        warnings.warn(f"An update of step {step} is skipped: {why}; {kept}.", stacklevel=2)
+
+    def _name(self, kind: str, step: int) -> str:
+        self._recorded += 1
+        return f"{kind}_{step:06d}_{self._recorded:04d}.safetensors"
+
+
+def _summarise(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over the updates, of the learning rate the last; NaN says that an update has no value."""
+    summary = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [value for update in updates if not math.isnan(value := update.get(name, math.nan))]
+        if values:
+            summary[name] = values[-1] if name == "actor/lr" else sum(values) / len(values)
+    return summary
+
+
+def count_updates(config: Any, total_steps: int, updates: int) -> None:
+    """Tell verl's scheduler, in place, that it is stepped at each update and not at each rollout."""
+    from omegaconf import open_dict
+
+    optim = config.actor_rollout_ref.actor.optim
+    with open_dict(config):
+        optim.total_training_steps = total_steps * updates
+        if (optim.get("lr_warmup_steps", None) or -1) > 0:
+            optim.lr_warmup_steps *= updates
