@@ -24,6 +24,7 @@ from tests.models import tiny_model
 from tests.test_objective import literal_loss
 
 RESPONSE = 12
+ROOT = Path(__file__).parents[2]  # its tests are what Ray's processes import, too
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -92,9 +93,8 @@ def arguments(assets: Path, output: Path, *extra: str, workers: int = 2) -> list
 def start(arguments: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start a run; what it prints goes to `output/log.txt`."""
     output.mkdir(parents=True, exist_ok=True)
-    root = str(Path(__file__).parents[2])  # for tests.verl.agents
-    variables = {**os.environ, **use(), "HYDRA_FULL_ERROR": "1", "RAY_DEDUP_LOGS": "0", "PYTHONPATH": root}
-    variables |= environment
+    variables = {**os.environ, **use(), "HYDRA_FULL_ERROR": "1", "RAY_DEDUP_LOGS": "0"}
+    variables |= {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", **environment}
     with open(output / "log.txt", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "gvpo.verl", *arguments],

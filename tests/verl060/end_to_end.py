@@ -4,14 +4,12 @@ The name keeps this file out of the other tests, whose environment has verl 0.9.
 """
 
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
-from tests.verl.harness import RESPONSE, make_assets, replay, run, updates
+from tests.verl.harness import RESPONSE, ROOT, make_assets, replay, run, updates
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-ROOT = Path(__file__).parents[2]
 
 
 def arguments(assets, output, *extra, workers=2):
@@ -80,7 +78,6 @@ def test_updates_are_those_of_the_formula(tmp_path, extra, groups):
     environment = {
         "VERL_USE_EXTERNAL_MODULES": "tests.verl060.cpu",
         "VERL_PLATFORM": "",
-        "PYTHONPATH": str(ROOT),
     }
     run(arguments(assets, tmp_path, *extra), tmp_path, **environment)
     done = replay(assets, updates(tmp_path / "updates"), beta=0.3, lr=1e-3, optimizer="AdamW")
