@@ -24,8 +24,13 @@ from rich.console import Console
 
 from benchmarks.measure import RESULTS, Row, show, write
 from benchmarks.workloads import GROUP, Workload
+<<<<<<< HEAD
 from gvpo.sums import make_tokenizer
 from gvpo.verl.cpu import overrides, use
+=======
+from gvpo.quickstart import make_tokenizer
+from gvpo.verl.cpu import OVERRIDE, use
+>>>>>>> 07a2591 (Keep verl's companions and the CPU's settings as data; +machine=cpu; records of updates are Parquet; packaging reads verl's version)
 
 ABOUT = (
     "Seconds of verl's update_actor on the wall (64 responses of 64 tokens of 8 prompts, 4 layers, float32, "
@@ -68,7 +73,10 @@ def run(folder: Path, kind: str, steps: int) -> list[dict[str, float]]:
     module, extra = KINDS[kind]
     metrics = folder / f"{kind}.jsonl"
     arguments = [
-        *(argument for argument in overrides(1) if module == "gvpo.verl" or not argument.startswith("gvpo.")),
+        # verl's own entry point does not know where `machine` is.
+        "hydra.searchpath=[pkg://gvpo.verl.config,pkg://verl.trainer.config]",
+        OVERRIDE,
+        "trainer.n_gpus_per_node=1",
         f"data.train_files={folder / 'prompts.parquet'}",
         f"data.val_files={folder / 'prompts.parquet'}",
         f"data.train_batch_size={PROMPTS}",

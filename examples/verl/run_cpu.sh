@@ -8,12 +8,8 @@ set -euo pipefail
 
 MODEL=${MODEL:?the folder of a small causal language model}
 DATA=${DATA:?a folder made by gvpo data}
-# What `gvpo.verl.cpu` needs in the environment, and the overrides that put verl on CPUs.
-eval "$(python3 -c 'import shlex, gvpo.verl.cpu as cpu
-for name, value in cpu.use().items(): print(f"export {name}={shlex.quote(value)}")')"
-mapfile -t CPU < <(python3 -c 'import gvpo.verl.cpu as cpu; print("\n".join(cpu.overrides(workers=2)))')
 
-python3 -m gvpo.verl "${CPU[@]}" \
+python3 -m gvpo.verl +machine=cpu trainer.n_gpus_per_node=2 \
     data.train_files="$DATA/train.parquet" \
     data.val_files="$DATA/test.parquet" \
     data.train_batch_size=16 \

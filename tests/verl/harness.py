@@ -18,8 +18,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gvpo.verl.cpu import overrides, use
-from gvpo.verl.records import read_record
 from tests.models import tiny_model
 from tests.test_objective import literal_loss
 
@@ -60,7 +58,8 @@ def make_assets(folder: Path, prompts: int = 24) -> Path:
 def arguments(assets: Path, output: Path, *extra: str, workers: int = 2) -> list[str]:
     """Overrides of a run of two steps with SGD in float32; later ones win."""
     return [
-        *overrides(workers),
+        "+machine=cpu",
+        f"trainer.n_gpus_per_node={workers}",
         "trainer.logger=[console]",
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
@@ -93,7 +92,7 @@ def arguments(assets: Path, output: Path, *extra: str, workers: int = 2) -> list
 def start(arguments: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start a run; what it prints goes to `output/log.txt`."""
     output.mkdir(parents=True, exist_ok=True)
-    variables = {**os.environ, **use(), "HYDRA_FULL_ERROR": "1", "RAY_DEDUP_LOGS": "0"}
+    variables = {**os.environ, "HYDRA_FULL_ERROR": "1", "RAY_DEDUP_LOGS": "0"}
     variables |= {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", **environment}
     with open(output / "log.txt", "ab") as log:
         return subprocess.Popen(
@@ -133,10 +132,6 @@ class Update:
     loss: float
     gradient_norm: float
     groups: list[int] = field(default_factory=list)
-
-
-def updates(folder: Path) -> list[dict[str, Any]]:
-    return [read_record(file) for file in sorted(folder.glob("update_*.safetensors"))]
 
 
 def replay(

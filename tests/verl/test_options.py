@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.verl.harness import arguments, make_assets, replay, run, updates
+from tests.verl.harness import arguments, make_assets, replay, run
+from tests.verl.records import updates
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

@@ -9,7 +9,8 @@ import time
 import psutil
 import pytest
 
-from tests.verl.harness import arguments, make_assets, replay, run, start, stop, updates
+from tests.verl.harness import arguments, make_assets, replay, run, start, stop
+from tests.verl.records import updates
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

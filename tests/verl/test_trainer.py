@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.verl.harness import arguments, make_assets, replay, run, updates
+from tests.verl.harness import arguments, make_assets, replay, run
+from tests.verl.records import updates
 
 pytestmark = pytest.mark.slow
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from gvpo.errors import InputError
-from gvpo.verl.records import read_record
 from gvpo.verl.rollouts import Rollouts
 from gvpo.verl.settings import Settings
 from gvpo.verl.updates import Updates, _summarise
 from tests.test_objective import literal_loss
+from tests.verl import records
 
 BETA, LR, GROUP = 0.3, 0.5, 3
 
@@ -116,8 +116,7 @@ def test_an_update_with_a_bad_log_probability_is_skipped_and_its_inputs_are_kept
     torch.testing.assert_close(table.theta, descend(table, [first, second, fourth]), rtol=1e-12, atol=1e-12)
     assert (metrics["gvpo/updates"], metrics["gvpo/steps_skipped"]) == (3, 1)
     assert updates.bad_in_a_row == 0
-    (file,) = (tmp_path / "incidents").iterdir()
-    kept = read_record(file)
+    (kept,) = records.updates(tmp_path / "incidents")
     assert kept["why"] == "policy_logps is nan in row 1"
     assert kept["sessions"] == [table.rollouts.sessions[i] for i in third]
     assert kept["policy_logps"].isnan().tolist() == [False, True] + [False] * 4
@@ -160,7 +159,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(tmp_path):
         updates.run(3, bad.prompts, bad)
     with pytest.raises(InputError, match=r"3 updates in a row, the last at step 4,.*optim\.lr.*incidents"):
         updates.run(4, bad.prompts, bad)
-    assert len(list((tmp_path / "incidents").iterdir())) == 5
+    assert [kept["step"] for kept in records.updates(tmp_path / "incidents")] == [1, 1, 3, 3, 4]
     assert torch.equal(bad.theta, bad.rollouts.start)
 
 
@@ -177,7 +176,7 @@ def test_a_dump_holds_what_an_update_was_made_of(tmp_path):
     table = Table()
     updates = Updates(settings(tmp_path, dump_dir=str(tmp_path / "dump"), epochs=1, scale=4.0))
     updates.run(3, table.prompts, table)
-    first, second = map(read_record, sorted((tmp_path / "dump").glob("update_000003_*.safetensors")))
+    first, second = records.updates(tmp_path / "dump")
     rows = table.prompts["p0"] + table.prompts["p1"]
     assert first["prompts"] == [table.rollouts.prompts[i] for i in rows]
     assert torch.equal(first["policy_logps"], table.rollouts.start[rows])

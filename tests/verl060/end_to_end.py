@@ -7,7 +7,9 @@ from importlib.metadata import version
 
 import pytest
 
-from tests.verl.harness import RESPONSE, ROOT, make_assets, replay, run, updates
+from gvpo.verl.cpu import use
+from tests.verl.harness import RESPONSE, ROOT, make_assets, replay, run
+from tests.verl.records import updates
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
@@ -76,6 +78,7 @@ def test_updates_are_those_of_the_formula(tmp_path, extra, groups):
     assert version("verl") == "0.6.0"
     assets = make_assets(tmp_path / "assets")
     environment = {
+        **use(),
         "VERL_USE_EXTERNAL_MODULES": "tests.verl060.cpu",
         "VERL_PLATFORM": "",
     }

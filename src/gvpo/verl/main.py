@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gvpo.errors import InputError
+from gvpo.verl import cpu
 from gvpo.verl.versions import check_versions
 
 _CONFIG = Path(__file__).parent / "config"
-_PLUGIN = "gvpo.verl.plugin"
 _EXTERNAL = "VERL_USE_EXTERNAL_MODULES"
 
 
@@ -23,15 +23,17 @@ def main(arguments: list[str] | None = None) -> None:
         adapter = check_versions()
     except InputError as error:
         _refuse(error)
-    _load_plugin()
-    import hydra
-
     if arguments is not None:
         sys.argv[1:] = arguments
+    if cpu.OVERRIDE in sys.argv:
+        cpu.use()
+    _load_plugin()
+    import hydra
 
     @hydra.main(config_path=str(_CONFIG), config_name="gvpo_trainer", version_base=None)
     def run(config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
 
         from gvpo.verl.settings import check, prepare
 
@@ -39,7 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
             for note in check(config, HydraConfig.get().overrides.task):
                 print(f"gvpo: {note}", file=sys.stderr)
             prepare(config)
-            _tell_ray(config)
+            # Ray's processes on other machines import the plugin, too.
+            name = f"ray_kwargs.ray_init.runtime_env.env_vars.{_EXTERNAL}"
+            OmegaConf.update(config, name, os.environ[_EXTERNAL], force_add=True)
             train = _train_09 if adapter == "0.9" else _train_06
             _train_or_explain(train, config)
         except InputError as error:
@@ -51,17 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _load_plugin() -> None:
     """Have verl import our plugin, here and in the processes that start from here."""
     modules = [module for module in os.environ.get(_EXTERNAL, "").split(",") if module]
-    if _PLUGIN not in modules:
-        os.environ[_EXTERNAL] = ",".join([*modules, _PLUGIN])
-
-
-def _tell_ray(config: Any) -> None:
-    """The same in Ray's processes, on other machines too."""
-    from omegaconf import OmegaConf
-
-    OmegaConf.update(
-        config, f"ray_kwargs.ray_init.runtime_env.env_vars.{_EXTERNAL}", os.environ[_EXTERNAL], force_add=True
-    )
+    os.environ[_EXTERNAL] = ",".join(dict.fromkeys([*modules, "gvpo.verl.plugin"]))
 
 
 def _train_or_explain(train: Callable[[Any], None], config: Any) -> None:
@@ -73,9 +67,8 @@ def _train_or_explain(train: Callable[[Any], None], config: Any) -> None:
     try:
         train(config)
     except (WorkerDied, RayActorError) as error:
-        reason = getattr(error, "cause", None) or error
-        print(f"gvpo: {' '.join(str(reason).split())}", file=sys.stderr)
         print(
+            f"gvpo: {' '.join(str(getattr(error, 'cause', None) or error).split())}\n"
             "gvpo: the same command with trainer.resume_mode=auto goes on from the last checkpoint in "
             f"{config.trainer.default_local_dir}.",
             file=sys.stderr,

@@ -26,10 +26,8 @@ from transformers import LlamaForCausalLM
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory, Ticker
 from gvpo.sums import Lesson, Task
-from gvpo.verl.cpu import overrides, use
 from gvpo.verl.versions import check_versions
 
-PROMPTS, RESPONSES, EPOCHS = 32, 8, 2  # of a rollout
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _SHOWN = {  # verl's names and ours
     "critic/score/mean": "reward",
@@ -83,16 +81,19 @@ def quickstart(
     lesson = Lesson(
         task_name, seed, output, config, console=console, started=started, chat_template=_TEMPLATE
     )
-    run, task = lesson.run, lesson.task
-    _write_prompts(run.path / "train.parquet", task, lesson.train_pairs)
-    _write_prompts(run.path / "held_out.parquet", task, lesson.test_pairs[:200])
+    run = lesson.run
+    _write_prompts(run.path / "train.parquet", lesson.task, lesson.train_pairs)
+    _write_prompts(run.path / "held_out.parquet", lesson.task, lesson.test_pairs[:200])
     lesson.console.print(
         f"verl starts {workers} Ray workers, a rollout server and a trainer: half a minute or more …"
     )
-    seconds = _train(run, arguments, lesson.console, steps)
-    trained = LlamaForCausalLM.from_pretrained(_last_model(run.path), attn_implementation="eager")
-    rounded = {name: round(value, 1) for name, value in seconds.items()}
-    summary = lesson.examine(trained, **rounded, steps=steps, beta=beta, workers=workers)
+    _train(run, arguments, lesson.console, steps)
+    saved = run.path / "checkpoints" / f"global_step_{steps}" / "actor" / "huggingface"
+    trained = LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    seconds = {
+        name: round(sum(run.curve(name)[1]), 1) for name in ("seconds_generation", "seconds_update")
+    }
+    summary = lesson.examine(trained, **seconds, steps=steps, beta=beta, workers=workers)
     run.log({"step": steps, "accuracy": summary["accuracy_after"]})
     lesson.finish(summary, "GVPO on verl", "rollout")
     lesson.console.print("verl's own log is verl.log.")
@@ -114,52 +115,32 @@ def _write_prompts(path: Path, task: Task, pairs: list[tuple[int, int]]) -> None
 
 
 def _arguments(run: Path, *, steps: int, beta: float, workers: int, seed: int) -> list[str]:
-    """The overrides of the run: what a user on a cluster would write, and `overrides` for the CPU."""
+    """The overrides of the run, on top of `machine/cpu.yaml` and `experiment/quickstart.yaml`."""
     return [
-        *overrides(workers),
+        "+machine=cpu",
+        "+experiment=quickstart",
         f"data.train_files={run / 'train.parquet'}",
         f"data.val_files={run / 'held_out.parquet'}",
-        f"data.train_batch_size={PROMPTS}",
         f"data.seed={seed}",
-        "data.max_prompt_length=8",
-        "data.max_response_length=4",
         f"actor_rollout_ref.model.path={run / 'warmed-up-model'}",
-        "actor_rollout_ref.actor.policy_loss.loss_mode=gvpo",
         f"actor_rollout_ref.actor.gvpo_beta={beta}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 2}",
-        f"actor_rollout_ref.actor.ppo_epochs={EPOCHS}",
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64",
-        "actor_rollout_ref.actor.optim.lr=7e-4",
-        "actor_rollout_ref.actor.optim.weight_decay=0",
-        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
-        "actor_rollout_ref.actor.optim.min_lr_ratio=0.05",
-        "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
-        f"actor_rollout_ref.rollout.n={RESPONSES}",
         f"actor_rollout_ref.rollout.seed={seed}",
         f"reward.custom_reward_function.path={Path(__file__).parent / 'cpu' / 'exact.py'}",
-        "trainer.logger=[file]",
-        "trainer.project_name=gvpo",
-        "trainer.experiment_name=quickstart-verl",
-        "trainer.val_before_train=False",
+        f"trainer.n_gpus_per_node={workers}",
         f"trainer.test_freq={max(1, steps // 2)}",
         f"trainer.save_freq={steps}",
         f"trainer.total_training_steps={steps}",
-        "trainer.total_epochs=1000",
         f"trainer.default_local_dir={run / 'checkpoints'}",
-        "trainer.resume_mode=disable",
-        "gvpo.reference=initial",
     ]
 
 
-def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int) -> dict[str, float]:
-    """Run `python -m gvpo.verl`, follow its metrics, and add up seconds of generation and of updates."""
+def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int) -> None:
+    """Run `python -m gvpo.verl` and follow its metrics."""
     shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     metrics, log = run.path / "verl-metrics.jsonl", run.path / "verl.log"
     metrics.unlink(missing_ok=True)
-    environment = {**os.environ, **use(), "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
+    environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
     environment |= {"HF_HUB_OFFLINE": "1", "RAY_DEDUP_LOGS": "0"}
-    seconds = {"seconds_generation": 0.0, "seconds_update": 0.0}
     ticker = Ticker(console, "GVPO on verl", steps)
     command = [sys.executable, "-m", "gvpo.verl", *arguments]
     with open(log, "wb") as out, ticker.running():
@@ -169,13 +150,8 @@ def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int
         try:
             for entry in _follow(metrics, process):
                 run.log(entry)
-                for name in seconds:
-                    seconds[name] += entry.get(name, 0.0)
-                note = "  ".join(
-                    f"{label} {entry[key]:.2f}"
-                    for key, label in (("reward", "reward"), ("gvpo/kl", "KL"), ("accuracy", "accuracy"))
-                    if key in entry
-                )
+                shown = {"reward": "reward", "gvpo/kl": "KL", "accuracy_200": "accuracy"}
+                note = "  ".join(f"{label} {entry[key]:.2f}" for key, label in shown.items() if key in entry)
                 ticker.advance(entry["step"], note if entry["step"] % 5 == 0 else "")
         finally:
             if process.poll() is None:
@@ -185,29 +161,19 @@ def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int
     if code:
         tail = log.read_text(errors="replace").splitlines()[-15:]
         raise RuntimeError("verl ended with an error; the end of {}:\n{}".format(log, "\n".join(tail)))
-    return seconds
 
 
 def _follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     """The entries that verl's file logger appends, as they come, under our names."""
-    read = 0
-    while True:
+    seen, running = 0, True
+    while running:
         running = process.poll() is None
         text = path.read_text() if path.exists() else ""
-        whole = text.rfind("\n") + 1
-        for line in text[read:whole].splitlines():
-            entry = json.loads(line)
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        for entry in map(json.loads, whole[seen:]):
             data = entry["data"]
             found = {ours: data[theirs] for theirs, ours in _SHOWN.items() if data.get(theirs) is not None}
-            right = next((v for k, v in data.items() if re.fullmatch(r"val-core/.*/acc/mean@\d+", k)), None)
-            yield {"step": entry["step"], **found, **({} if right is None else {"accuracy_200": right})}
-        read = whole
-        if not running:
-            return
-        time.sleep(0.5)
-
-
-def _last_model(run: Path) -> Path:
-    checkpoints = run / "checkpoints"
-    step = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
-    return checkpoints / f"global_step_{step}" / "actor" / "huggingface"
+            right = [v for k, v in data.items() if re.fullmatch(r"val-core/.*/acc/mean@\d+", k)]
+            yield {"step": entry["step"], **found, **({"accuracy_200": right[0]} if right else {})}
+        seen = len(whole)
+        time.sleep(0.5 * running)

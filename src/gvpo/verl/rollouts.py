@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,21 +38,11 @@ class Rollouts:
     rewards: Float[Tensor, "rows"]
     valid: Bool[Tensor, "rows"]
 
-    def __len__(self) -> int:
-        return len(self.prompts)
-
     def take(self, rows: Sequence[int]) -> Rollouts:
         """These rows, in this order."""
         at = torch.as_tensor(rows, dtype=torch.long)
-        return replace(
-            self,
-            prompts=[self.prompts[i] for i in rows],
-            sessions=[self.sessions[i] for i in rows],
-            reference=self.reference[at],
-            start=self.start[at],
-            rewards=self.rewards[at],
-            valid=self.valid[at],
-        )
+        columns = vars(self).items()
+        return Rollouts(**{n: v[at] if isinstance(v, Tensor) else [v[i] for i in rows] for n, v in columns})
 
 
 def row_sums(values: Tensor, mask: Tensor) -> Float[Tensor, "rows"]:

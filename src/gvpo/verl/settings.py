@@ -27,9 +27,14 @@ class Companion:
         add: whether a converted script gets it where it has none.
     """
 
-    allow: tuple[Any, ...]
+    allow: list[Any]
     why: str
     add: bool = False
+
+    @property
+    def right(self) -> str:
+        """The value to set, as Hydra takes it."""
+        return "null" if self.allow[0] is None else str(self.allow[0])
 
     def accepts(self, value: Any) -> bool:
         """Whether GVPO can work with it; where verl's default is off, so is nothing."""
@@ -39,11 +44,7 @@ class Companion:
 def companions() -> tuple[dict[str, Companion], dict[str, str]]:
     """`config/companions.yaml`: companions by name, and why each option of other objectives does nothing."""
     data = yaml.safe_load((Path(__file__).parent / "config" / "companions.yaml").read_text(encoding="utf-8"))
-    required = {
-        name: Companion(tuple(entry["allow"]), entry["why"], entry.get("add", False))
-        for name, entry in data["required"].items()
-    }
-    return required, data["inert"]
+    return {name: Companion(**entry) for name, entry in data["required"].items()}, data["inert"]
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,9 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
     for name, companion in required.items():
         value = OmegaConf.select(config, name, default=None)
         if not companion.accepts(value):
-            right = "null" if companion.allow[0] is None else companion.allow[0]
-            raise InputError(f"{name}={value} does not go with GVPO: {companion.why}; set {name}={right}.")
+            raise InputError(
+                f"{name}={value} does not go with GVPO: {companion.why}; set {name}={companion.right}."
+            )
     settings = read_settings(config)
     _check_sizes(config, settings)
     notes = []
@@ -243,12 +245,10 @@ def _check_dynamic(config: DictConfig) -> None:
     ranks = max(
         OmegaConf.select(actor, name, default=1) for name in (*shared, "megatron.context_parallel_size")
     )
-    for name, value in (
-        ("actor.ppo_max_token_len_per_gpu", actor.ppo_max_token_len_per_gpu),
-        ("rollout.log_prob_max_token_len_per_gpu", rollout.log_prob_max_token_len_per_gpu),
-    ):
-        if value * ranks < longest:
+    for name in ("actor.ppo_max_token_len_per_gpu", "rollout.log_prob_max_token_len_per_gpu"):
+        tokens = OmegaConf.select(config.actor_rollout_ref, name)
+        if tokens * ranks < longest:
             raise InputError(
-                f"actor_rollout_ref.{name}={value} tokens cannot hold one row: set it to {longest} or "
+                f"actor_rollout_ref.{name}={tokens} tokens cannot hold one row: set it to {longest} or "
                 "more, which data.max_prompt_length + data.max_response_length or a padding row may take."
             )

@@ -6,17 +6,20 @@ that all workers make an update or none does.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import pyarrow
+import pyarrow.parquet
 from torch import Tensor
 
 from gvpo.errors import InputError, NonFiniteError
 from gvpo.verl.minibatches import split_prompts
-from gvpo.verl.records import write_record
 from gvpo.verl.rollouts import Rollouts, weigh
 from gvpo.verl.settings import Settings
 
@@ -96,33 +99,29 @@ class Updates:
             except NonFiniteError as error:
                 skipped += 1
                 why = str(error).partition(":")[0]  # what, without advice for other callers
-                self._skip(step, why, mini, policy, workers.tokens(rows))
+                self._skip(step, why, mini, {"policy_logp": policy, **workers.tokens(rows)})
                 continue
             self.bad_in_a_row = 0
             metrics = {name: value for name, value in metrics.items() if name not in _SURROGATES}
             metrics |= {f"gvpo/{name}": value.item() for name, value in result.metrics.items()}
             metrics["actor/loss"] = metrics["gvpo/loss"]
             if self.settings.dump_dir:
-                path = Path(self.settings.dump_dir) / self._name("update", step)
-                tokens = workers.tokens(rows)
-                write_record(path, mini, tokens, policy, weights=weights, step=step, metrics=metrics)
+                columns = {"policy_logp": policy, "weight": weights, **workers.tokens(rows)}
+                self._record(self.settings.dump_dir, step, mini, columns, metrics=metrics)
             done.append(metrics)
         counts = {"updates": len(done), "scoring_passes": passes, "steps_skipped": skipped}
         return _summarise(done) | {f"gvpo/{name}": float(count) for name, count in counts.items()}
 
-    def _skip(
-        self, step: int, why: str, mini: Rollouts, policy: Tensor, tokens: dict[str, list[Tensor]]
-    ) -> None:
+    def _skip(self, step: int, why: str, mini: Rollouts, columns: Mapping[str, Sequence[Tensor]]) -> None:
         """Keep what the update would have been made of.
 
         Raises:
             InputError: it was one too many in a row.
         """
         self.bad_in_a_row += 1
-        path = Path(self.settings.incidents_dir) / self._name("update", step)
-        kept = f"its inputs are kept in {path}"
         try:
-            write_record(path, mini, tokens, policy, step=step, why=why)
+            path = self._record(self.settings.incidents_dir, step, mini, columns, why=why)
+            kept = f"its inputs are kept in {path}"
         except OSError as error:  # of two evils the smaller
             kept = f"its inputs cannot be kept ({error})"
         if self.bad_in_a_row >= self.settings.max_bad_steps:
@@ -133,9 +132,31 @@ class Updates:
             )
         warnings.warn(f"An update of step {step} is skipped: {why}; {kept}.", stacklevel=2)
 
-    def _name(self, kind: str, step: int) -> str:
+    def _record(
+        self,
+        folder: str,
+        step: int,
+        mini: Rollouts,
+        columns: Mapping[str, Sequence[Tensor]],
+        **facts: Any,
+    ) -> Path:
+        """Write what an update was made of, a row each, as Parquet whose metadata holds the facts."""
+        table = pyarrow.table(
+            {
+                "prompt": mini.prompts,
+                "session": [session for _, session in mini.sessions],
+                "reward": mini.rewards.tolist(),
+                "reference_logp": mini.reference.tolist(),
+                **{name: [value.tolist() for value in values] for name, values in columns.items()},
+            }
+        ).replace_schema_metadata({"facts": json.dumps({"step": step, **facts})})
         self._recorded += 1
-        return f"{kind}_{step:06d}_{self._recorded:04d}.safetensors"
+        path = Path(folder) / f"update_{step:06d}_{self._recorded:04d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        pyarrow.parquet.write_table(table, aside)
+        os.replace(aside, path)
+        return path
 
 
 def _summarise(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -27,10 +27,7 @@ class Watch:
     """Asks every actor, over and over, for a sign of life.
 
     A dead actor fails whatever call is pending with it at once; a busy one answers when it is done, so that
-    long work is never mistaken for death.
-
-    Args:
-        seconds: between two rounds.
+    long work is never mistaken for death. `seconds` pass between two rounds.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -79,11 +76,10 @@ class Watch:
             if not self._reason:
                 continue
             print(f"gvpo: {self._reason}", file=sys.stderr, flush=True)
-            if self._stop.is_set():
-                return
-            os.kill(os.getpid(), signal.SIGUSR1)
-            if not self._stop.wait(_GRACE):
-                os._exit(1)
+            if not self._stop.is_set():
+                os.kill(os.getpid(), signal.SIGUSR1)
+                if not self._stop.wait(_GRACE):
+                    os._exit(1)
             return
 
     def _look(self, timeout: float) -> None:
@@ -98,7 +94,7 @@ class Watch:
             try:
                 ray.get(answer)
             except RayActorError as error:
-                cause = " ".join(str(error).split())
-                self._reason = f"{kind} died, and the run ends here. Ray says: {cause}"
+                said = " ".join(str(error).split())
+                self._reason = f"{kind} died, and the run ends here. Ray says: {said}"
             except RayError:
-                continue
+                pass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import contextlib
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -13,12 +12,9 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
-
-
-def _no_bytes(*_: Any, **__: Any) -> int:
-    return 0
+def _always(value: Any) -> Any:
+    """A function or method that returns `value`, whatever it is given."""
+    return lambda *_, **__: value
 
 
 def _memory(*_: Any, **__: Any) -> tuple[int, int]:
@@ -29,20 +25,20 @@ def _memory(*_: Any, **__: Any) -> tuple[int, int]:
 class _Device(ModuleType):
     """`torch.cpu`, with what verl asks of `torch.cuda` besides."""
 
-    _EXTRA: ClassVar[dict[str, Callable[..., Any]]] = {
+    _EXTRA: ClassVar[dict[str, Any]] = {
         **dict.fromkeys(
-            ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), _no_bytes
+            ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), _always(0)
         ),
         **dict.fromkeys(
             ("empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_device", "manual_seed_all"),
-            _nothing,
+            _always(None),
         ),
         "manual_seed": torch.manual_seed,
         "mem_get_info": _memory,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
-        "current_device": lambda: "cpu",
-        "get_device_name": lambda *_: "CPU",
+        "current_device": _always("cpu"),
+        "get_device_name": _always("CPU"),
     }
 
     def __getattr__(self, name: str) -> Any:
@@ -56,61 +52,16 @@ class CPUPlatform(PlatformBase):
     device_name = "cpu"
     vendor_name = "generic"
     device_module = _Device("gvpo.verl.cpu.device")
-
-    def is_available(self) -> bool:
-        return True
-
-    def current_device(self) -> Any:
-        return "cpu"  # goes to `Tensor.to` and to FSDP
-
-    def device_count(self) -> int:
-        return 1
-
-    def set_device(self, device_index: int) -> None:
-        pass
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        pass
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        return None, None
-
-    def communication_backend_name(self) -> str:
-        return "gloo"
-
-    def visible_devices_envvar(self) -> str:
-        return "CUDA_VISIBLE_DEVICES"
-
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
-
-    def profiler_start(self) -> None:
-        pass
-
-    def profiler_stop(self) -> None:
-        pass
-
-    def ray_resource_name(self) -> str:
-        return "GPU"
-
-    def ray_noset_envvars(self) -> list[str]:
-        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
-
-    def is_ipc_supported(self) -> bool:
-        return False
-
-    def cudart(self) -> Any:
-        return None
+    is_available = _always(True)
+    device_count = _always(1)
+    current_device = _always("cpu")  # goes to `Tensor.to` and to FSDP
+    set_device = synchronize = set_allocator_settings = empty_cache = _always(None)
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    get_device_capability = _always((None, None))
+    communication_backend_name = _always("gloo")
+    visible_devices_envvar = _always("CUDA_VISIBLE_DEVICES")
+    ray_resource_name = _always("GPU")
+    ray_noset_envvars = _always(["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"])
+    is_ipc_supported = _always(False)
+    nvtx_range = _always(contextlib.nullcontext())
+    profiler_start = profiler_stop = cudart = _always(None)

@@ -23,15 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; requests of equal ones go into one batch.
-
-    Attributes:
-        max_tokens: most tokens of a response.
-        temperature: 0 for the likeliest token.
-        top_k: 0 for all tokens.
-        top_p: 1 for all tokens.
-        repetition_penalty: 1 for none.
-    """
+    """How to sample: temperature 0 is the likeliest token, top_k 0 and top_p 1 are all tokens."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -101,9 +93,9 @@ def sample(
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
     pad = model.generation_config.pad_token_id
-    pad = next(iter(ends)) if pad is None else pad
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    fill = next(iter(ends)) if pad is None else pad
+    ids = torch.tensor([[fill] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     attention = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     out = model.generate(
         ids,
@@ -113,7 +105,7 @@ def sample(
         temperature=None,
         top_k=None,
         top_p=None,
-        pad_token_id=pad,
+        pad_token_id=fill,
         logits_processor=_processors(sampling, seeds),
         output_logits=True,
         return_dict_in_generate=True,
@@ -135,8 +127,7 @@ def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature == 0:
         return processors
-    if sampling.temperature != 1:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
