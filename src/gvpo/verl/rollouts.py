@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,8 +41,10 @@ class Rollouts:
     def take(self, rows: Sequence[int]) -> Rollouts:
         """These rows, in this order."""
         at = torch.as_tensor(rows, dtype=torch.long)
-        columns = vars(self).items()
-        return Rollouts(**{n: v[at] if isinstance(v, Tensor) else [v[i] for i in rows] for n, v in columns})
+        columns: dict[str, Any] = vars(self)
+        return Rollouts(
+            **{k: v[at] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in columns.items()}
+        )
 
 
 def row_sums(values: Tensor, mask: Tensor) -> Float[Tensor, "rows"]:

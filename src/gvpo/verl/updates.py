@@ -112,7 +112,7 @@ class Updates:
         counts = {"updates": len(done), "scoring_passes": passes, "steps_skipped": skipped}
         return _summarise(done) | {f"gvpo/{name}": float(count) for name, count in counts.items()}
 
-    def _skip(self, step: int, why: str, mini: Rollouts, columns: Mapping[str, Sequence[Tensor]]) -> None:
+    def _skip(self, step: int, why: str, mini: Rollouts, columns: Mapping[str, Any]) -> None:
         """Keep what the update would have been made of.
 
         Raises:
@@ -137,7 +137,7 @@ class Updates:
         folder: str,
         step: int,
         mini: Rollouts,
-        columns: Mapping[str, Sequence[Tensor]],
+        columns: Mapping[str, Any],
         **facts: Any,
     ) -> Path:
         """Write what an update was made of, a row each, as Parquet whose metadata holds the facts."""
