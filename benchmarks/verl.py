@@ -24,13 +24,8 @@ from rich.console import Console
 
 from benchmarks.measure import RESULTS, Row, show, write
 from benchmarks.workloads import GROUP, Workload
-<<<<<<< HEAD
 from gvpo.sums import make_tokenizer
-from gvpo.verl.cpu import overrides, use
-=======
-from gvpo.quickstart import make_tokenizer
 from gvpo.verl.cpu import OVERRIDE, use
->>>>>>> 07a2591 (Keep verl's companions and the CPU's settings as data; +machine=cpu; records of updates are Parquet; packaging reads verl's version)
 
 ABOUT = (
     "Seconds of verl's update_actor on the wall (64 responses of 64 tokens of 8 prompts, 4 layers, float32, "

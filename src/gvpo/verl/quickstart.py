@@ -90,9 +90,7 @@ def quickstart(
     _train(run, arguments, lesson.console, steps)
     saved = run.path / "checkpoints" / f"global_step_{steps}" / "actor" / "huggingface"
     trained = LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager")
-    seconds = {
-        name: round(sum(run.curve(name)[1]), 1) for name in ("seconds_generation", "seconds_update")
-    }
+    seconds = {name: round(sum(run.curve(name)[1]), 1) for name in ("seconds_generation", "seconds_update")}
     summary = lesson.examine(trained, **seconds, steps=steps, beta=beta, workers=workers)
     run.log({"step": steps, "accuracy": summary["accuracy_after"]})
     lesson.finish(summary, "GVPO on verl", "rollout")
