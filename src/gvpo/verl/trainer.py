@@ -32,15 +32,8 @@ from gvpo.verl.settings import read_settings
 from gvpo.verl.updates import Updates, count_updates
 from gvpo.verl.watch import Watch
 
-_TOUCHED = (
-    "_balance_batch",
-    "_get_required_batch_multiple",
-    "_init_dataloader",
-    "_submit_batch_to_rollout",
-    "_update_actor",
-    "fit",
-)
-_missing = [name for name in _TOUCHED if not hasattr(PPOTrainer, name)]
+_TOUCHED = ("_balance_batch", "_get_required_batch_multiple", "_init_dataloader", "_update_actor", "fit")
+_missing = [name for name in (*_TOUCHED, "_submit_batch_to_rollout") if not hasattr(PPOTrainer, name)]
 _missing += [name for name in ("_TQ_CONTROLLER", "_TQ_STORAGE") if not hasattr(tq.interface, name)]
 if _missing:
     raise ImportError(
@@ -75,8 +68,7 @@ class GVPOUpdates(PPOTrainer):
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
-        updates = self.settings.updates_per_step(self.config.data.train_batch_size)
-        count_updates(self.config, self.total_training_steps, updates)
+        count_updates(self.config, self.settings, self.total_training_steps)
 
     def fit(self, agent_loop_manager: Any) -> None:
         servers, storage = self.llm_server_manager, tq.interface._TQ_STORAGE or {}
@@ -128,8 +120,7 @@ class GVPOUpdates(PPOTrainer):
         for i, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
             if not _is_padding(tag):
                 rows.setdefault(_parse(key)[0], []).append(i)
-        order = sorted(rows, key=lambda prompt: (self._arrival.get(prompt, math.inf), prompt))
-        return {prompt: rows[prompt] for prompt in order}
+        return dict(sorted(rows.items(), key=lambda item: (self._arrival.get(item[0], math.inf), item[0])))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         returns = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["returns"])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
+from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from gvpo.errors import InputError, NonFiniteError
@@ -169,12 +170,11 @@ def _summarise(updates: list[dict[str, float]]) -> dict[str, float]:
     return summary
 
 
-def count_updates(config: Any, total_steps: int, updates: int) -> None:
-    """Tell verl's scheduler, in place, that it is stepped at each update and not at each rollout."""
-    from omegaconf import open_dict
-
+def count_updates(config: DictConfig, settings: Settings, rollouts: int) -> None:
+    """Tell verl's scheduler, in place, that it is stepped at each update and not at each of the rollouts."""
+    updates = settings.updates_per_step(config.data.train_batch_size)
     optim = config.actor_rollout_ref.actor.optim
     with open_dict(config):
-        optim.total_training_steps = total_steps * updates
+        optim.total_training_steps = rollouts * updates
         if (optim.get("lr_warmup_steps", None) or -1) > 0:
             optim.lr_warmup_steps *= updates

@@ -43,8 +43,7 @@ class GVPORayTrainer(RayPPOTrainer):
 
     def _create_dataloader(self, *args: Any, **kwargs: Any) -> None:
         super()._create_dataloader(*args, **kwargs)
-        updates = self.settings.updates_per_step(self.config.data.train_batch_size)
-        count_updates(self.config, self.total_training_steps, updates)
+        count_updates(self.config, self.settings, self.total_training_steps)
 
     def init_workers(self) -> None:
         super().init_workers()

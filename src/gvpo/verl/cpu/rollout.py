@@ -6,8 +6,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -20,8 +19,7 @@ _MAX_ROWS = 512  # of one batch
 _GATHER_SECONDS = 0.02  # how long the first of a batch waits for company
 
 
-@dataclass
-class _Request:
+class _Request(NamedTuple):
     prompt: tuple[int, ...]
     sampling: Sampling
     seed: int
@@ -29,13 +27,7 @@ class _Request:
 
 
 class HFServer:
-    """The actor that holds a whole copy of the model.
-
-    Args:
-        path: of the model.
-        response_length: most tokens of a response.
-        seed: of the sampling.
-    """
+    """The actor that holds a whole copy of the model at `path`."""
 
     def __init__(self, path: str, response_length: int, seed: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -44,8 +36,7 @@ class HFServer:
         self.model = AutoModelForCausalLM.from_pretrained(
             path, attn_implementation="eager", dtype=torch.float32
         ).eval()
-        self.response_length = response_length
-        self.seed = seed
+        self.response_length, self.seed = response_length, seed
         self.version: int | None = None
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._waiting: list[_Request] = []
@@ -55,11 +46,11 @@ class HFServer:
         """Take over the trainer's weights, all of them."""
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         self.model.tie_weights()
-        tied = set(getattr(self.model, "all_tied_weights_keys", ()))
-        if set(missing) - tied or unexpected:
+        missing = set(missing) - set(getattr(self.model, "all_tied_weights_keys", ()))
+        if missing or unexpected:
             raise RuntimeError(
                 "The trainer's weights do not fit the rollout's model: "
-                f"{sorted(set(missing) - tied)} are missing, {sorted(unexpected)} unknown."
+                f"{sorted(missing)} are missing, {sorted(unexpected)} unknown."
             )
         self.version = version
         self._seen.clear()
@@ -90,19 +81,17 @@ class HFServer:
         while self._waiting:
             await asyncio.sleep(_GATHER_SECONDS)
             sampling = self._waiting[0].sampling
-            batch = [r for r in self._waiting if r.sampling == sampling][:_MAX_ROWS]
-            chosen = {id(r) for r in batch}
-            self._waiting = [r for r in self._waiting if id(r) not in chosen]
+            batch = [request for request in self._waiting if request.sampling == sampling][:_MAX_ROWS]
+            self._waiting = [request for request in self._waiting if request not in batch]
+            prompts, _, seeds, answers = zip(*batch, strict=True)
             try:
-                responses = await asyncio.to_thread(
-                    sample, self.model, [r.prompt for r in batch], sampling, [r.seed for r in batch]
-                )
+                responses = await asyncio.to_thread(sample, self.model, prompts, sampling, seeds)
             except Exception as error:
-                for request in batch:
-                    request.answer.set_exception(error)
+                for answer in answers:
+                    answer.set_exception(error)
                 continue
-            for request, response in zip(batch, responses, strict=True):
-                request.answer.set_result(response)
+            for answer, response in zip(answers, responses, strict=True):
+                answer.set_result(response)
 
     async def _nothing(self, *_: Any, **__: Any) -> None:
         """There is no memory to give back and nothing to profile."""

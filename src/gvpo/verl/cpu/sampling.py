@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,20 +42,28 @@ class Sampling:
             repetition_penalty=float(params.get("repetition_penalty", 1.0)),
         )
 
+    def processors(self, seeds: Sequence[int]) -> LogitsProcessorList:
+        """What makes the largest score the token to take, for rows with these seeds."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature == 0:
+            return processors
+        processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            processors.append(TopPLogitsWarper(self.top_p))
+        processors.append(_GumbelNoise(seeds))
+        return processors
 
-@dataclass(frozen=True)
-class Response:
-    """A sampled response.
 
-    Attributes:
-        tokens: with the end-of-sequence token, if that was sampled.
-        logps: of each token at the temperature, in nats.
-        ended: whether it ended by itself.
-    """
+class Response(NamedTuple):
+    """A sampled response."""
 
-    tokens: list[int]
-    logps: list[float]
-    ended: bool
+    tokens: list[int]  # with the end-of-sequence token, if that was sampled
+    logps: list[float]  # of each token at the temperature, in nats
+    ended: bool  # by itself
 
 
 class _GumbelNoise(LogitsProcessor):
@@ -90,12 +98,11 @@ def sample(
         sampling: how to sample.
         seeds: one for each prompt.
     """
-    end = model.generation_config.eos_token_id
+    end, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     ends = set(end if isinstance(end, list) else [end])
-    pad = model.generation_config.pad_token_id
+    pad = next(iter(ends)) if pad is None else pad
     width = max(len(prompt) for prompt in prompts)
-    fill = next(iter(ends)) if pad is None else pad
-    ids = torch.tensor([[fill] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     attention = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     out = model.generate(
         ids,
@@ -105,8 +112,8 @@ def sample(
         temperature=None,
         top_k=None,
         top_p=None,
-        pad_token_id=fill,
-        logits_processor=_processors(sampling, seeds),
+        pad_token_id=pad,
+        logits_processor=sampling.processors(seeds),
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -119,18 +126,3 @@ def sample(
         length = len(row) if stop is None else stop + 1
         responses.append(Response(row[:length], row_logps[:length], stop is not None))
     return responses
-
-
-def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature == 0:
-        return processors
-    processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(_GumbelNoise(seeds))
-    return processors
