@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -95,6 +97,14 @@ def test_what_contradicts_gvpo_is_refused_by_name(override, word):
 def test_a_dynamic_batch_that_cannot_work_is_refused_with_the_numbers(override, word):
     with pytest.raises(InputError, match=word):
         check(config(f"{ACTOR}.use_dynamic_bsz=True", override))
+
+
+def test_verl_has_no_worker_that_shares_prompts():
+    """Why `use_prefix_grouper` is refused; where this fails, docs/engines/verl.md and the refusal want a look."""
+    sources = Path(find_spec("verl").origin).parent.rglob("*.py")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sources}
+    assert "prefix_grouper_utils.py" in texts
+    assert [name for name, text in texts.items() if "prefix_grouper_utils" in text] == []
 
 
 def test_two_different_betas_are_refused_and_equal_ones_are_not():
