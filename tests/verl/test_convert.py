@@ -84,6 +84,8 @@ def test_it_says_each_change_once_and_changes_nothing_twice():
     ):
         assert sum(f"{name}" in change.split(":")[0].split(" ")[0] for change in converted.changes) == 1, name
     assert "# python3 -m verl.trainer.main_ppo runs below" in converted.script
+    assert converted.script.startswith("#!/usr/bin/env bash\n# Converted by")
+    assert converted.script.endswith(" $@\n")  # what ended the command has gone
     again = SCRIPT.replace("python3 -m verl.trainer.main_ppo -", "python3 -m verl.trainer.main_ppo \\\n -")
     assert convert_script(again).script.count("-m gvpo.verl") == 1
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from gvpo.errors import InputError
 from gvpo.verl import versions
-from gvpo.verl.main import _CONFIG
+from gvpo.verl.main import _CONFIG, _refuse
 from gvpo.verl.settings import check, prepare, read_settings
 
 ACTOR = "actor_rollout_ref.actor"
@@ -100,11 +100,10 @@ def test_a_dynamic_batch_that_cannot_work_is_refused_with_the_numbers(override, 
 
 
 def test_verl_has_no_worker_that_shares_prompts():
-    """Why `use_prefix_grouper` is refused; where this fails, docs/engines/verl.md and the refusal want a look."""
-    sources = Path(find_spec("verl").origin).parent.rglob("*.py")
-    texts = {path.name: path.read_text(encoding="utf-8") for path in sources}
-    assert "prefix_grouper_utils.py" in texts
-    assert [name for name, text in texts.items() if "prefix_grouper_utils" in text] == []
+    """Why `use_prefix_grouper` is refused; where this fails, that and docs/engines/verl.md want a look."""
+    sources = list(Path(find_spec("verl").origin).parent.rglob("*.py"))
+    assert any(path.name == "prefix_grouper_utils.py" for path in sources)
+    assert [path for path in sources if "prefix_grouper_utils" in path.read_text(encoding="utf-8")] == []
 
 
 def test_two_different_betas_are_refused_and_equal_ones_are_not():
@@ -144,6 +143,17 @@ def test_versions_of_verl_and_their_adapters(monkeypatch, capsys, installed, ada
     monkeypatch.setattr(versions, "version", _versions(verl=installed, TransferQueue="0.1.11"))
     assert versions.check_versions() == adapter
     assert ("newer" in capsys.readouterr().out) == (installed in ("0.9.2rc1", "0.9.10"))
+
+
+def test_bad_input_that_a_process_of_rays_found_is_a_sentence_and_code_2(capsys):
+    from ray.exceptions import RayTaskError
+
+    told = RayTaskError("run", "a long traceback", InputError("3 updates in a row.")).as_instanceof_cause()
+    with pytest.raises(SystemExit) as ended:
+        _refuse(told)
+    assert isinstance(told, InputError)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "gvpo: 3 updates in a row.\n"
 
 
 def test_a_configuration_file_of_ones_own_is_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,16 @@ import yaml
 from gvpo.errors import InputError
 from gvpo.verl.settings import DEFAULT_BETA, companions
 
-_ENTRY = re.compile(r"\bverl\.trainer\.main_ppo\b|\brecipe\.gvpo\.\w+")
-# An override: one word of the shell, whose value may be quoted.
-_OVERRIDE = re.compile(
-    r"""(?<![\w.$/{-])(?P<plus>\+{0,2})(?P<name>[a-z_]\w*(?:\.\w+)+)=(?P<value>"[^"]*"|'[^']*'|[^\s\\)"']*)"""
+_VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s\\)"']*)"""
+_WORD = re.compile(
+    rf"""(?P<comment>^[ \t]*\#.*$)
+    |(?P<entry>\bverl\.trainer\.main_ppo\b|\brecipe\.gvpo\.\w+)
+    |--config-(?P<flag>name|path|dir)[= ](?P<file>{_VALUE})
+    |(?<![\w.$/{{-])(?P<plus>\+{{0,2}})(?P<name>[a-z_]\w*(?:\.\w+)+)=(?P<value>{_VALUE})""",
+    re.MULTILINE | re.VERBOSE,
 )
-_CONFIG_FLAG = re.compile(r"""--config-(?P<what>name|path|dir)[= ](?P<value>"[^"]*"|'[^']*'|[^\s\\]+)""")
 _BETA = "actor_rollout_ref.actor.gvpo_beta"
+_GONE, _ENTRY = "\0", "\1"  # in the place of a removed word, and of verl's entry point
 
 
 @dataclass(frozen=True)
@@ -44,103 +46,75 @@ def convert_script(text: str, name: str = "the script") -> Converted:
     Raises:
         InputError: it does not run verl's PPO trainer, has a critic or a configuration file of its own.
     """
-    conversion = _Conversion(name)
-    lines = conversion.lines(text.splitlines())
-    if not any(map(_runs_verl, lines)):
+    required, inert = companions()
+    changes = ["verl.trainer.main_ppo → gvpo.verl: the same Hydra overrides, GVPO's updates."]
+    met: set[str] = set()
+
+    def convert(word: re.Match[str]) -> str:
+        if word["comment"]:
+            return word[0]
+        if word["entry"]:
+            return _ENTRY
+        if word["flag"]:
+            new, why = _config_flag(word["flag"], _unquoted(word["file"]), name)
+        else:
+            met.add(word["name"])
+            value = _unquoted(word["value"])
+            new, why = word[0], inert.get(word["name"], "")
+            if word["name"] == "algorithm.adv_estimator" and value in ("gae", "remax"):
+                raise InputError(f"{word[0]} needs more than a group: convert a GRPO script.")
+            if word["name"] == "actor_rollout_ref.rollout.mode" and value == "sync":
+                why = "verl 0.9 has rollout servers only"
+            companion = required.get(word["name"])
+            if why:
+                new = _GONE
+            elif companion and not companion.accepts(_parsed(value)):
+                new, why = f"{word['plus']}{word['name']}={companion.right}", companion.why
+        if new != word[0]:
+            changes.append(f"{word[0]} {'removed' if new == _GONE else f'→ {new}'}: {why}.")
+        return new
+
+    script = _WORD.sub(convert, text)
+    if _ENTRY not in script:
         raise InputError(f"{name} does not run verl.trainer.main_ppo: give a script of verl's GRPO.")
-    entry = " \\\n    ".join(["gvpo.verl", *conversion.missing()])
-    lines = [_ENTRY.sub(lambda _: entry, line) if _runs_verl(line) else line for line in lines]
-    changes = [
-        "verl.trainer.main_ppo → gvpo.verl: the same Hydra overrides, GVPO's updates.",
-        *conversion.changes,
-    ]
-    head = 1 if lines[0].startswith("#!") else 0
-    lines[head:head] = ["# Converted by `gvpo verl convert`:", *(f"#   {change}" for change in changes)]
-    return Converted("\n".join(lines) + "\n", changes)
+    added = {f"{key}={c.right}": c.why for key, c in required.items() if c.add and key not in met}
+    if _BETA not in met:
+        added[f"{_BETA}={DEFAULT_BETA}"] = "the published temperature"
+    changes += [f"{word} added: {why}." for word, why in added.items()]
+    script = _without_gaps(script).replace(_ENTRY, " \\\n    ".join(["gvpo.verl", *added]))
+    first, rest = re.fullmatch(r"(#![^\n]*\n)?(.*)", script, re.DOTALL).groups("")  # type: ignore[union-attr]
+    comments = "".join(f"#   {change}\n" for change in changes)
+    return Converted(f"{first}# Converted by `gvpo verl convert`:\n{comments}{rest.rstrip()}\n", changes)
 
 
-def _is_comment(line: str) -> bool:
-    return line.lstrip().startswith("#")
+def _config_flag(what: str, file: str, script: str) -> tuple[str, str]:
+    """What takes the place of `--config-name` and the like, and why."""
+    file = file.removesuffix(".yaml")
+    if what != "name" or file == "ppo_trainer":
+        return _GONE, "gvpo.verl finds verl's configuration itself"
+    if file == "ppo_megatron_trainer":
+        return "model_engine=megatron", "as verl 0.9 says it"
+    raise InputError(
+        f"{script} uses a configuration file of its own, {file}: write its settings as overrides, for "
+        "gvpo.verl has its own primary file."
+    )
 
 
-def _runs_verl(line: str) -> bool:
-    return not _is_comment(line) and _ENTRY.search(line) is not None
+def _without_gaps(script: str) -> str:
+    """Close what removed words leave, lines that go whole and the end of a command among them."""
+    line = rf"[ \t{_GONE}]*{_GONE}[ \t]*"
+    for gap in (rf"^{line}\\\n", rf"[ \t]*\\\n{line}$", rf"^{line}\n", rf"[ \t]*{_GONE}"):
+        script = re.sub(gap, "", script, flags=re.MULTILINE)
+    return script
 
 
-class _Conversion:
-    """Collects what it changes, a sentence each, and the names of the overrides that it has met."""
-
-    def __init__(self, script: str) -> None:
-        self.script = script
-        self.required, self.inert = companions()
-        self.changes: list[str] = []
-        self.met: set[str] = set()
-
-    def lines(self, given: list[str]) -> list[str]:
-        """The lines of a script with the overrides that GVPO wants."""
-        done: list[str] = []
-        for line in given:
-            words = line if _is_comment(line) else self._replace(line, _CONFIG_FLAG, self._flag)
-            words = line if _is_comment(line) else self._replace(words, _OVERRIDE, self._override)
-            if words.strip() not in ("", "\\") or line.strip() in ("", "\\"):
-                done.append(words)
-            elif not line.rstrip().endswith("\\") and done:
-                # The line has gone whole: if it ended its command, the one before it does so now.
-                done[-1] = done[-1].rstrip().removesuffix("\\").rstrip()
-        return done
-
-    def missing(self) -> list[str]:
-        """The overrides to add."""
-        added = {name: c for name, c in self.required.items() if c.add and name not in self.met}
-        words = {f"{name}={companion.right}": companion.why for name, companion in added.items()}
-        if _BETA not in self.met:
-            words[f"{_BETA}={DEFAULT_BETA}"] = "the published temperature"
-        self.changes += [f"{word} added: {why}." for word, why in words.items()]
-        return list(words)
-
-    def _replace(self, line: str, pattern: re.Pattern[str], new: Callable[[re.Match[str]], str]) -> str:
-        """With the gaps closed that removed words leave, and nothing else."""
-        after = pattern.sub(new, line)
-        if after == line:
-            return line
-        indent = line[: len(line) - len(line.lstrip())]
-        return (indent + re.sub(r"(?<=\S)[ \t]{2,}", " ", after.strip())).rstrip()
-
-    def _flag(self, match: re.Match[str]) -> str:
-        value = match["value"].strip("\"'").removesuffix(".yaml")
-        if match["what"] == "name" and value == "ppo_megatron_trainer":
-            self.changes.append(f"{match[0]} → model_engine=megatron: as verl 0.9 says it.")
-            return "model_engine=megatron"
-        if match["what"] == "name" and value != "ppo_trainer":
-            raise InputError(
-                f"{self.script} uses a configuration file of its own, {value}: write its settings as "
-                "overrides, for gvpo.verl has its own primary file."
-            )
-        self.changes.append(f"{match[0]} removed: gvpo.verl finds verl's configuration itself.")
-        return ""
-
-    def _override(self, match: re.Match[str]) -> str:
-        name, value = match["name"], match["value"]
-        self.met.add(name)
-        plain = value.strip("\"'")
-        if name == "algorithm.adv_estimator" and plain in ("gae", "remax"):
-            raise InputError(f"{name}={plain} needs more than a group: convert a GRPO script.")
-        why = self.inert.get(name)
-        if name == "actor_rollout_ref.rollout.mode" and plain == "sync":
-            why = "verl 0.9 has rollout servers only"
-        if why:
-            self.changes.append(f"{name}={value} removed: {why}.")
-            return ""
-        companion = self.required.get(name)
-        if companion is None or companion.accepts(_value(plain)):
-            return match[0]
-        self.changes.append(f"{name}: {plain} → {companion.right}: {companion.why}.")
-        return f"{match['plus']}{name}={companion.right}"
+def _unquoted(word: str) -> str:
+    return word.strip("\"'")
 
 
-def _value(text: str) -> Any:
+def _parsed(value: str) -> Any:
     """What Hydra makes of the value of an override; of shell variables, their text."""
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(value)
     except yaml.YAMLError:
-        return text
+        return value

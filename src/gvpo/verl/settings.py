@@ -233,18 +233,17 @@ def _check_sizes(config: DictConfig, settings: Settings) -> None:
 
 
 def _check_dynamic(config: DictConfig) -> None:
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    if not rollout.log_prob_use_dynamic_bsz:
+    actor = config.actor_rollout_ref.actor
+    if not config.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz:
         raise InputError(
             "actor_rollout_ref.actor.use_dynamic_bsz=True needs "
             "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True as well."
         )
     longest = max(config.data.max_prompt_length + config.data.max_response_length, _PADDING_TOKENS)
     # Ranks that share a sequence share its tokens.
-    shared = ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
-    ranks = max(
-        OmegaConf.select(actor, name, default=1) for name in (*shared, "megatron.context_parallel_size")
-    )
+    ulysses = "ulysses_sequence_parallel_size"
+    sharing = (ulysses, f"fsdp_config.{ulysses}", "megatron.context_parallel_size")
+    ranks = max(OmegaConf.select(actor, name, default=1) for name in sharing)
     for name in ("actor.ppo_max_token_len_per_gpu", "rollout.log_prob_max_token_len_per_gpu"):
         tokens = OmegaConf.select(config.actor_rollout_ref, name)
         if tokens * ranks < longest:
