@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gvpo.verl.rollouts import Rollouts, row_sums, weigh
+from gvpo.verl.rollouts import Rollouts, choose_rows, row_sums, weigh
 from tests.test_objective import literal_loss
 
 
@@ -109,3 +109,21 @@ def test_published_scale_is_the_gradient_of_the_published_micro_steps(n, micro_b
     theirs.backward()
     weights, _ = weigh(rollouts, policy.detach(), beta)
     torch.testing.assert_close(weights * micro_batch / n, -policy.grad, rtol=1e-9, atol=1e-12)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.0, -0.3, 0.7]), min_size=1, max_size=40), st.integers(1, 9))
+def test_rows_of_weight_stay_and_the_fewest_others_fill_up(weights, multiple):
+    real = len(weights)
+    padding = -real % multiple
+    every = torch.tensor(weights + [0.0] * padding)
+    lengths = [10 + i % 5 for i in range(real)] + [1] * padding
+    chosen = choose_rows(every, lengths, multiple, padding=padding)
+    used = {i for i, weight in enumerate(weights) if weight}
+    assert used <= set(chosen)
+    assert len(set(chosen)) == len(chosen)
+    assert len(chosen) % multiple == 0
+    assert len(chosen) - len(used) < multiple or not used
+    idle = [i for i in range(real) if i not in used]
+    filling = [i for i in chosen if i not in used]
+    # Padding rows only where real rows do not suffice.
+    assert all(i < real for i in filling) or set(idle) <= set(chosen)

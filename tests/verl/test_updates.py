@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gvpo.errors import InputError
 from gvpo.verl.rollouts import Rollouts
@@ -88,6 +91,23 @@ def descend(table, mini_batches, scale=1.0):
         literal_loss(leaf, rollouts.reference, rollouts.rewards, ids, BETA, every).backward()
         theta[rows] -= LR * scale * leaf.grad
     return theta
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 3), st.booleans(), st.integers(1, 9))
+def test_each_epoch_takes_each_prompt_once_in_mini_batches_of_the_size(n, size, epochs, shuffle, step):
+    updates = Updates(settings(Path(), mini_batch=size, epochs=epochs, shuffle=shuffle))
+    prompts = {f"p{i}": [2 * i, 2 * i + 1] for i in range(n)}
+    batches = list(updates.mini_batches(prompts, step))
+    per_epoch = -(-n // size)
+    assert len(batches) == epochs * per_epoch
+    for epoch in range(epochs):
+        mine = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        taken = [row for batch in mine for row in batch]
+        assert sorted(taken) == list(range(2 * n))
+        assert shuffle or taken == list(range(2 * n))
+        assert all(len(batch) == 2 * size for batch in mine[:-1])
+        assert all(first + 1 == second for first, second in zip(taken[::2], taken[1::2], strict=True))
+    assert batches == list(updates.mini_batches(prompts, step))
 
 
 @pytest.mark.parametrize("changes", [{}, {"shuffle": True, "scale": 2.0}, {"mini_batch": 3, "epochs": 1}])

@@ -17,14 +17,12 @@ _CONFIG = Path(__file__).parent / "config"
 _EXTERNAL = "VERL_USE_EXTERNAL_MODULES"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train with the overrides of the command line (or `arguments`). Exits with 2 on bad input."""
+def main() -> None:
+    """Train with the overrides of the command line. Exits with 2 on bad input."""
     try:
         adapter = check_versions()
     except InputError as error:
         _refuse(error)
-    if arguments is not None:
-        sys.argv[1:] = arguments
     if cpu.OVERRIDE in sys.argv:
         cpu.use()
     _load_plugin()

@@ -1,4 +1,4 @@
-"""The rows of a rollout as the driver sees them, and GVPO's weights for them."""
+"""The rows of a rollout as the driver sees them, GVPO's weights for them, and which an update takes."""
 
 from __future__ import annotations
 
@@ -90,3 +90,34 @@ def weigh(
     )
     # ∂S_session/∂S_row = 1: a session's weight is that of each of its rows.
     return torch.where(rollouts.valid, result.weights[session], 0.0), result
+
+
+def rows_short(rows: int, multiple: int) -> int:
+    """How many rows more make `rows` a multiple of `multiple`."""
+    return -rows % multiple
+
+
+def choose_rows(
+    weights: Float[Tensor, "rows"], lengths: Sequence[int], multiple: int, *, padding: int = 0
+) -> list[int]:
+    """The rows of an update: all of weight other than 0, filled up to a multiple by the shortest others.
+
+    Rows of weight 0 add nothing to the gradient (docs/theory.md, fact 4): leaving them out is exact, and so
+    is taking them as filling.
+
+    Args:
+        weights: (rows,).
+        lengths: tokens of each row.
+        multiple: the number of rows must be a multiple of this, and is at least this.
+        padding: how many of the rows, the last ones, are taken only when no others are left.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    used = weights.nonzero()[:, 0].tolist()
+    idle = (weights == 0).nonzero()[:, 0].tolist()
+    short = rows_short(len(used), multiple) if used else multiple
+    filling = sorted(idle, key=lambda i: (i >= len(weights) - padding, lengths[i]))[:short]
+    if len(filling) < short:
+        raise ValueError(f"an update needs {short} rows of weight 0 to fill it up and has {len(filling)}.")
+    return sorted(used + filling)

@@ -26,8 +26,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.workers.utils.padding import response_from_nested
 
-from gvpo.verl.minibatches import choose_rows, rows_short
-from gvpo.verl.rollouts import Rollouts, row_sums
+from gvpo.verl.rollouts import Rollouts, choose_rows, row_sums, rows_short
 from gvpo.verl.settings import read_settings
 from gvpo.verl.updates import Updates, count_updates
 from gvpo.verl.watch import Watch

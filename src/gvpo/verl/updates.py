@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
+import torch
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from gvpo.errors import InputError, NonFiniteError
-from gvpo.verl.minibatches import split_prompts
 from gvpo.verl.rollouts import Rollouts, weigh
 from gvpo.verl.settings import Settings
 
@@ -59,16 +59,18 @@ class Updates:
         self._recorded = 0
 
     def mini_batches(self, prompts: Mapping[str, list[int]], step: int) -> Iterator[list[int]]:
-        """The rows of each mini-batch of a step, epoch after epoch.
+        """The rows of each mini-batch of a step, epoch after epoch; the last of an epoch holds what remains.
 
         Args:
             prompts: the rows of each prompt, prompts in the order of the data.
-            step: number of the step, which a random order depends on.
+            step: number of the step, which a random order (another for each epoch) depends on.
         """
-        settings = self.settings
-        seed = settings.seed + step if settings.shuffle else None
-        for chosen in split_prompts(list(prompts), settings.mini_batch, settings.epochs, seed):
-            yield [row for prompt in chosen for row in prompts[prompt]]
+        size, shuffle = self.settings.mini_batch, self.settings.shuffle
+        names, generator = list(prompts), torch.Generator().manual_seed(self.settings.seed + step)
+        for _ in range(self.settings.epochs):
+            order = torch.randperm(len(names), generator=generator).tolist() if shuffle else range(len(names))
+            for start in range(0, len(names), size):
+                yield [row for i in order[start : start + size] for row in prompts[names[i]]]
 
     def run(self, step: int, prompts: Mapping[str, list[int]], workers: Workers) -> dict[str, float]:
         """Make all updates of a step; those with numbers that are not finite are skipped.

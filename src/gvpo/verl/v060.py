@@ -20,8 +20,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from gvpo.errors import InputError
-from gvpo.verl.minibatches import rows_short
-from gvpo.verl.rollouts import Rollouts
+from gvpo.verl.rollouts import Rollouts, rows_short
 from gvpo.verl.settings import read_settings
 from gvpo.verl.updates import Updates, count_updates
 
