@@ -109,8 +109,8 @@ class GVPOUpdates(PPOTrainer):
         short = max(rows_short(len(rows), self.row_multiple) for rows in mini_batches)
         if short <= padding:
             return batch
-        more = math.ceil((short - padding) / self.row_multiple) * self.row_multiple
-        batch = upsample_batch_to_divisible_size(batch, len(batch) + more, self.tokenizer.eos_token_id)
+        size = len(batch) + self.row_multiple  # enough, for no mini-batch is short of more
+        batch = upsample_batch_to_divisible_size(batch, size, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def _prompts(self, batch: KVBatchMeta) -> dict[str, list[int]]:
