@@ -21,3 +21,12 @@ def test_the_published_run_has_the_published_settings(tmp_path):
     assert (settings.beta, settings.reference, settings.mini_batch) == (0.1, "rollout", 256)
     assert settings.updates_per_step(config.data.train_batch_size) == 4
     assert config.actor_rollout_ref.rollout.n == 4
+
+
+def test_the_run_on_cpus_has_settings_that_pass(tmp_path):
+    words = arguments("MODEL=m DATA=d\n" + (EXAMPLES / "run_cpu.sh").read_text(), tmp_path)
+    with initialize_config_dir(str(_CONFIG), version_base=None):
+        config = compose("gvpo_trainer", overrides=words[2:])
+    assert check(config, words[2:]) == []
+    assert (config.trainer.device, config.actor_rollout_ref.rollout.name) == ("cpu", "hf")
+    assert config.ray_kwargs.ray_init.num_gpus == config.trainer.n_gpus_per_node == 2
