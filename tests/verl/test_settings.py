@@ -77,6 +77,7 @@ def test_published_scale_is_micro_batch_over_n_and_initial_reference_switches_th
         ("gvpo.reference=latest", "gvpo.reference"),
         ("gvpo.loss_scale=sum", "gvpo.loss_scale"),
         ("gvpo.max_bad_steps=0", "gvpo.max_bad_steps"),
+        ("gvpo.max_bad_steps=null", "gvpo.max_bad_steps"),
         ("actor_rollout_ref.rollout.n=1", "rollout.n=1"),
         ("data.train_batch_size=100", "ppo_mini_batch_size=256"),
         (f"{ACTOR}.ppo_micro_batch_size_per_gpu=null", "ppo_micro_batch_size_per_gpu"),

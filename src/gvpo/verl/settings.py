@@ -94,8 +94,8 @@ def read_settings(config: DictConfig) -> Settings:
     for name, choices in (("reference", ("rollout", "initial")), ("loss_scale", ("mean", "published"))):
         if gvpo[name] not in choices:
             raise InputError(f"gvpo.{name}={gvpo[name]} is not known: choose {' or '.join(choices)}.")
-    if gvpo.max_bad_steps < 1:
-        raise InputError(f"gvpo.max_bad_steps={gvpo.max_bad_steps} must be at least 1.")
+    if not (isinstance(gvpo.max_bad_steps, int) and gvpo.max_bad_steps >= 1):
+        raise InputError(f"gvpo.max_bad_steps={gvpo.max_bad_steps} must be a whole number of at least 1.")
     published = gvpo.loss_scale == "published"
     sizes = []
     if not actor.use_dynamic_bsz:
