@@ -41,10 +41,11 @@ class Rollouts:
     def take(self, rows: Sequence[int]) -> Rollouts:
         """These rows, in this order."""
         at = torch.as_tensor(rows, dtype=torch.long)
-        columns: dict[str, Any] = vars(self)
-        return Rollouts(
-            **{k: v[at] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in columns.items()}
-        )
+        taken: dict[str, Any] = {
+            name: column[at] if isinstance(column, Tensor) else [column[i] for i in rows]
+            for name, column in vars(self).items()
+        }
+        return Rollouts(**taken)
 
 
 def row_sums(values: Tensor, mask: Tensor) -> Float[Tensor, "rows"]:
