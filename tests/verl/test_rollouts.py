@@ -2,6 +2,7 @@
 
 import math
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +27,7 @@ def make(prompts, sessions=None, seed=0, valid=None):
     )
 
 
+@hypothesis.settings(deadline=None)  # a busy machine is no error
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 99))
 def test_weights_are_minus_the_gradient_of_the_formula(sizes, seed):
     prompts = [f"p{i}" for i, size in enumerate(sizes) for _ in range(size)]
@@ -111,6 +113,7 @@ def test_published_scale_is_the_gradient_of_the_published_micro_steps(n, micro_b
     torch.testing.assert_close(weights * micro_batch / n, -policy.grad, rtol=1e-9, atol=1e-12)
 
 
+@hypothesis.settings(deadline=None)  # a busy machine is no error
 @given(st.lists(st.sampled_from([0.0, 0.0, -0.3, 0.7]), min_size=1, max_size=40), st.integers(1, 9))
 def test_rows_of_weight_stay_and_the_fewest_others_fill_up(weights, multiple):
     real = len(weights)
