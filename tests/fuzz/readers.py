@@ -101,16 +101,16 @@ SEEDS: dict[str, list[bytes]] = {
         b"The answer is $(x-1)^2$\x00x^2-2x+1",
         b"#### [1, 2)\x00\\{1\\} \\cup (1,2)",
     ],
-    "replay": [b"\x00\x00\x00\x00\xff", b"\x01\x10\x00\x00\x00\x00"],
+    "replay": [b"\x00" + at + b"\x00\xff" * 3 for at in (b"\x10\x00\x00", b"\x80\x25\x00", b"\x00\x90\x01")],
     "metrics": [b'{"step": 1, "loss": 0.5}\n{"step": 2}\n{"st'],
 }
 
 
 @cache
 def _buffer_files() -> dict[str, bytes]:
-    """The files of a small buffer of two segments."""
+    """The files of a small buffer."""
     with tempfile.TemporaryDirectory() as folder:
-        with ReplayBuffer(folder, segment_bytes=2000) as buffer:
+        with ReplayBuffer(folder) as buffer:
             for start in (0, 5):
                 buffer.append([group(n) for n in range(start, start + 5)])
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]

@@ -22,7 +22,7 @@ def group(number: int, k: int = 4, longest: int = 40, **changes: object) -> Grou
         "valid": np.arange(k) != 1 if number % 7 == 0 else None,
     }
     return Group.of(
-        rng.integers(0, VOCABULARY, rng.integers(1, 9)),
+        [rng.integers(0, VOCABULARY, rng.integers(1, 9)) for _ in range(k if number % 4 == 1 else 1)],
         [rng.integers(0, VOCABULARY, n) for n in lengths],
         rng.random(k).round(2),
         **{**settings, **changes},
@@ -30,7 +30,8 @@ def group(number: int, k: int = 4, longest: int = 40, **changes: object) -> Grou
 
 
 def same(a: Group, b: Group) -> bool:
-    arrays = ("prompt_ids", "token_ids", "lengths", "rewards", "reference_logps", "counted", "valid")
+    arrays = ("prompt_ids", "prompt_lengths", "token_ids", "lengths", "rewards", "reference_logps")
+    arrays += ("counted", "valid")
     for name in arrays:
         x, y = getattr(a, name), getattr(b, name)
         if (x is None) != (y is None) or (x is not None and not np.array_equal(x, y)):
@@ -53,4 +54,4 @@ def append_until_killed(folder: str, report: int, start: int, **settings: object
         number += count
         os.write(report, number.to_bytes(8, "little"))
         if rng.random() < 0.05:
-            buffer.save(f"{folder}-saved")
+            buffer.save(f"{folder}-saved/{number % 3}")

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 
 from gvpo.errors import InputError
 from gvpo.replay import Group, ReplayBuffer, ReplayView, Response
-from gvpo.replay.segment import RECORD
 from gvpo.replay.view import rank_folder
 from tests.replay.groups import VOCABULARY, append_until_killed, group, same
 
@@ -32,7 +32,7 @@ def test_what_goes_in_comes_out(tmp_path_factory, sizes, first, reopened):
     expected = [group(n, k=2 + n % 5) for n in range(first, first + sum(sizes))]
     ends = np.cumsum(sizes).tolist()
     batches = [expected[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    with ReplayBuffer(folder, memory=5000, segment_bytes=20_000) as buffer:
+    with ReplayBuffer(folder, memory=5000) as buffer:
         for batch in batches:
             buffer.append(batch)
         if not reopened:
@@ -45,24 +45,26 @@ def test_what_goes_in_comes_out(tmp_path_factory, sizes, first, reopened):
         assert index.sizes.tolist() == [len(g) for g in expected]
 
 
-def test_any_arrow_library_reads_a_segment(tmp_path):
+def test_sqlite_and_arrow_alone_read_a_buffer(tmp_path):
     with ReplayBuffer(tmp_path) as buffer:
         buffer.append([group(n) for n in range(5)])
-    (segment,) = tmp_path.glob("*.arrow")
-    table = pa.ipc.open_stream(segment).read_all()
-    assert table.num_rows == 5
-    assert table["completion_ids"][3].as_py() == [c.tolist() for c in group(3).completions]
-    assert table["reference"].to_pylist() == ["step 0"] * 5
+    db = sqlite3.connect(tmp_path / "groups.sqlite")
+    schema = db.execute("SELECT arrow_schema FROM buffer").fetchone()[0]
+    rows = db.execute("SELECT number, size, arrow FROM groups JOIN contents USING (id)").fetchall()
+    db.close()
+    assert [row[:2] for row in rows] == [(n, 4) for n in range(5)]
+    table = pa.ipc.open_stream(schema + rows[3][2]).read_all()
+    assert table["completion_ids"].to_pylist() == [[c.tolist() for c in group(3).completions]]
+    assert table["reference"].to_pylist() == ["step 0"]
 
 
 def test_capacity_age_and_memory_bound_the_buffer(tmp_path):
-    with ReplayBuffer(tmp_path, capacity=100, max_age=5, memory=20_000, segment_bytes=30_000) as buffer:
+    with ReplayBuffer(tmp_path, capacity=100, max_age=5, memory=20_000) as buffer:
         for start in range(0, 1000, 10):
             buffer.append([group(n) for n in range(start, start + 10)])
             assert buffer._cache.bytes <= 20_000
         assert buffer.index().numbers.tolist() == list(range(900, 1000))
-        on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
-        assert on_disk < 100 * 3000 + 2 * 30_000
+        assert (tmp_path / "groups.sqlite").stat().st_size < 400_000  # what was evicted makes room
         assert buffer.evict(step=124) == 52  # what is of steps before 119
         assert buffer.index(124).ages.max() == 5
         assert all(same(g, group(952 + i)) for i, g in enumerate(contents(buffer)))
@@ -104,7 +106,7 @@ def test_sampling(tmp_path):
 
 
 def test_a_rollback_restores_what_was_in_it_and_what_is_drawn_next(tmp_path):
-    settings = {"capacity": 50, "max_age": 20, "segment_bytes": 10_000}
+    settings = {"capacity": 50, "max_age": 20}
     buffer = ReplayBuffer(tmp_path / "live", seed=1, **settings)
     for start in range(0, 120, 12):
         buffer.append([group(n) for n in range(start, start + 12)])
@@ -124,14 +126,104 @@ def test_a_rollback_restores_what_was_in_it_and_what_is_drawn_next(tmp_path):
     assert all(same(g, group(70 + i)) for i, g in enumerate(contents(buffer)))
     assert life() == first
     buffer.close()
-    # On another machine: the checkpoint stands for itself.
+    # In another folder: groups and all that follows are the same, and theirs stay as they were.
     with ReplayBuffer(tmp_path / "other", seed=9, **settings) as buffer:
         buffer.append([group(1)])
         buffer.restore(tmp_path / "checkpoint")
         assert life() == first
-        with pytest.raises(InputError, match="There is no replay buffer in"):
+        with pytest.raises(InputError, match="no saved replay buffer"):
             buffer.restore(tmp_path / "nothing")
         assert buffer.index().numbers.tolist() == first[1]
+    with ReplayBuffer(tmp_path / "live", **settings) as buffer:
+        assert buffer.index().numbers.tolist() == first[1]
+    with ReplayView(tmp_path / "checkpoint") as view:
+        assert view.index().numbers.tolist() == list(range(70, 120))
+
+
+def saved_run(folder, steps=6, **settings):
+    """A run of steps with a checkpoint each, written aside and renamed as the trainer does."""
+    buffer = ReplayBuffer(folder / "replay" / "rank-00000", capacity=10, checkpoints=folder, **settings)
+    for step in range(steps):
+        buffer.append([group(n) for n in range(10 * step, 10 * step + 10)])
+        buffer.save(folder / ".aside" / str(step) / "replay_0")
+        os.replace(folder / ".aside" / str(step), folder / f"checkpoint-{step}")
+    return buffer
+
+
+def numbers_in(folder):
+    db = sqlite3.connect(folder / "replay" / "rank-00000" / "groups.sqlite")
+    found = [row[0] for row in db.execute("SELECT number FROM groups JOIN contents USING (id) ORDER BY id")]
+    db.close()
+    return found
+
+
+def test_groups_stay_while_a_checkpoint_needs_them(tmp_path):
+    """Evicted, cleared and rolled back, and through a new start; deleted checkpoints free theirs."""
+    buffer = saved_run(tmp_path)
+    assert numbers_in(tmp_path) == list(range(60))
+    for step in (0, 2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    buffer.restore(tmp_path / "checkpoint-1" / "replay_0")
+    assert [g.metadata for g in contents(buffer)] == [group(n).metadata for n in range(10, 20)]
+    buffer.append([group(70)])
+    buffer.close()
+    buffer = ReplayBuffer(tmp_path / "replay" / "rank-00000", capacity=10, checkpoints=tmp_path)
+    assert buffer.index().numbers.tolist() == list(range(11, 21))
+    buffer.clear()
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "mine")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    buffer.append([group(80)])
+    buffer.save(tmp_path / "checkpoint-6" / "replay_0")
+    assert numbers_in(tmp_path) == [*range(10, 20), *range(40, 60), 21]
+    for name in ("mine", "checkpoint-5", "checkpoint-1"):
+        step = {"mine": 4}.get(name, int(name[-1]) if name[-1].isdigit() else 0)
+        buffer.restore(tmp_path / name / "replay_0")
+        assert all(same(g, group(10 * step + i)) for i, g in enumerate(contents(buffer)))
+    buffer.close()
+
+
+def test_a_run_can_be_moved_and_a_checkpoint_without_its_groups_is_told(tmp_path):
+    saved_run(tmp_path / "run").close()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for home in ("replay/rank-00000", "../new"):
+        path = tmp_path / "moved" / home
+        with ReplayBuffer(path, capacity=10, checkpoints=tmp_path / "moved") as buffer:
+            buffer.restore(tmp_path / "moved" / "checkpoint-2" / "replay_0")
+            assert all(same(g, group(20 + i)) for i, g in enumerate(contents(buffer)))
+            assert buffer.next_number == 30
+    # The same run went on in two places: numbers are the same, groups are not.
+    shutil.copytree(tmp_path / "moved", tmp_path / "twin")
+    for folder, first in (("moved", 100), ("twin", 200)):
+        with ReplayBuffer(tmp_path / folder / "replay" / "rank-00000", capacity=10) as buffer:
+            buffer.append([group(n) for n in range(first, first + 10)])
+            buffer.save(tmp_path / folder / "late" / "replay_0")
+            if folder == "twin":
+                with pytest.raises(InputError, match=r"has not all groups of the checkpoint .*moved"):
+                    buffer.restore(tmp_path / "moved" / "late" / "replay_0")
+                assert all(same(g, group(200 + i)) for i, g in enumerate(contents(buffer)))
+    shutil.rmtree(tmp_path / "moved" / "replay")
+    with (
+        ReplayBuffer(tmp_path / "other") as buffer,
+        pytest.raises(InputError, match=r"needs the replay buffer that it was saved from, which is not in"),
+    ):
+        buffer.restore(tmp_path / "moved" / "checkpoint-2" / "replay_0")
+
+
+def test_buffers_of_more_processes_come_together(tmp_path):
+    folders = []
+    for rank in range(3):
+        with ReplayBuffer(rank_folder(tmp_path, rank), seed=rank) as buffer:
+            buffer.append([group(n) for n in range(10 * rank, 10 * rank + 4)])
+            folders.append(tmp_path / "checkpoint" / f"replay_{rank}")
+            buffer.save(folders[-1])
+            buffer.append([group(99)])
+    with ReplayBuffer(rank_folder(tmp_path, 0)) as buffer:
+        buffer.restore(folders[0], folders[2])
+        assert all(
+            same(g, group(n)) for g, n in zip(contents(buffer), [*range(4), *range(20, 24)], strict=True)
+        )
+        buffer.restore()
+        assert len(buffer) == 0
 
 
 def test_ranks_are_seen_together_while_they_write(tmp_path):
@@ -152,31 +244,39 @@ def test_ranks_are_seen_together_while_they_write(tmp_path):
 
 
 def test_torn_and_damaged_bytes_are_never_read(tmp_path):
-    with ReplayBuffer(tmp_path) as buffer:
-        buffer.append([group(n) for n in range(10)])
-        buffer.save(tmp_path / "whole")
-    (data,), (index,) = tmp_path.glob("*.arrow"), tmp_path.glob("*.index")
-    whole_data, whole_index = data.read_bytes(), index.read_bytes()
-    records = np.frombuffer(whole_index, dtype=RECORD)
-    rng = random.Random(0)
-    for i in range(60):
-        cut = rng.randrange(len(whole_index) + 1)
+    buffer = ReplayBuffer(tmp_path / "whole")
+    for n in range(10):
+        buffer.append([group(2 * n), group(2 * n + 1)])
+    log = (tmp_path / "whole" / "groups.sqlite-wal").read_bytes()
+    rng, seen = random.Random(0), set()
+    for i in range(40):  # a log that ends anywhere, as at a loss of power: whole appends, in order
         folder = shutil.copytree(tmp_path / "whole", tmp_path / f"torn-{i}")
-        (folder / data.name).write_bytes(whole_data + b"\1" * rng.randrange(500))
-        (folder / index.name).write_bytes(whole_index[:cut] + b"\0" * rng.randrange(200))
-        with ReplayBuffer(folder) as buffer:
-            assert len(buffer) == cut // RECORD.itemsize
-            buffer.append([group(99)])
-            kept = [*range(cut // RECORD.itemsize), 99]
-            assert all(same(g, group(n)) for g, n in zip(contents(buffer), kept, strict=True))
-    data.write_bytes(whole_data[: int(records["offset"][6])])  # a disk that kept the index but not the data
-    with ReplayBuffer(tmp_path) as buffer:
-        assert len(buffer) == 6
-    index.write_bytes(whole_index)
-    place = int(records["offset"][4]) + 100
-    data.write_bytes(whole_data[:place] + bytes([whole_data[place] ^ 1]) + whole_data[place + 1 :])
-    with ReplayBuffer(tmp_path) as buffer, pytest.raises(InputError, match=r"Group 4 .* is damaged"):
+        (folder / "groups.sqlite-shm").unlink()
+        (folder / "groups.sqlite-wal").write_bytes(
+            log[: rng.randrange(len(log) + 1)] + b"\1" * rng.randrange(500)
+        )
+        with ReplayBuffer(folder) as torn:
+            kept = len(torn)
+            seen.add(kept)
+            torn.append([group(99)])
+            assert all(same(g, group(n)) for g, n in zip(contents(torn), [*range(kept), 99], strict=True))
+    assert all(kept % 2 == 0 for kept in seen)
+    assert len(seen) > 5
+    buffer.close()
+    path = tmp_path / "whole" / "groups.sqlite"
+    whole = path.read_bytes()
+    place = whole.index(group(4).token_ids.tobytes()) + 8
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with (
+        ReplayBuffer(tmp_path / "whole") as buffer,
+        pytest.raises(InputError, match=r"Group 4 .* is damaged"),
+    ):
         buffer.read([4])
+    for content in (b"", b"no database" * 100, whole[:9000]):
+        path.write_bytes(content)
+        for opened in (ReplayBuffer, ReplayView):
+            with pytest.raises(InputError, match=r"is damaged|is no replay buffer of this version"):
+                opened(tmp_path / "whole").read(range(20))
 
 
 def torture(folder: Path, kills: int, **settings) -> int:
@@ -211,7 +311,7 @@ def torture(folder: Path, kills: int, **settings) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"capacity": 200, "segment_bytes": 30_000}], ids=["all", "bounded"])
+@pytest.mark.parametrize("settings", [{}, {"capacity": 200}], ids=["all", "bounded"])
 def test_no_committed_group_is_lost_to_a_kill(tmp_path, settings):
     assert torture(tmp_path / "replay", 25, **settings) > 100
 
@@ -264,7 +364,7 @@ def test_what_does_not_belong_is_refused_and_nothing_lost(tmp_path):
     identity = {"tokenizer": "ours", "vocabulary_size": VOCABULARY, "group_size": 4}
     with ReplayBuffer(tmp_path, **identity) as buffer:
         buffer.append([group(0)])
-        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        before = {path: path.read_bytes() for path in tmp_path.glob("*sqlite*")}
         for message, bad in {
             r"Group 1 has 5 responses, but the buffer .* holds groups of 4": group(1, k=5),
             "token id 1000, outside the vocabulary of 1000": Group.of(
@@ -276,7 +376,7 @@ def test_what_does_not_belong_is_refused_and_nothing_lost(tmp_path):
                 buffer.append([group(1), bad])
         with pytest.raises(InputError, match="metadata of a group is not JSON"):
             buffer.append([group(1, metadata={"x": object()})])
-        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert {path: path.read_bytes() for path in tmp_path.glob("*sqlite*")} == before
         buffer.save(tmp_path / "checkpoint")
     for change, message in {
         ("tokenizer", "theirs"): "another tokenizer",
@@ -294,6 +394,13 @@ def test_what_does_not_belong_is_refused_and_nothing_lost(tmp_path):
             leftover.unlink()
     with ReplayBuffer(tmp_path, **identity) as buffer:
         assert same(contents(buffer)[0], group(0))
-    (tmp_path / "buffer.json").write_text("{}")
-    with pytest.raises(InputError, match="of another format than 1"):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "buffer.json").write_text("{}")
+    with pytest.raises(
+        InputError, match="written by an earlier version of gvpo, which this one does not read"
+    ):
+        ReplayBuffer(tmp_path / "old")
+    with sqlite3.connect(tmp_path / "groups.sqlite") as db:
+        db.execute("PRAGMA user_version = 3")
+    with pytest.raises(InputError, match="no replay buffer of this version of gvpo"):
         ReplayBuffer(tmp_path, **identity)

@@ -1,6 +1,7 @@
 """Replay, demonstrations and logged completions in `GVPOTrainer`: every update is the formula's."""
 
 import copy
+import random
 import warnings
 
 import pyarrow as pa
@@ -138,16 +139,23 @@ def run(data=None, rewards=digit_reward, cls=Recorded, **changes):
         trainer = cls(
             tiny_model(), rewards, config(**changes), train_dataset=data, processing_class=tokenizer()
         )
-    if trainer.off_policy.buffer is not None and cls is Recorded:
-        sample = trainer.off_policy.buffer.sample
-
-        def remembered(*args, **kwargs):
-            trainer.drawn = sample(*args, **kwargs)
-            trainer.replayed.append([g.metadata.get("demonstrations") for g in trainer.drawn])
-            return trainer.drawn
-
-        trainer.off_policy.buffer.sample = remembered
+    if cls is Recorded:
+        remember_draws(trainer)
     return trainer
+
+
+def remember_draws(trainer):
+    buffer = trainer.off_policy.buffer
+    if buffer is None:
+        return
+    sample = buffer.sample
+
+    def remembered(*args, **kwargs):
+        trainer.drawn = sample(*args, **kwargs)
+        trainer.replayed.append([g.metadata.get("demonstrations") for g in trainer.drawn])
+        return trainer.drawn
+
+    buffer.sample = remembered
 
 
 ROUTES = {
@@ -273,6 +281,57 @@ def test_resuming_is_as_if_never_stopped(tmp_path):
     fresh.train()
     assert fresh.state.log_history[0]["replay/groups"] == 0
     fresh.off_policy.buffer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True], ids=["one prompt", "own prompts"])
+def test_replayed_rows_are_those_that_were_sampled(own):
+    """Rows of an environment: prompts of their own, and masks that begin with its tokens or have holes."""
+    sampled, step = set(), [0]
+
+    def rollout(prompts, trainer):
+        out = {"prompt_ids": [], "completion_ids": [], "env_mask": [], "logprobs": None}
+        for i, prompt in enumerate(prompts):
+            rng = random.Random(f"{i} {step[0]}")
+            ids = [*tokenizer()(prompt)["input_ids"], *([rng.randrange(4, 60)] * (i % 3) if own else [])]
+            mask = [[0, 0, 1, 1, 1], [1, 0, 1], [0, 1], [1]][rng.randrange(4)]
+            completion = [rng.randrange(4, 60) for _ in mask]
+            for name, value in (("prompt_ids", ids), ("completion_ids", completion), ("env_mask", mask)):
+                out[name].append(value)
+            sampled.add((*ids, *completion, -1, *[0] * len(ids), *mask))
+        step[0] += 1
+        return out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Recorded(
+            tiny_model(),
+            digit_reward,
+            config(replay_ratio=1.0, max_steps=3, reference="initial"),
+            train_dataset=dataset(),
+            processing_class=tokenizer(),
+            rollout_func=rollout,
+        )
+    remember_draws(trainer)
+    trainer.train()
+    assert max(trainer.errors) < 1e-5
+    assert sum(map(len, trainer.replayed)) == 16
+    batch = trainer.batch
+    assert len(batch) == 64
+    for ids, mask, n in zip(
+        batch.input_ids.tolist(), batch.completion_mask.tolist(), batch.lengths, strict=True
+    ):
+        assert (*ids[:n], -1, *map(int, mask[:n])) in sampled
+
+
+@pytest.mark.filterwarnings("ignore:Step . makes no update")
+def test_truncated_groups_are_not_kept_for_replay():
+    settings = {"replay_ratio": 1.0, "mask_truncated_completions": True, "max_completion_length": 1}
+    trainer = run(dataset(), cls=GVPOTrainer, max_steps=3, **settings)
+    trainer.train()
+    buffer = trainer.off_policy.buffer
+    assert len(buffer) < 24
+    assert all(g.valid is None or g.valid.sum() > 1 for g in buffer.read(range(len(buffer))))
 
 
 def test_groups_from_elsewhere_enter_by_the_replay_directory(tmp_path):

@@ -1,4 +1,4 @@
-"""Groups as the rows of a step, and rows of a step as groups."""
+"""Groups as the rows of a step, and rows of a step as groups: token for token, masks included."""
 
 from __future__ import annotations
 
@@ -23,64 +23,84 @@ def groups_of(
 ) -> list[Group]:
     """The groups of a batch that has reference log-probs, all under `reference`, and rows group after group.
 
+    A group of which fewer than two responses take part teaches nothing and is left out.
+
     Args:
         components: rewards by reward function, one a row.
         demonstrations: rows that are demonstrations, for the metadata.
     """
     ids, lengths = batch.input_ids.cpu().numpy(), batch.lengths.tolist()
     chosen = batch.completion_mask.cpu().numpy()
-    starts = [int(row[:n].argmax()) if row[:n].any() else n for row, n in zip(chosen, lengths, strict=True)]
     rewards = batch.rewards.double().tolist()
     valid = [True] * len(batch) if batch.valid is None else batch.valid.tolist()
     assert batch.reference_logps is not None
     logps = batch.reference_logps.double().tolist()
     groups = []
     for first in range(0, len(batch), k):
-        rows = range(first, first + k)
-        counted = [chosen[i, starts[i] : lengths[i]] for i in rows]
-        given = [i - first for i in demonstrations if i in rows]
+        rows = slice(first, first + k)
+        if sum(valid[rows]) < 2:
+            continue
+        whole = [row[:n] for row, n in zip(ids[rows], lengths[rows], strict=True)]
+        masks = [row[:n] for row, n in zip(chosen[rows], lengths[rows], strict=True)]
+        starts = _starts(whole, masks, valid[rows])
+        counted = [mask[start:] for mask, start in zip(masks, starts, strict=True)]
+        given = [i - first for i in demonstrations if first <= i < first + k]
         groups.append(
             Group.of(
-                ids[first, : min(starts[i] for i in rows)],
-                [ids[i, starts[i] : lengths[i]] for i in rows],
-                rewards[first : first + k],
+                [row[:start] for row, start in zip(whole, starts, strict=True)],
+                [row[start:] for row, start in zip(whole, starts, strict=True)],
+                rewards[rows],
                 reference=reference,
-                reference_logps=logps[first : first + k],
+                reference_logps=logps[rows],
                 counted=None if all(c.all() for c in counted) else counted,
-                valid=None if all(valid[first : first + k]) else valid[first : first + k],
+                valid=None if all(valid[rows]) else valid[rows],
                 policy_step=policy_step,
-                components={name: values[first : first + k] for name, values in components.items()},
+                components={name: values[rows] for name, values in components.items()},
                 metadata={"demonstrations": given} if given else None,
             )
         )
     return groups
 
 
+def _starts(rows: Sequence[np.ndarray], masks: Sequence[np.ndarray], valid: Sequence[bool]) -> list[int]:
+    """Where the completion of each row begins: all at one place, if all rows are the same up to it.
+
+    A row's prompt is what comes before the first token that counts, be it of the prompt or of an environment.
+    Rows that take part keep a token for their completion.
+    """
+    firsts = [int(mask.argmax()) for mask in masks if mask.any()]
+    shared = min(firsts, default=min(map(len, rows)) - 1)
+    longest = [len(row) - (1 if takes_part else 0) for row, takes_part in zip(rows, valid, strict=True)]
+    if min(longest) >= shared and all(np.array_equal(row[:shared], rows[0][:shared]) for row in rows):
+        return [shared] * len(rows)
+    return [
+        int(mask.argmax()) if mask.any() else min(shared, most)
+        for mask, most in zip(masks, longest, strict=True)
+    ]
+
+
 def batch_of(
     groups: Sequence[Group], group_ids: Sequence[int], device: torch.device, *, stored: bool = True
 ) -> GroupBatch:
     """The rows of groups; without reference log-probs if some group has none, or they are not wanted."""
-    rows = [(g, i) for g in groups for i in range(len(g))]
+    prompts = [prompt for g in groups for prompt in g.prompts]
+    valid = [np.ones(len(g), dtype=bool) if g.valid is None else g.valid for g in groups]
     batch = GroupBatch.from_tokens(
-        [g.prompt_ids.tolist() for g, _ in rows],
-        [c.tolist() for g in groups for c in g.completions],
-        [0.0 if g.valid is not None and not g.valid[i] else float(g.rewards[i]) for g, i in rows],
+        [prompt.tolist() for prompt in prompts],
+        [completion.tolist() for g in groups for completion in g.completions],
+        [r for g, part in zip(groups, valid, strict=True) for r in np.where(part, g.rewards, 0.0).tolist()],
         torch.tensor(
             [number for g, number in zip(groups, group_ids, strict=True) for _ in range(len(g))],
             dtype=torch.long,
         ),
         device=device,
     )
-    for row, (group, i) in enumerate(rows):
-        if group.counted is not None:
-            start, length = len(group.prompt_ids), int(group.lengths[i])
-            first = int(group.lengths[:i].sum())
-            batch.completion_mask[row, start : start + length] = torch.from_numpy(
-                group.counted[first : first + length].copy()
-            ).to(device)
-    batch.valid = torch.tensor([g.valid is None or bool(g.valid[i]) for g, i in rows], dtype=torch.bool).to(
-        device
-    )
+    masks = [mask for g in groups for mask in g.counted_of_each or len(g) * [np.zeros(0, dtype=bool)]]
+    for row, (prompt, mask) in enumerate(zip(prompts, masks, strict=True)):
+        if len(mask):
+            place = slice(len(prompt), len(prompt) + len(mask))
+            batch.completion_mask[row, place] = torch.from_numpy(mask.copy()).to(device)
+    batch.valid = torch.from_numpy(np.concatenate([np.zeros(0, dtype=bool), *valid])).to(device)
     if stored and groups and all(g.reference_logps is not None for g in groups):
         logps = np.concatenate([g.reference_logps for g in groups if g.reference_logps is not None])
         batch.reference_logps = torch.from_numpy(logps).to(device, batch.rewards.dtype)
@@ -98,15 +118,12 @@ def rows_of(
     whole = batch_of(different, [0] * len(different), device, stored=stored)
     first = np.cumsum([0, *(len(group) for group in different)])
     place = {id(group): int(start) for group, start in zip(different, first, strict=False)}
-    exists = [slot < len(group) for group, slot in zip(groups, slots, strict=True)]
+    exists = torch.tensor([slot < len(g) for g, slot in zip(groups, slots, strict=True)], dtype=torch.bool)
     index = torch.tensor(
-        [
-            place[id(group)] + (slot if there else 0)
-            for group, slot, there in zip(groups, slots, exists, strict=True)
-        ],
-        device=device,
-    )
+        [place[id(g)] + (slot if slot < len(g) else 0) for g, slot in zip(groups, slots, strict=True)],
+        dtype=torch.long,
+    ).to(device)
     values: Any = {name: None if value is None else value[index] for name, value in vars(whole).items()}
     batch = GroupBatch(**values)
-    batch.valid = torch.tensor(exists, device=device) & (True if batch.valid is None else batch.valid)
+    batch.valid = exists.to(device) & (True if batch.valid is None else batch.valid)
     return batch

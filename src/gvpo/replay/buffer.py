@@ -4,16 +4,17 @@
     buffer.append(groups)                                   # committed when this returns
     buffer.sample(16, sampling="reward_variance", step=120)
 
-One process writes a folder; `ReplayView` looks at the folders of all processes together. What is in the
-buffer, and the state of its random numbers, go into a checkpoint with `save` and come back with `restore`.
+One process writes a folder; `ReplayView` looks at the folders of all processes together. Which groups are in
+the buffer, and the state of its random numbers, go into a checkpoint (`save`) and come back (`restore`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import sqlite3
 import uuid
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,15 +23,26 @@ from typing import Any
 import numpy as np
 
 from gvpo.errors import InputError
+from gvpo.replay.columns import FIELDS, encode
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex, Weights, choose
-from gvpo.replay.segment import RECORD, Segment
-from gvpo.replay.store import FORMAT, MANIFEST, GroupStore, read_manifest, write_json
+from gvpo.replay.store import (
+    COLUMNS,
+    FILE,
+    FORMAT,
+    RECORD,
+    SCHEMA,
+    STATE,
+    GroupStore,
+    _old_format,
+    checksum,
+    in_ranges,
+    read_state,
+    told,
+)
 
 if os.name == "posix":
     import fcntl
-
-STATE = "state.json"
 
 
 class ReplayBuffer(GroupStore):
@@ -45,10 +57,12 @@ class ReplayBuffer(GroupStore):
         group_size: k that every group must have; None allows any.
         capacity: groups kept; the oldest leave first.
         max_age: groups older than this many optimizer steps leave (see `evict`); None keeps them.
-        memory: bytes of groups held in memory. The index takes 72 bytes a group besides.
+        memory: bytes of groups held in memory. The index takes 52 bytes a group besides.
         seed: of the sampling.
-        durable: wait for the disk on each append, so that committed groups survive a loss of power too.
-        segment_bytes: a segment of at least this size is closed and another begun.
+        durable: wait for the disk on each append, so that committed groups survive a loss of power too, not
+            only those before the last `save`.
+        checkpoints: the folder of the run's checkpoints. Groups that one of them (in `*/*/state.json`) names
+            stay in the file after they left the buffer, until it is deleted.
 
     Raises:
         InputError: the folder holds a buffer of another tokenizer, vocabulary or group size, or is in use.
@@ -66,48 +80,42 @@ class ReplayBuffer(GroupStore):
         memory: int = 2**28,
         seed: int = 0,
         durable: bool = False,
-        segment_bytes: int = 2**26,
+        checkpoints: str | Path | None = None,
     ) -> None:
         if capacity < 1:
             raise InputError(f"capacity={capacity}: a replay buffer holds at least one group.")
-        self.capacity, self.max_age = capacity, max_age
-        self.durable, self.segment_bytes = durable, segment_bytes
+        self.capacity, self.max_age, self.durable = capacity, max_age, durable
+        self.checkpoints = None if checkpoints is None else Path(checkpoints)
         self.generator = np.random.Generator(np.random.PCG64(seed))
-        identity = {
-            "tokenizer": tokenizer,
-            "vocabulary_size": vocabulary_size,
-            "group_size": group_size,
-        }
+        identity = {"tokenizer": tokenizer, "vocabulary_size": vocabulary_size, "group_size": group_size}
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder)
-            if not (folder / MANIFEST).exists():
-                write_json(folder / MANIFEST, {"format": FORMAT, **identity, "segments": []})
         except OSError as error:
             raise InputError(f"The replay buffer cannot use {folder} ({error.strerror}).") from error
-        self._start = self._end = 0
         try:
-            super().__init__(folder, memory=memory, repair=True)
-            _check_identity(folder, self.manifest, identity)
+            with told(folder / FILE):
+                if not (folder / FILE).exists():
+                    _create(folder, identity)
+                self._open(folder, memory, write=True)
+                self._begin(identity)
         except InputError:
-            os.close(self._lock)
+            self.close()
             raise
-        self.manifest |= {key: value for key, value in identity.items() if value is not None}
 
-    def _load(self, repair: bool) -> None:
-        super()._load(repair)
-        self._open: Segment | None = None
-        self._start, self._end = 0, len(self._records)
-        self.next_number = int(self._records["number"].max()) + 1 if len(self._records) else 0
-        self._remove_strangers()
+    def _begin(self, identity: dict[str, Any]) -> None:
+        _check_identity(self.folder, self.identity, identity)
+        self.identity |= {key: value for key, value in identity.items() if value is not None}
+        # A commit is in the operating system's hands; the disk has it at the next save, or (FULL) at once.
+        self._synchronous = "FULL" if self.durable else "NORMAL"
+        self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
+        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
+        self._next_id = row[0] + 1 if row else 0
+        self._needed = [span for state in self._states() for span in state["ids"]]
+        self._hold(self._select("live"))
         self._keep_newest()
-
-    def _live(self) -> np.ndarray:
-        return self._records[self._start : self._end]
-
-    def _live_segments(self) -> np.ndarray:
-        return self._segment_of[self._start : self._end]
+        self.next_number = int(self.records["number"][-1]) + 1 if len(self) else 0
 
     # ------------------------------------------------------------------------------------------------ in
 
@@ -118,63 +126,59 @@ class ReplayBuffer(GroupStore):
             InputError: a group that is not sound (`Group.check`), has another k than the buffer's, or token
                 ids outside the vocabulary; or the disk is full. What was in the buffer stays.
         """
-        if not groups:
-            return
         for i, group in enumerate(groups):
             self._check(group, i)
-        if self._open is None or self._open.end >= self.segment_bytes:
-            self._begin_segment()
-        assert self._open is not None
-        records = self._open.append(groups, self.next_number, durable=self.durable)
-        self.next_number += len(records)
-        self._reserve(len(records))
-        place = slice(self._end, self._end + len(records))
-        self._records[place], self._segment_of[place] = records, len(self._segments) - 1
-        self._end += len(records)
-        for number, group in zip(records["number"].tolist(), groups, strict=True):
-            self._cache.put(number, group)
+        self._insert(groups, self.next_number + np.arange(len(groups)))
+        self.next_number += len(groups)
+
+    def _insert(self, groups: Sequence[Group], numbers: np.ndarray) -> None:
+        if not groups:
+            return
+        batch = encode(groups)
+        contents = [batch.slice(i, 1).serialize() for i in range(len(groups))]
+        new = _records(groups, self._next_id + np.arange(len(groups)), numbers)
+        new["crc32"] = [checksum(record, arrow) for record, arrow in zip(new, contents, strict=True)]
+        surplus = self.records[: max(0, len(self) + len(new) - self.capacity)]
+        with told(self.path), self._db:
+            marks = ", ".join("?" * len(RECORD.names or ()))
+            self._db.executemany(f"INSERT INTO groups ({COLUMNS}) VALUES ({marks})", new.tolist())
+            self._db.executemany(
+                "INSERT INTO contents VALUES (?, ?)", zip(new["id"].tolist(), contents, strict=True)
+            )
+            self._let_go(surplus["id"])
+        self._start += len(surplus)
+        self._cache.discard(surplus["id"].tolist())
+        self._next_id += len(new)
+        self._extend(new)
+        for key, group in zip(new["id"].tolist(), groups, strict=True):
+            self._cache.put(key, group)
         self._keep_newest()
 
     def _check(self, group: Group, place: int) -> None:
         group.check()
-        size, vocabulary = self.manifest["group_size"], self.manifest["vocabulary_size"]
+        size, vocabulary = self.identity["group_size"], self.identity["vocabulary_size"]
         if size is not None and len(group) != size:
             raise InputError(
                 f"Group {place} has {len(group)} responses, but the buffer in {self.folder} holds groups of "
                 f"{size}: use another folder for another k."
             )
-        for ids in (group.prompt_ids, group.token_ids):
-            if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-                wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
-                raise InputError(
-                    f"Group {place} has the token id {wrong}, outside the vocabulary of {vocabulary}: was it "
-                    "made with another tokenizer?"
-                )
+        ids = np.concatenate([group.prompt_ids, group.token_ids])
+        if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            raise InputError(
+                f"Group {place} has the token id {wrong}, outside the vocabulary of {vocabulary}: was it "
+                "made with another tokenizer?"
+            )
 
-    def _begin_segment(self) -> None:
-        self._seal()
-        # A name of its own on every timeline: after a rollback, other groups have the same numbers.
-        name = f"{self.next_number:010d}-{uuid.uuid4().hex[:8]}"
-        self._open = Segment.create(self.folder, name)
-        self._segments.append(self._open)
-        self._write_manifest()
-
-    def _seal(self) -> None:
-        if self._open is not None:
-            self._open.flush()
-            self._open.close()
-        self._open = None
-
-    def _reserve(self, count: int) -> None:
-        """Room for `count` more entries of the index, reusing that of evicted ones."""
-        if self._end + count <= len(self._records):
-            return
-        live = self._end - self._start
-        room = max(1024, 2 * (live + count))
-        records = np.zeros(room, dtype=RECORD)
-        segment_of = np.zeros(room, dtype=np.int64)
-        records[:live], segment_of[:live] = self._live(), self._live_segments()
-        self._records, self._segment_of, self._start, self._end = records, segment_of, 0, live
+    def _extend(self, new: np.ndarray) -> None:
+        """Put records at the end, reusing the room of those that left."""
+        if self._end + len(new) > len(self._rows):
+            live = self.records
+            room = np.zeros(max(1024, 2 * (len(live) + len(new))), dtype=RECORD)
+            room[: len(live)] = live
+            self._rows, self._start, self._end = room, 0, len(live)
+        self._rows[self._end : self._end + len(new)] = new
+        self._end += len(new)
 
     # ---------------------------------------------------------------------------------------------- evict
 
@@ -183,51 +187,38 @@ class ReplayBuffer(GroupStore):
         if self.max_age is None:
             return 0
         before = len(self)
-        self._keep(self._live()["policy_step"] >= step - self.max_age)
+        self._keep(self.records["policy_step"] >= step - self.max_age)
         return before - len(self)
 
     def clear(self) -> None:
         """Drop every group."""
+        if not len(self):
+            return
         self._keep(np.zeros(len(self), dtype=bool))
+        with told(self.path):
+            if not self._db.execute("SELECT 1 FROM groups LIMIT 1").fetchone():
+                self._db.execute("VACUUM")  # costs nothing now, and gives the room back
+
+    def _keep_newest(self) -> None:
+        self._keep(np.arange(len(self)) >= len(self) - self.capacity)
 
     def _keep(self, kept: np.ndarray) -> None:
         if kept.all():
             return
-        self._cache.discard(self._live()["number"][~kept].tolist())
-        records, segment_of = self._live()[kept], self._live_segments()[kept]
-        self._start, self._end = 0, len(records)
-        self._records, self._segment_of = records.copy(), segment_of.copy()
-        self._drop_segments()
+        gone = self.records["id"][~kept]
+        with told(self.path), self._db:
+            self._let_go(gone)
+        self._hold(self.records[kept])
+        self._cache.discard(gone.tolist())
 
-    def _keep_newest(self) -> None:
-        surplus = max(0, len(self) - self.capacity)
-        self._cache.discard(self._live()["number"][:surplus].tolist())
-        self._start += surplus
-        self._drop_segments()
-
-    def _drop_segments(self) -> None:
-        """Delete the oldest segments, once none of their groups is in the buffer."""
-        first = int(self._live_segments()[0]) if len(self) else len(self._segments) - (self._open is not None)
-        if first <= 0:
-            return
-        dropped, self._segments = self._segments[:first], self._segments[first:]
-        self._segment_of[self._start : self._end] -= first
-        self._write_manifest()
-        for segment in dropped:
-            segment.close()
-            for path in segment.files:
-                path.unlink(missing_ok=True)
-
-    def _write_manifest(self) -> None:
-        self.manifest["segments"] = [segment.name for segment in self._segments]
-        write_json(self.folder / MANIFEST, self.manifest)
-
-    def _remove_strangers(self) -> None:
-        """Files that no manifest names: segments being begun or dropped when a process was killed."""
-        names = {path.name for segment in self._segments for path in segment.files}
-        for path in [*self.folder.glob("*.arrow"), *self.folder.glob("*.index")]:
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+    def _let_go(self, ids: np.ndarray) -> None:
+        """Groups leave the buffer, and the file too unless a checkpoint may bring them back."""
+        needed = in_ranges(ids, self._needed)
+        for statement, which in (
+            ("UPDATE groups SET live = 0 WHERE id = ?", ids[needed]),
+            ("DELETE FROM groups WHERE id = ?", ids[~needed]),
+        ):
+            self._db.executemany(statement, [(key,) for key in which.tolist()])
 
     # ------------------------------------------------------------------------------------------------ out
 
@@ -251,12 +242,12 @@ class ReplayBuffer(GroupStore):
         Raises:
             InputError: an unknown sampling, or a function that does not return weights.
         """
-        live = self._live()
-        allowed = np.ones(len(live), dtype=bool)
+        records = self.records
+        allowed = np.ones(len(records), dtype=bool)
         if before_number is not None:
-            allowed &= live["number"] < before_number
+            allowed &= records["number"] < before_number
         if self.max_age is not None:
-            allowed &= live["policy_step"] >= step - self.max_age
+            allowed &= records["policy_step"] >= step - self.max_age
         if allowed.all():
             return self.read(choose(self.index(step), count, sampling, self.generator))
         index, positions = self.index(step), allowed.nonzero()[0]
@@ -266,74 +257,160 @@ class ReplayBuffer(GroupStore):
     # --------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: str | Path) -> None:
-        """Put what is in the buffer now, and the state of its sampling, into a folder of a checkpoint.
+        """Put into a folder of a checkpoint which groups are in the buffer, and the state of its sampling.
 
-        The segments are linked, not copied, where the file system can: they never change any more.
+        The groups themselves stay in the buffer's file, which keeps them while the checkpoint is there: in
+        `folder`, or in a folder of the same depth under `checkpoints`. All of them are on the disk then.
         """
-        folder = Path(folder)
-        self._seal()
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for segment in self._segments:
-            for path in segment.files:
-                _link(path, aside / path.name)
-        numbers = self._live()["number"]
-        write_json(aside / MANIFEST, self.manifest | {"segments": [s.name for s in self._segments]})
-        write_json(
-            aside / STATE,
-            {
-                "next_number": self.next_number,
-                "numbers": _ranges(numbers),
-                "generator": self.generator.bit_generator.state,
-            },
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
+        folder, records = Path(folder), self.records
+        self._free(folder)
+        home = self.checkpoints or folder.parent
+        state = {
+            "format": FORMAT,
+            "store": self.store,
+            "path": str(self.folder.absolute()),
+            "from_home": os.path.relpath(self.folder.absolute(), home.absolute()),
+            "ids": _ranges(records["id"]),
+            "checksum": zlib.crc32(records["crc32"].tobytes()),
+            "next_number": self.next_number,
+            "generator": self.generator.bit_generator.state,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{STATE}.partial"
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, folder / STATE)
+        self._needed += state["ids"]
 
-    def restore(self, folder: str | Path) -> None:
+    def restore(self, *folders: str | Path) -> None:
         """Make the buffer exactly what it was at `save`: its groups, and its sampling from there on.
 
-        Groups appended since then are gone, groups evicted since then are back.
+        Groups appended since then are gone, groups evicted since then are back. Groups of another buffer are
+        copied from there. Of several folders (of a run of more processes) the later ones' groups are added to
+        the first's; without any the buffer is empty.
 
         Raises:
-            InputError: no buffer was saved there, or one of another tokenizer, vocabulary or k.
+            InputError: no buffer was saved there, or one of another tokenizer, vocabulary or k, or its groups
+                are not where they were.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        _check_identity(folder, manifest, self.manifest)
-        state = read_state(folder)
-        self._seal()
-        for segment in self._segments:
-            segment.close()
-        for name in manifest["segments"]:
-            for path in Segment(folder, name).files:
-                if not (self.folder / path.name).exists():
-                    _link(path, self.folder / path.name)
-        self.manifest = manifest
-        write_json(self.folder / MANIFEST, manifest)
-        self._cache.clear()
-        capacity, self.capacity = self.capacity, 2**62  # what was in it, whatever the capacity is now
-        self._load(repair=False)
-        self.capacity = capacity
-        self._keep(_in_ranges(self._live()["number"], state["numbers"]))
+        first = True
+        with told(self.path), self._db:
+            for folder in map(Path, folders):
+                self._remember(folder.parent)
+        self._needed = [span for state in self._states() for span in state["ids"]]
+        if not folders:
+            self.clear()
+        for folder in map(Path, folders):
+            state = read_state(folder)
+            if first and state["store"] == self.store:
+                self._go_back(folder, state)
+            else:
+                self._copy(folder, empty=first)
+            if first:
+                self.next_number, first = state["next_number"], False
+                self.generator.bit_generator.state = state["generator"]
         self._keep_newest()
-        self.next_number = state["next_number"]
-        self.generator.bit_generator.state = state["generator"]
+
+    def _go_back(self, folder: Path, state: dict[str, Any]) -> None:
+        with told(self.path), self._db:
+            records = self._saved(folder, state)
+            self._db.execute("UPDATE groups SET live = 0 WHERE live")
+            self._db.executemany("UPDATE groups SET live = 1 WHERE id BETWEEN ? AND ?", state["ids"])
+        self._cache.discard(self.records["id"].tolist())
+        self._hold(records)
+
+    def _copy(self, folder: Path, *, empty: bool) -> None:
+        with GroupStore(folder, memory=0) as source:
+            _check_identity(source.folder, source.identity, self.identity)
+            if empty:
+                self.clear()
+            for start in range(0, len(source), 1000):
+                part = range(start, min(start + 1000, len(source)))
+                numbers = source.records["number"][part] if empty else self.next_number + np.arange(len(part))
+                self._insert(source.read(part), numbers)
+                self.next_number += len(part)
+
+    def _free(self, folder: Path) -> None:
+        """Delete what left the buffer and no checkpoint names any more, and bring the rest to the disk."""
+        self._db.execute("PRAGMA synchronous = FULL")
+        with told(self.path), self._db:
+            self._remember(folder.parent)
+            self._needed = [span for state in self._states(forget=True) for span in state["ids"]]
+            gone = np.array(
+                [row[0] for row in self._db.execute("SELECT id FROM groups WHERE NOT live")], "<i8"
+            )
+            self._let_go(gone[~in_ranges(gone, self._needed)])
+            self._db.execute("UPDATE buffer SET saves = saves + 1")
+        self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
+
+    def _remember(self, folder: Path) -> None:
+        """Checkpoints are looked for in this folder too from now on."""
+        path = os.path.relpath(folder.absolute(), self.folder.absolute())
+        self._db.execute("INSERT OR IGNORE INTO checkpoint_folders VALUES (?)", (path,))
+
+    def _states(self, *, forget: bool = False) -> list[dict[str, Any]]:
+        """What the checkpoints of this buffer that are there name; `forget` the folders that are not."""
+        known = [row[0] for row in self._db.execute("SELECT path FROM checkpoint_folders")]
+        folders = {(self.folder / path).resolve() for path in known}
+        if forget:
+            gone = [(path,) for path in known if not (self.folder / path).is_dir()]
+            self._db.executemany("DELETE FROM checkpoint_folders WHERE path = ?", gone)
+        if self.checkpoints is not None:
+            folders.add(self.checkpoints.resolve())
+        states = []
+        for path in {p for f in folders for pattern in ("*/", "*/*/") for p in f.glob(pattern + STATE)}:
+            try:
+                states.append(read_state(path.parent))
+            except InputError:  # another program's, or an older version's
+                continue
+        return [state for state in states if state["store"] == self.store]
 
     def close(self) -> None:
-        """Close the files and let another process write. Everything committed stays."""
-        super().close()
+        """Close the file and let another process write. Everything committed stays."""
+        if hasattr(self, "_db"):
+            super().close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is no saved replay buffer: {STATE} cannot be read ({error}).") from error
+def _create(folder: Path, identity: dict[str, Any]) -> None:
+    """An empty buffer: the file appears whole."""
+    if old := _old_format(folder):
+        raise InputError(f"{folder} cannot hold a replay buffer.{old} Use another folder.")
+    aside = folder / f".{FILE}.partial"
+    aside.unlink(missing_ok=True)
+    db = sqlite3.connect(aside)
+    db.execute("PRAGMA page_size = 8192")  # a group of a few kB on few pages
+    db.executescript(SCHEMA)
+    row = (uuid.uuid4().hex, *identity.values(), FIELDS.serialize().to_pybytes())
+    with db:
+        db.execute("INSERT INTO buffer VALUES (?, ?, ?, ?, ?, 0)", row)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.close()
+    os.replace(aside, folder / FILE)
+
+
+def _records(groups: Sequence[Group], ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    records = np.zeros(len(groups), dtype=RECORD)
+    records["id"], records["number"] = ids, numbers
+    records["policy_step"] = [g.policy_step for g in groups]
+    with np.errstate(all="ignore"):  # of enormous rewards, or none that takes part
+        means = [
+            g.rewards.mean() if g.valid is None else g.rewards[g.valid].sum() / max(1, g.valid.sum())
+            for g in groups
+        ]
+        variances = [g.reward_variance for g in groups]
+    # SQLite knows no NaN, and no negative zero.
+    records["reward_mean"], records["reward_variance"] = (
+        np.nan_to_num(means) + 0.0,
+        np.nan_to_num(variances) + 0.0,
+    )
+    records["tokens"] = [len(g.prompt_ids) + len(g.token_ids) for g in groups]
+    records["size"] = [len(g) for g in groups]
+    return records
 
 
 def _check_identity(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -364,23 +441,9 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
-
-
-def _ranges(numbers: np.ndarray) -> list[list[int]]:
-    """Ascending numbers as [first, last] pairs."""
-    if len(numbers) == 0:
+def _ranges(ids: np.ndarray) -> list[list[int]]:
+    """Ascending ids as [first, last] pairs."""
+    if len(ids) == 0:
         return []
-    cuts = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-    return [[int(numbers[a]), int(numbers[b - 1])] for a, b in pairwise(cuts)]
-
-
-def _in_ranges(numbers: np.ndarray, ranges: list[list[int]]) -> np.ndarray:
-    kept = np.zeros(len(numbers), dtype=bool)
-    for first, last in ranges:
-        kept |= (numbers >= first) & (numbers <= last)
-    return kept
+    cuts = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
+    return [[int(ids[a]), int(ids[b - 1])] for a, b in pairwise(cuts)]

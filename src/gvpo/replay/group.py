@@ -1,4 +1,4 @@
-"""A group: a prompt, its responses, and the one reference that all of them are measured against.
+"""A group: responses to a prompt, and the one reference that all of them are measured against.
 
 The normaliser Z(x) of the optimum cancels from the loss only if every response of a group has its S' from the
 *same* reference policy (docs/theory.md, fact 6). So the reference is a property of the group here, not of
@@ -18,6 +18,8 @@ from gvpo.errors import InputError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+Ids = Sequence[int] | np.ndarray
+
 
 @dataclass(frozen=True)
 class Response:
@@ -29,6 +31,7 @@ class Response:
         reference: name of the policy that `reference_logp` is from, such as "initial"; None if not scored.
         reference_logp: S' in nats under that policy.
         counted: which tokens make up S (not a tool's output); None: all.
+        prompt_ids: what it answers, where that is not the group's prompt (an environment's own observation).
     """
 
     completion_ids: Sequence[int]
@@ -36,6 +39,7 @@ class Response:
     reference: str | None = None
     reference_logp: float | None = None
     counted: Sequence[bool] | None = None
+    prompt_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class Group:
     """The k responses to one prompt, measured against one reference. Made by `Group.of`; never changed.
 
     Attributes:
-        prompt_ids: the prompt's tokens.
+        prompt_ids: the tokens of the prompt; of all prompts, one after the other, with `prompt_lengths`.
         token_ids: the tokens of all completions, one after the other.
         lengths: how many of them each completion has.
         rewards: R.
@@ -51,6 +55,7 @@ class Group:
         reference_logps: S' in nats, of whole completions.
         counted: which of `token_ids` make up S; None: all.
         valid: False for a response that has no reward and takes no part; None: all take part.
+        prompt_lengths: of each response's own prompt, where they differ; None: all share one.
         policy_step: optimizer step of the policy that the group is from.
         components: rewards by reward function, NaN where one gave none.
         metadata: anything that JSON can hold.
@@ -64,6 +69,7 @@ class Group:
     reference_logps: Float[np.ndarray, "k"] | None = None
     counted: Bool[np.ndarray, "tokens"] | None = None
     valid: Bool[np.ndarray, "k"] | None = None
+    prompt_lengths: Int[np.ndarray, "k"] | None = None
     policy_step: int = 0
     components: Mapping[str, Float[np.ndarray, "k"]] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -75,8 +81,8 @@ class Group:
     @classmethod
     def of(
         cls,
-        prompt_ids: Sequence[int] | np.ndarray,
-        completions: Sequence[Sequence[int]] | Sequence[np.ndarray],
+        prompt_ids: Ids | Sequence[Ids],
+        completions: Sequence[Ids],
         rewards: Sequence[float] | np.ndarray,
         *,
         reference: str | None = None,
@@ -89,21 +95,30 @@ class Group:
     ) -> Group:
         """A group of `completions` that were all scored under the one policy called `reference`.
 
+        Args:
+            prompt_ids: the prompt of all, or a prompt for each.
+            completions, rewards, reference, …: see the attributes; one entry a response.
+
         Raises:
             InputError: fewer than two responses; an empty prompt or completion; a reward of a response that
                 takes part, or a log-probability, that is no finite number; log-probabilities without the name
                 of their reference, or the name without them; or sizes that do not fit.
         """
-        flat = None if counted is None else np.concatenate([np.asarray(c, dtype=bool) for c in counted])
+        own: list[np.ndarray] | None = None
+        if len(prompt_ids) and np.ndim(prompt_ids[0]):
+            own = [_ids(p) for p in prompt_ids]
+            if all(np.array_equal(p, own[0]) for p in own):  # what all share is kept once
+                prompt_ids, own = own[0], None
         group = cls(
-            np.asarray(prompt_ids, dtype=np.int32),
-            np.concatenate([np.asarray(c, dtype=np.int32) for c in completions] or [np.zeros(0, np.int32)]),
+            _ids(prompt_ids) if own is None else np.concatenate(own),
+            np.concatenate([_ids(c) for c in completions] or [_ids([])]),
             np.array([len(c) for c in completions], dtype=np.int32),
             np.asarray(rewards, dtype=np.float64),
             reference,
             None if reference_logps is None else np.asarray(reference_logps, dtype=np.float64),
-            flat,
+            None if counted is None else np.concatenate([np.asarray(c, dtype=bool) for c in counted]),
             None if valid is None else np.asarray(valid, dtype=bool),
+            None if own is None else np.array([len(p) for p in own], dtype=np.int32),
             int(policy_step),
             {name: np.asarray(v, dtype=np.float64) for name, v in (components or {}).items()},
             dict(metadata or {}),
@@ -112,11 +127,14 @@ class Group:
         return group
 
     @classmethod
-    def of_responses(cls, prompt_ids: Sequence[int], responses: Sequence[Response], **others: Any) -> Group:
+    def of_responses(
+        cls, prompt_ids: Sequence[int] | None, responses: Sequence[Response], **others: Any
+    ) -> Group:
         """A group of responses from anywhere: replayed, demonstrated, sampled.
 
         Raises:
-            InputError: as `of`, and if the responses were not all scored under the same reference.
+            InputError: as `of`, and if the responses were not all scored under the same reference, or one has
+                no prompt (neither its own nor `prompt_ids`).
         """
         names = {response.reference for response in responses}
         if len(names) > 1:
@@ -127,12 +145,17 @@ class Group:
             )
         scored = next(iter(names), None) is not None
         masked = any(response.counted is not None for response in responses)
+        prompts: list[Any] = [prompt_ids if r.prompt_ids is None else r.prompt_ids for r in responses]
+        if any(p is None for p in prompts):
+            raise InputError("The responses of the group have prompts of their own: give each new one its.")
         return cls.of(
-            prompt_ids,
+            prompts,
             [r.completion_ids for r in responses],
             [r.reward for r in responses],
             reference=next(iter(names), None),
-            reference_logps=[_given(r.reference_logp) for r in responses] if scored else None,
+            reference_logps=[np.nan if r.reference_logp is None else r.reference_logp for r in responses]
+            if scored
+            else None,
             counted=[r.counted or [True] * len(r.completion_ids) for r in responses] if masked else None,
             **others,
         )
@@ -143,12 +166,14 @@ class Group:
         Raises:
             InputError: a response was scored under another reference, or as `of`.
         """
-        whole = Group.of_responses(self.prompt_ids.tolist(), [*self.responses(), *responses])
         extra = len(responses)
-        grown = {name: np.append(values, [np.nan] * extra) for name, values in self.components.items()}
-        valid = None if self.valid is None else np.append(self.valid, [True] * extra)
-        return replace(
-            whole, valid=valid, policy_step=self.policy_step, components=grown, metadata=self.metadata
+        return Group.of_responses(
+            None if self.own_prompts else self.prompt_ids.tolist(),
+            [*self.responses(), *responses],
+            valid=None if self.valid is None else np.append(self.valid, [True] * extra),
+            policy_step=self.policy_step,
+            components={name: np.append(v, [np.nan] * extra) for name, v in self.components.items()},
+            metadata=self.metadata,
         )
 
     def rescored(self, reference: str, reference_logps: Sequence[float]) -> Group:
@@ -161,19 +186,37 @@ class Group:
 
     def responses(self) -> list[Response]:
         """The responses one by one, each with the group's reference."""
-        logps = [None] * len(self) if self.reference_logps is None else self.reference_logps.tolist()
-        counted = [None] * len(self) if self.counted is None else self._cut(self.counted)
-        return [
-            Response(ids.tolist(), reward, self.reference, logp, None if c is None else c.tolist())
-            for ids, reward, logp, c in zip(
-                self.completions, self.rewards.tolist(), logps, counted, strict=True
-            )
-        ]
+        nothing = [None] * len(self)
+        columns: Any = (
+            self.completions,
+            self.rewards,
+            [self.reference] * len(self),
+            nothing if self.reference_logps is None else self.reference_logps,
+            self.counted_of_each or nothing,
+            self.own_prompts or nothing,
+        )
+        plain = [[x.tolist() if hasattr(x, "tolist") else x for x in column] for column in columns]
+        return [Response(*row) for row in zip(*plain, strict=True)]
 
     @property
     def completions(self) -> list[Int[np.ndarray, "_"]]:
         """The completions' tokens."""
-        return self._cut(self.token_ids)
+        return _cut(self.token_ids, self.lengths)
+
+    @property
+    def own_prompts(self) -> list[Int[np.ndarray, "_"]] | None:
+        """The prompt of each response, where they differ; None: all share `prompt_ids`."""
+        return None if self.prompt_lengths is None else _cut(self.prompt_ids, self.prompt_lengths)
+
+    @property
+    def prompts(self) -> list[Int[np.ndarray, "_"]]:
+        """The prompt of each response."""
+        return self.own_prompts or [self.prompt_ids] * len(self)
+
+    @property
+    def counted_of_each(self) -> list[Bool[np.ndarray, "_"]] | None:
+        """`counted`, one array a completion."""
+        return None if self.counted is None else _cut(self.counted, self.lengths)
 
     @property
     def reward_variance(self) -> float:
@@ -186,10 +229,6 @@ class Group:
         """About how much memory the group takes."""
         return 4 * (len(self.prompt_ids) + len(self.token_ids)) + 32 * len(self) + 600
 
-    def _cut(self, flat: np.ndarray) -> list[np.ndarray]:
-        ends = np.cumsum(self.lengths).tolist()
-        return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
     def check(self) -> None:
         """Raise an InputError that says what is wrong with the group, if something is."""
         problem = self._problem()
@@ -198,22 +237,23 @@ class Group:
 
     def _problem(self) -> str | None:
         k = len(self.lengths)
+        part = np.ones(k, dtype=bool) if self.valid is None else self.valid
         if k < 2:
             return f"A group needs two or more responses to compare, this one has {k}."
-        if len(self.prompt_ids) == 0:
-            return "The prompt of a group has no tokens."
-        empty = self.lengths < 1 if self.valid is None else (self.lengths < 1) & self.valid
-        if empty.any():
-            return f"Completion {int(empty.argmax())} of a group is empty: leave it out."
         sizes = {"rewards": self.rewards, "reference_logps": self.reference_logps, "valid": self.valid}
+        sizes |= {"prompt_ids": self.prompt_lengths}
         sizes |= {f"component {name}": values for name, values in self.components.items()}
         for name, values in sizes.items():
             if values is not None and values.shape != (k,):
                 return f"{name} has shape {values.shape}, but the group has {k} completions: give one each."
+        if len(self.prompt_ids) == 0 or (self.prompt_lengths is not None and self.prompt_lengths.min() < 1):
+            return "The prompt of a group has no tokens."
+        empty = (self.lengths < 1) & part
+        if empty.any():
+            return f"Completion {int(empty.argmax())} of a group is empty: leave it out."
         if self.counted is not None and self.counted.shape != self.token_ids.shape:
             return f"counted marks {len(self.counted)} tokens of {len(self.token_ids)}: mark every token."
-        finite = np.isfinite(self.rewards)
-        bad = ~finite if self.valid is None else ~finite & self.valid
+        bad = ~np.isfinite(self.rewards) & part
         if bad.any():
             i = int(bad.argmax())
             return (
@@ -233,5 +273,10 @@ class Group:
         return None
 
 
-def _given(logp: float | None) -> float:
-    return float("nan") if logp is None else logp
+def _ids(tokens: Any) -> Int[np.ndarray, "_"]:
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def _cut(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    ends = np.cumsum(lengths).tolist()
+    return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]

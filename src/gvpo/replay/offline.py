@@ -22,7 +22,7 @@ from typing import Any
 from gvpo.data.sources import read_file
 from gvpo.errors import InputError
 from gvpo.replay.group import Group, Response
-from gvpo.replay.store import MANIFEST
+from gvpo.replay.store import FILE
 from gvpo.replay.tokens import Encoder, check_ids, fingerprint
 from gvpo.replay.view import ReplayView
 
@@ -190,9 +190,9 @@ def _from_replay(folder: Path, encoder: Encoder, longest: int | None) -> Logged:
     with ReplayView(folder) as view:
         ours = fingerprint(encoder.tokenizer)
         for store in view.stores:
-            if store.manifest["tokenizer"] not in (None, ours):
+            if store.identity["tokenizer"] not in (None, ours):
                 raise InputError(
-                    f"The replay buffer {store.folder / MANIFEST} was filled with another tokenizer: its "
+                    f"The replay buffer {store.folder / FILE} was filled with another tokenizer: its "
                     "token ids mean something else here."
                 )
         groups = view.read(range(len(view)))

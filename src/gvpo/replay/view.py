@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 
-from gvpo.errors import InputError
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex
-from gvpo.replay.store import MANIFEST, GroupStore, index_of
+from gvpo.replay.store import FILE, STATE, GroupStore, index_of
 
 
 def rank_folder(folder: str | Path, rank: int) -> Path:
@@ -20,10 +19,10 @@ def rank_folder(folder: str | Path, rank: int) -> Path:
 
 
 class ReplayView:
-    """All groups under `folder`: of every `rank-…` in it, or of the one buffer that it is.
+    """All groups under `folder`: of every `rank-…` in it, or of the one buffer, or saved buffer, that it is.
 
-    It shows what was committed when it was opened or last refreshed. What a writer evicts is there only
-    until it deletes the segment: refresh before reading.
+    It shows what was committed when it was opened or last refreshed. What a writer evicts meanwhile cannot be
+    read any more: refresh before reading.
 
     Args:
         folder: as given to the trainer (`replay_directory`), or a folder of one process.
@@ -41,12 +40,12 @@ class ReplayView:
     def refresh(self) -> None:
         """Look again at what is committed."""
         self.close()
-        alone = (self.folder / MANIFEST).exists()
-        folders = [self.folder] if alone else sorted(self.folder.glob(f"rank-*/{MANIFEST}"))
-        if not folders:
-            raise InputError(f"There is no replay buffer in {self.folder}.")
-        paths = [path if alone else path.parent for path in folders]
-        self.stores = [GroupStore(path, memory=self.memory // len(paths)) for path in paths]
+        ranks = sorted(path.parent for path in self.folder.glob(f"rank-*/{FILE}"))
+        alone = not ranks or (self.folder / FILE).exists() or (self.folder / STATE).exists()
+        folders = [self.folder] if alone else ranks
+        self.stores = []
+        for folder in folders:
+            self.stores.append(GroupStore(folder, memory=self.memory // len(folders)))
 
     def __len__(self) -> int:
         return sum(len(store) for store in self.stores)
@@ -58,23 +57,23 @@ class ReplayView:
 
     def index(self, step: int = 0) -> ReplayIndex:
         """All groups, store after store; `numbers` count within each store."""
-        return index_of(np.concatenate([store._live() for store in self.stores]), step)
+        return index_of(np.concatenate([store.records for store in self.stores]), step)
 
     def read(self, positions: Sequence[int] | np.ndarray) -> list[Group]:
         """The groups at these positions of `index`."""
         first = np.cumsum([0, *(len(store) for store in self.stores)])
-        groups = []
-        for position in positions:
-            which = int(np.searchsorted(first, position, side="right")) - 1
-            groups += self.stores[which].read([position - int(first[which])])
-        return groups
+        which = np.searchsorted(first, positions, side="right") - 1
+        return [
+            self.stores[store].read([position - first[store]])[0]
+            for store, position in zip(which.tolist(), positions, strict=True)
+        ]
 
     def close(self) -> None:
         """Close the files."""
         for store in self.stores:
             store.close()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

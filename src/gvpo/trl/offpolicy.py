@@ -26,7 +26,7 @@ from gvpo.replay.group import Group
 from gvpo.replay.offline import Logged, load_offline
 from gvpo.replay.sampling import Weights
 from gvpo.replay.tokens import Encoder, fingerprint
-from gvpo.replay.view import ReplayView, rank_folder
+from gvpo.replay.view import rank_folder
 from gvpo.trl.rollouts import Slice
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class OffPolicy(TrainerCallback):
             max_age=args.replay_max_age,
             memory=args.replay_memory * 2**20,
             seed=args.seed + accelerator.process_index,
+            checkpoints=args.output_dir,
         )
 
     def _folder(self) -> Path:
@@ -358,16 +359,10 @@ class OffPolicy(TrainerCallback):
             return
         world, rank = self.trainer.accelerator.num_processes, self.trainer.accelerator.process_index
         saved = sorted(checkpoint.glob("gvpo_replay_*"), key=lambda path: int(path.name.split("_")[-1]))
+        self.buffer.restore(*saved[rank::world])
         if len(saved) == world:
-            self.buffer.restore(saved[rank])
             return
-        # Shared out among other processes than before; which group is drawn next is another matter then.
-        self._first_numbers = {}
-        self.buffer.clear()
-        for folder in saved[rank::world]:
-            with ReplayView(folder) as view:
-                for start in range(0, len(view), 1000):
-                    self.buffer.append(view.read(range(start, min(start + 1000, len(view)))))
+        self._first_numbers = {}  # groups of other processes than before have other numbers
         warnings.warn(
             f"{checkpoint} has the replay buffers of {len(saved)} process(es), not of {world}: "
             + ("their groups were shared out." if saved else "replay starts empty."),
