@@ -79,9 +79,29 @@ def train(context: typer.Context) -> None:
     run(context.args)
 
 
+replay = typer.Typer(help="Replay buffers.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@replay.callback()
+def _replay() -> None:
+    pass
+
+
+@replay.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A replay directory, one process's folder, or a saved one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The Parquet file.")],
+) -> None:
+    """Write a replay buffer's groups as Parquet, a row each, which --offline reads too."""
+    from gvpo.replay.export import export as run
+
+    typer.echo(f"{run(folder, output)} groups written to {output}")
+
+
 app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.add_typer(replay, name="replay")
 app.add_typer(verl, name="verl")
 
 

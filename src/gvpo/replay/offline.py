@@ -8,7 +8,9 @@ A file (.parquet or .jsonl) or a data set has either one row a group or one row 
 Rows of one completion each make a group where `group` is the same, or the prompt if there is no such
 column. Optional columns, a list per group or one value per completion: `complete` (False where the completion
 was cut off and has no end-of-turn), `reference_logp(s)` (S' in nats) with `reference` (the name of the policy
-that they are from). Instead of texts there may be token ids: `prompt_ids`, `completion_ids`.
+that they are from). Instead of texts there may be token ids: `prompt_ids` (of all, or a list for each
+completion), `completion_ids`, with `counted` (which of them make up S) and `valid` (False: takes no part), as
+`gvpo replay export` writes them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ _PER_COMPLETION = {
     "completion_ids": "completion_ids",
     "rewards": "reward",
     "complete": "complete",
+    "counted": "counted",
+    "valid": "valid",
     "reference_logps": "reference_logp",
     "references": "reference",
 }
@@ -123,50 +127,68 @@ def _gather(
         if "reference_logps" in columns:
             columns.setdefault("references", ["logged"])
         key = row["group"] if row.get("group") is not None else _key(row.get("prompt", row.get("prompt_ids")))
-    prompt = row.get("prompt")
     try:
-        prompt_ids = _prompt_ids(row, encoder)
-        responses = _responses(columns, prompt, encoder, longest)
+        prompts = _prompts(row, encoder)
+        responses = _responses(columns, row.get("prompt"), prompts, encoder, longest)
     except InputError as error:
         raise InputError(f"{where}: {error}.") from error
-    known = gathered.setdefault(key, (prompt_ids, []))
-    if known[0] != prompt_ids:
+    known = gathered.setdefault(key, (prompts[0], []))
+    if known[0] != prompts[0]:
         raise InputError(f"{where} has another prompt than the rows before it of the group {_short(key)}.")
     known[1].extend(responses)
 
 
-def _prompt_ids(row: Row, encoder: Encoder) -> list[int]:
-    if row.get("prompt_ids") is not None:
-        return check_ids(list(row["prompt_ids"]), encoder.vocabulary_size)
+def _prompts(row: Row, encoder: Encoder) -> list[list[int]]:
+    """The prompt of a row, or of each of its responses."""
+    ids = row.get("prompt_ids")
+    if ids is not None:
+        each = ids if isinstance(_first(ids), list) else [ids]
+        return [check_ids(list(prompt), encoder.vocabulary_size) for prompt in each]
     if not row.get("prompt"):
         raise InputError("there is no prompt (columns: " + (", ".join(row) or "none") + ")")
-    return encoder.prompt(row["prompt"])
+    return [encoder.prompt(row["prompt"])]
 
 
 def _responses(
-    columns: dict[str, list[Any]], prompt: Any, encoder: Encoder, longest: int | None
+    columns: dict[str, list[Any]],
+    prompt: Any,
+    prompts: list[list[int]],
+    encoder: Encoder,
+    longest: int | None,
 ) -> list[Response]:
     answers = columns.get("completion_ids", columns.get("completions"))
     if answers is None:
         raise InputError("there is no completion: give a column completion, completions or completion_ids")
     if "rewards" not in columns:
         raise InputError("there is no reward: give a column reward, or rewards")
-    for name, values in columns.items():
+    own = {} if len(prompts) == 1 else {"prompts": prompts}
+    for name, values in {**columns, **own}.items():
         if len(values) != len(answers):
             raise InputError(f"there are {len(values)} {name} for {len(answers)} completions: give one each")
     responses = []
     for i, answer in enumerate(answers):
         row = {name: values[i] for name, values in columns.items()}
+        if row.get("valid") is False:  # takes no part
+            continue
         try:
             ids = _completion_ids(answer, row, prompt, encoder)
             if longest is not None and len(ids) > longest:
                 raise InputError(f"it has {len(ids)} tokens, but max_completion_length is {longest}")
-            response = Response(
-                ids, _number(row["rewards"], "reward"), row.get("references"), row.get("reference_logps")
+            counted = row.get("counted")
+            if counted is not None and len(counted) != len(ids):
+                raise InputError(f"counted marks {len(counted)} of its {len(ids)} tokens: mark every token")
+            responses.append(
+                Response(
+                    ids,
+                    _number(row["rewards"], "reward"),
+                    row.get("references"),
+                    row.get("reference_logps"),
+                    counted,
+                    prompts[i] if own else None,
+                )
             )
         except InputError as error:
             raise InputError(f"completion {i}: {error}" if len(answers) > 1 else str(error)) from error
-        responses.append(response)
     return responses
 
 
