@@ -1,4 +1,4 @@
-"""The replay buffer: groups per second, opening a million of them, memory, and 200 kills of its writer.
+"""The replay buffer: speed, checkpoints, writers, a million groups, memory, and 200 kills of its writer.
 
     python -m benchmarks.replay_buffer [--kills 200] [--groups 1000000]
 
@@ -14,9 +14,11 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,63 @@ def throughput(folder: Path, groups: int = 8192) -> dict[str, float]:
             started = clock()
             drawn = sum(len(buffer.sample(64, sampling=sampling)) for _ in range(128))
             out[f"random out, 64 at a time, {sampling}"] = drawn / (clock() - started)
-    return {name: round(value) for name, value in out.items()}
+        buffer.sample(16)
+        started = clock()
+        for _ in range(256):
+            buffer.sample(16)
+        out["sample of 16: ms"] = (clock() - started) / 256 * 1000
+    return {name: round(value, 2 if "ms" in name else None) for name, value in out.items()}
+
+
+def checkpoints(folder: Path, groups: int = 2304) -> dict[str, float]:
+    """Milliseconds to save and to go back, with about 23 MiB of groups, and bytes of all of it."""
+    with ReplayBuffer(folder / "live", checkpoints=folder) as buffer:
+        for start in range(0, groups, 32):
+            buffer.append(make_groups(32, seed=start))
+        started = time.monotonic()
+        for i in range(20):
+            buffer.save(folder / f"checkpoint-{i}" / "replay")
+        saved = (time.monotonic() - started) / 20
+        started = time.monotonic()
+        for i in range(20):
+            buffer.restore(folder / f"checkpoint-{i}" / "replay")
+        restored = (time.monotonic() - started) / 20
+        content = sum(buffer.index().tokens.tolist()) * 4 / 2**20
+    size = sum(path.stat().st_size for path in (folder / "checkpoint-0").rglob("*") if path.is_file())
+    return {
+        "save into a checkpoint: ms (wall)": round(1000 * saved, 2),
+        "go back to a checkpoint: ms (wall)": round(1000 * restored, 2),
+        "a checkpoint: bytes": size,
+        "tokens: MiB": round(content, 1),
+        "the file: MiB": round((folder / "live" / "groups.sqlite").stat().st_size / 2**20, 1),
+    }
+
+
+def writers(folder: Path, count: int = 64) -> dict[str, float]:
+    """Two processes that append 32 groups at a time, to a file each and to one: wall seconds."""
+    out = {}
+    for name, files in (("a file each", ("a", "b")), ("one file", ("c", "c"))):
+        for path in set(files):
+            with closing(sqlite3.connect(folder / path)) as db:
+                db.executescript("PRAGMA journal_mode = WAL; CREATE TABLE contents (arrow BLOB)")
+        fork = multiprocessing.get_context("fork")
+        started = time.monotonic()
+        processes = [fork.Process(target=_fill, args=(folder / path, count)) for path in files]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert all(process.exitcode == 0 for process in processes)
+        out[f"two writers, {name}: seconds for {count} appends each (wall)"] = time.monotonic() - started
+    return {name: round(value, 2) for name, value in out.items()}
+
+
+def _fill(path: Path, count: int) -> None:
+    with closing(sqlite3.connect(path, timeout=60)) as db:
+        for _ in range(count):
+            rows = [(os.urandom(10_000),) for _ in range(32)]
+            with db:
+                db.executemany("INSERT INTO contents VALUES (?)", rows)
 
 
 def memory(folder: Path) -> dict[str, float]:
@@ -112,9 +170,8 @@ def kills(folder: Path, count: int) -> dict[str, float]:
     """Kill a writing process at random moments, and compare all that is left with what was written."""
     rng = random.Random(0)
     committed = lost = corrupt = read = 0
-    settings: dict[str, Any] = {"segment_bytes": 2**20}
     for _ in range(count):
-        told, process = _writer(folder / "killed", committed, settings)
+        told, process = _writer(folder / "killed", committed)
         time.sleep(rng.uniform(0, 0.3))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -122,7 +179,7 @@ def kills(folder: Path, count: int) -> dict[str, float]:
             said = pipe.read()
         acknowledged = int.from_bytes(said[-8:], "little") if said else committed
         before = committed
-        with ReplayBuffer(folder / "killed", **settings) as buffer:
+        with ReplayBuffer(folder / "killed") as buffer:
             committed = buffer.next_number
             lost += max(0, acknowledged - committed)
             for number, group in zip(
@@ -133,11 +190,9 @@ def kills(folder: Path, count: int) -> dict[str, float]:
     return {"kills": count, "groups committed": read, "groups lost": lost, "groups corrupt": corrupt}
 
 
-def _writer(folder: Path, start: int, settings: dict[str, Any]) -> tuple[int, Any]:
+def _writer(folder: Path, start: int) -> tuple[int, Any]:
     reader, writer = os.pipe()
-    process = multiprocessing.get_context("fork").Process(
-        target=_write, args=(folder, writer, start, settings)
-    )
+    process = multiprocessing.get_context("fork").Process(target=_write, args=(folder, writer, start))
     process.start()
     os.close(writer)
     return reader, process
@@ -164,8 +219,8 @@ def _is(group: Group, number: int) -> bool:
     return group.policy_step == number and all(np.array_equal(a, b) for a, b in pairs)
 
 
-def _write(folder: Path, report: int, start: int, settings: dict[str, Any]) -> None:
-    buffer = ReplayBuffer(folder, **settings)
+def _write(folder: Path, report: int, start: int) -> None:
+    buffer = ReplayBuffer(folder)
     rng, number = np.random.default_rng(start), start
     while True:
         count = int(rng.integers(1, 33))
@@ -183,6 +238,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results: dict[str, Any] = throughput(folder)
+        results |= checkpoints(folder / "checkpoints")
+        results |= writers(folder)
         results |= memory(folder)
         results |= kills(folder, arguments.kills)
         results |= million(folder, arguments.groups)

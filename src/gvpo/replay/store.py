@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import uuid
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from gvpo.errors import InputError
-from gvpo.replay.columns import FIELDS, decode
+from gvpo.replay.columns import FIELDS, decode, encode
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex
 
@@ -29,7 +29,6 @@ FILE = "groups.sqlite"
 STATE = "state.json"  # in a checkpoint: which groups were in the buffer
 FORMAT = 2  # 1 were segments of our own, beside a buffer.json
 SCHEMA = f"""
-BEGIN;
 CREATE TABLE buffer (
     store TEXT NOT NULL,         -- a name that no other store has
     tokenizer TEXT, vocabulary_size INTEGER, group_size INTEGER,
@@ -50,50 +49,12 @@ CREATE TABLE groups (
 );
 CREATE TABLE contents (id INTEGER PRIMARY KEY REFERENCES groups ON DELETE CASCADE, arrow BLOB NOT NULL);
 PRAGMA user_version = {FORMAT};
-COMMIT;
 """
-RECORD = np.dtype(
-    [
-        ("id", "<i8"),
-        ("number", "<i8"),
-        ("policy_step", "<i8"),
-        ("reward_mean", "<f8"),
-        ("reward_variance", "<f8"),
-        ("size", "<u4"),
-        ("tokens", "<u4"),
-        ("crc32", "<u4"),
-    ]
-)
-COLUMNS = ", ".join(RECORD.names or ())
+RECORD = np.dtype("i8,i8,i8,f8,f8,u4,u4,u4")
+RECORD.names = "id", "number", "policy_step", "reward_mean", "reward_variance", "size", "tokens", "crc32"
+COLUMNS = ", ".join(RECORD.names)
+INSERT = f"INSERT INTO groups ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _STORAGE = tuple(f"SQLITE_{name}" for name in ("FULL", "IOERR", "READONLY", "CANTOPEN", "BUSY", "LOCKED"))
-
-
-class GroupCache:
-    """The groups read last, within a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.bytes = limit, 0
-        self._groups: OrderedDict[int, Group] = OrderedDict()
-
-    def get(self, key: int) -> Group | None:
-        group = self._groups.get(key)
-        if group is not None:
-            self._groups.move_to_end(key)
-        return group
-
-    def put(self, key: int, group: Group) -> None:
-        if group.nbytes > self.limit or key in self._groups:
-            return
-        self._groups[key] = group
-        self.bytes += group.nbytes
-        while self.bytes > self.limit:
-            self.bytes -= self._groups.popitem(last=False)[1].nbytes
-
-    def discard(self, keys: Iterable[int]) -> None:
-        """Let go of groups that are in the buffer no more."""
-        for key in keys:
-            if (group := self._groups.pop(key, None)) is not None:
-                self.bytes -= group.nbytes
 
 
 class GroupStore:
@@ -101,7 +62,10 @@ class GroupStore:
 
     Args:
         folder: where `groups.sqlite` is, or what `ReplayBuffer.save` wrote.
-        memory: bytes of groups to keep in memory. The index takes 52 bytes a group besides.
+        memory: bytes of the file to keep in memory. The index takes 52 bytes a group besides.
+
+    Attributes:
+        records: the index, a `RECORD` a group, oldest first.
 
     Raises:
         InputError: no buffer is there, or one of another version, or a damaged one; or it has not all groups
@@ -111,43 +75,33 @@ class GroupStore:
     def __init__(self, folder: str | Path, *, memory: int = 2**28) -> None:
         folder = Path(folder)
         state = read_state(folder) if (folder / STATE).exists() else None
-        self._open(folder if state is None else locate(folder, state), memory)
+        self._open(folder if state is None else locate(folder, state), memory, "mode=ro")
         with told(self.path):
-            self._hold(self._select("live") if state is None else self._saved(folder, state))
+            self.records = self._select("live") if state is None else self._saved(folder, state)
 
-    def _open(self, folder: Path, memory: int, *, write: bool = False) -> None:
+    def _open(self, folder: Path, memory: int, mode: str) -> None:
         self.folder, self.path = folder, folder / FILE
         if not self.path.exists():
-            raise InputError(f"There is no replay buffer in {folder}." + _old_format(folder))
-        # Without a place for SQLite's shared memory, a file that nobody writes can be read all the same.
-        alone = not os.access(folder, os.W_OK) and not self.path.with_name(f"{FILE}-wal").exists()
-        mode = "mode=rw" if write else "immutable=1" if alone else "mode=ro"
+            raise InputError(f"There is no replay buffer in {folder}.{written_earlier(folder)}")
+        if not os.access(folder, os.W_OK) and not self.path.with_name(f"{FILE}-wal").exists():
+            mode = "immutable=1"  # no place for SQLite's shared memory, and no need of it
         with told(self.path):
             uri = f"{self.path.resolve().as_uri()}?{mode}"
             self._db = sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False)
-            try:
-                self._read_identity()
-            except BaseException:
-                self._db.close()
-                raise
-        self._cache = GroupCache(memory)
-
-    def _read_identity(self) -> None:
-        self._db.executescript(
-            "PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON"
-        )
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        schema = None
-        if version == FORMAT:
-            names = ("tokenizer", "vocabulary_size", "group_size")
-            row = self._db.execute(f"SELECT store, arrow_schema, {', '.join(names)} FROM buffer").fetchone()
-            self.store, schema, *identity = row or [None] * 5
-            self.identity: dict[str, Any] = dict(zip(names, identity, strict=True))
-        if schema != FIELDS.serialize().to_pybytes():
-            raise InputError(f"{self.path} is no replay buffer of this version of gvpo: use another folder.")
+            self._db.executescript(
+                "PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;"
+                f"PRAGMA cache_size = {-(memory // 1024)}"
+            )
+            schema = None
+            if self._db.execute("PRAGMA user_version").fetchone()[0] == FORMAT:
+                names = ("store", "arrow_schema", "tokenizer", "vocabulary_size", "group_size")
+                row = self._db.execute(f"SELECT {', '.join(names)} FROM buffer").fetchone() or [None] * 5
+                self.identity = dict(zip(names, row, strict=True))
+                self.store, schema = self.identity.pop("store"), self.identity.pop("arrow_schema")
+            if schema != FIELDS.serialize().to_pybytes():
+                raise InputError(f"{self.path} is no replay buffer of this version: use another folder.")
 
     def _select(self, condition: str) -> np.ndarray:
-        """The records of groups, oldest first."""
         rows = self._db.execute(f"SELECT {COLUMNS} FROM groups WHERE {condition} ORDER BY id")
         return np.fromiter(rows, dtype=RECORD)
 
@@ -162,17 +116,8 @@ class GroupStore:
             )
         return records
 
-    def _hold(self, records: np.ndarray) -> None:
-        """Make these the groups of the buffer, oldest first."""
-        self._rows, self._start, self._end = records, 0, len(records)
-
-    @property
-    def records(self) -> np.ndarray:
-        """The index (`RECORD`), oldest first."""
-        return self._rows[self._start : self._end]
-
     def __len__(self) -> int:
-        return self._end - self._start
+        return len(self.records)
 
     def index(self, step: int = 0) -> ReplayIndex:
         """What is known of the groups without reading them; ages are measured from `step`."""
@@ -188,20 +133,15 @@ class GroupStore:
             return [self._read(self.records[position]) for position in positions]
 
     def _read(self, record: np.void) -> Group:
-        key = int(record["id"])
-        group = self._cache.get(key)
-        if group is None:
-            row = self._db.execute("SELECT arrow FROM contents WHERE id = ?", (key,)).fetchone()
-            if row is None:
-                raise InputError(f"Group {record['number']} has left {self.path}: open it again.")
-            if not isinstance(row[0], bytes) or checksum(record, row[0]) != record["crc32"]:
-                raise InputError(
-                    f"Group {record['number']} in {self.path} is damaged (its checksum is wrong): the disk, "
-                    "or something that wrote to the file, changed it."
-                )
-            group = decode(pa.ipc.read_record_batch(pa.ipc.read_message(row[0]), FIELDS))
-            self._cache.put(key, group)
-        return group
+        row = self._db.execute("SELECT arrow FROM contents WHERE id = ?", (int(record["id"]),)).fetchone()
+        if row is None:
+            raise InputError(f"Group {record['number']} has left {self.path}: open it again.")
+        if not isinstance(row[0], bytes) or checksum(record, row[0]) != record["crc32"]:
+            raise InputError(
+                f"Group {record['number']} in {self.path} is damaged (its checksum is wrong): the disk, or "
+                "something that wrote to the file, changed it."
+            )
+        return decode(pa.ipc.read_record_batch(pa.ipc.read_message(row[0]), FIELDS))
 
     def close(self) -> None:
         """Close the file. Everything committed stays."""
@@ -212,6 +152,42 @@ class GroupStore:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def create(folder: Path, identity: dict[str, Any]) -> None:
+    """An empty buffer: the file appears whole."""
+    if old := written_earlier(folder):
+        raise InputError(f"{folder} cannot hold a replay buffer.{old} Use another folder.")
+    aside = folder / f".{FILE}.partial"
+    aside.unlink(missing_ok=True)
+    db = sqlite3.connect(aside)
+    db.execute("PRAGMA page_size = 8192")  # a group of a few kB on few pages
+    db.executescript(SCHEMA)
+    row = (uuid.uuid4().hex, *identity.values(), FIELDS.serialize().to_pybytes())
+    with db:
+        db.execute("INSERT INTO buffer VALUES (?, ?, ?, ?, ?, 0)", row)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.close()
+    os.replace(aside, folder / FILE)
+
+
+def records_of(
+    groups: Sequence[Group], first_id: int, numbers: np.ndarray
+) -> tuple[np.ndarray, list[pa.Buffer]]:
+    """The index of groups, and their contents."""
+    rewards = [group.rewards if group.valid is None else group.rewards[group.valid] for group in groups]
+    records = np.zeros(len(groups), dtype=RECORD)
+    records["id"], records["number"] = first_id + np.arange(len(groups)), numbers
+    records["policy_step"] = [group.policy_step for group in groups]
+    with np.errstate(all="ignore"):  # SQLite knows no NaN (of enormous rewards), and no negative zero
+        records["reward_mean"] = np.nan_to_num([r.sum() / max(1, len(r)) for r in rewards]) + 0.0
+        records["reward_variance"] = np.nan_to_num([group.reward_variance for group in groups])
+    records["size"] = [len(group) for group in groups]
+    records["tokens"] = [len(group.prompt_ids) + len(group.token_ids) for group in groups]
+    batch = encode(groups)
+    contents = [batch.slice(i, 1).serialize() for i in range(len(groups))]
+    records["crc32"] = [checksum(record, arrow) for record, arrow in zip(records, contents, strict=True)]
+    return records, contents
 
 
 def index_of(records: np.ndarray, step: int) -> ReplayIndex:
@@ -226,8 +202,8 @@ def index_of(records: np.ndarray, step: int) -> ReplayIndex:
 
 
 def checksum(record: np.void, arrow: bytes | pa.Buffer) -> int:
-    """CRC-32 of a group's record, but for the field that this is, and of its contents."""
-    return zlib.crc32(arrow, zlib.crc32(record.tobytes()[: RECORD.fields["crc32"][1]]))  # type: ignore[index]
+    """CRC-32 of a group's record, but for the last field, which this is, and of its contents."""
+    return zlib.crc32(arrow, zlib.crc32(record.tobytes()[:-4]))
 
 
 @contextmanager
@@ -239,13 +215,13 @@ def told(path: Path) -> Iterator[None]:
         raise
     except (sqlite3.Error, OverflowError, TypeError, ValueError) as error:
         if getattr(error, "sqlite_errorname", "").startswith(_STORAGE):
-            raise InputError(
-                f"The replay buffer {path} cannot be read or written ({error}): make room, or choose another "
-                "folder. What was committed to it is kept."
-            ) from error
-        raise InputError(
-            f"{path} is damaged, or no replay buffer ({error}): restore it, or use another folder."
-        ) from error
+            what = (
+                "cannot be read or written",
+                "make room, or choose another folder; what was committed is kept",
+            )
+        else:
+            what = "is damaged, or is none", "restore it, or use another folder"
+        raise InputError(f"The replay buffer {path} {what[0]} ({error}): {what[1]}.") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -258,7 +234,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder} is no saved replay buffer: {STATE} cannot be read ({error}).") from error
     if not sound or state["format"] != FORMAT:
-        raise InputError(f"{folder} is no saved replay buffer of this version of gvpo.")
+        raise InputError(f"{folder} is no saved replay buffer of this version.")
     return state
 
 
@@ -282,7 +258,8 @@ def in_ranges(ids: np.ndarray, ranges: Iterable[Sequence[int]]) -> np.ndarray:
     return found
 
 
-def _old_format(folder: Path) -> str:
-    if (folder / "buffer.json").exists():
-        return " What is there was written by an earlier version of gvpo, which this one does not read."
-    return ""
+def written_earlier(folder: Path) -> str:
+    """A sentence about a buffer of format 1, if there is one."""
+    if not (folder / "buffer.json").exists():
+        return ""
+    return " What is there was written by an earlier version of gvpo, which this one does not read."
