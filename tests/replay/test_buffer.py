@@ -227,8 +227,35 @@ def test_ranks_are_seen_together_while_they_write(tmp_path):
     assert view.index(5).ages.tolist() == [5, 5, 5, 5, 4, 4, 4, 4]
     with pytest.raises(InputError, match="in use by another process"):
         ReplayBuffer(rank_folder(tmp_path, 1))
+    buffers[1].clear()
+    with pytest.raises(InputError, match=r"Group 0 has left .*: open it again"):
+        view.read([4])
+    view.close()
     for buffer in buffers:
         buffer.close()
+
+
+def test_a_full_disk_is_told_and_nothing_lost(tmp_path):
+    with ReplayBuffer(tmp_path, capacity=20, memory=0) as buffer:
+        buffer.append([group(n) for n in range(10)])
+        buffer._db.execute("PRAGMA max_page_count = 12")
+        with pytest.raises(
+            InputError, match=r"cannot be read or written \(database or disk is full\): make room"
+        ):
+            buffer.append([group(n) for n in range(10, 60)])
+        assert all(same(g, group(n)) for n, g in enumerate(contents(buffer)))
+        buffer._db.execute("PRAGMA max_page_count = 10000")
+        buffer.append([group(10)])
+        assert buffer.index().numbers.tolist() == list(range(11))
+
+
+def test_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    with ReplayBuffer(tmp_path) as buffer:
+        buffer.append([group(5)])
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with ReplayView(tmp_path) as view:
+        assert same(view.read([0])[0], group(5))
+    assert {path.name for path in tmp_path.iterdir()} == {"groups.sqlite", "lock"}
 
 
 def test_torn_and_damaged_bytes_are_never_read(tmp_path):

@@ -268,9 +268,9 @@ def test_resuming_is_as_if_never_stopped(tmp_path):
     straight.train()
     straight.off_policy.buffer.close()  # as the end of the process would
     assert straight.state.log_history[-2]["replay/size"] == 30
-    for step in (6, 3):
-        again = run(**settings)
-        assert len(again.off_policy.buffer) == 30
+    for step, home in ((6, tmp_path), (3, tmp_path / "elsewhere")):
+        again = run(**{**settings, "output_dir": str(home)})
+        assert len(again.off_policy.buffer) == (30 if home == tmp_path else 0)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert distance(parameters(again), parameters(straight)) == 0
         for name in ("replay/size", "replay/age_mean", "replay/size_age_mean", "loss"):

@@ -39,7 +39,6 @@ _PER_COMPLETION = {
     "counted": "counted",
     "valid": "valid",
     "reference_logps": "reference_logp",
-    "references": "reference",
 }
 
 
@@ -85,9 +84,21 @@ def load_offline(
         return _from_replay(Path(source), encoder, longest)
     name = str(source) if isinstance(source, str | Path) else "The data"
     rows = read_file(source) if isinstance(source, str | Path) else source
-    gathered: dict[Any, tuple[Any, list[Response]]] = {}
+    gathered: dict[Any, tuple[list[int], list[Response]]] = {}
     for number, row in enumerate(rows, start=1):
-        _gather(row, number, f"{name}, row {number}", encoder, longest, gathered)
+        try:
+            prompt, responses = _read(row, encoder, longest)
+        except InputError as error:
+            raise InputError(f"{name}, row {number}: {error}.") from error
+        key = number if _is_group(row) else row.get("group")
+        if key is None:
+            key = row["prompt"] if isinstance(row.get("prompt"), str) else repr(prompt)
+        known = gathered.setdefault(key, (prompt, []))
+        if known[0] != prompt:
+            raise InputError(
+                f"{name}, row {number} has another prompt than the rows before it of the group {_short(key)}."
+            )
+        known[1].extend(responses)
     logged = Logged()
     for where, (prompt_ids, responses) in gathered.items():
         if len(responses) < 2:
@@ -105,41 +116,42 @@ def load_offline(
     return logged
 
 
-def _gather(
-    row: Row,
-    number: int,
-    where: str,
-    encoder: Encoder,
-    longest: int | None,
-    gathered: dict[Any, tuple[Any, list[Response]]],
-) -> None:
-    """Put the responses of one row into their group."""
-    per_group = "completions" in row or isinstance(_first(row.get("completion_ids")), list)
-    if per_group:
-        columns = {ours: row[ours] for ours in _PER_COMPLETION if row.get(ours) is not None}
-        if "reference_logps" in columns:
-            columns["references"] = [row.get("reference") or "logged"] * len(columns["reference_logps"])
-        key: Any = number
-    else:
-        columns = {
-            ours: [row[theirs]] for ours, theirs in _PER_COMPLETION.items() if row.get(theirs) is not None
-        }
-        if "reference_logps" in columns:
-            columns.setdefault("references", ["logged"])
-        key = row["group"] if row.get("group") is not None else _key(row.get("prompt", row.get("prompt_ids")))
-    try:
-        prompts = _prompts(row, encoder)
-        responses = _responses(columns, row.get("prompt"), prompts, encoder, longest)
-    except InputError as error:
-        raise InputError(f"{where}: {error}.") from error
-    known = gathered.setdefault(key, (prompts[0], []))
-    if known[0] != prompts[0]:
-        raise InputError(f"{where} has another prompt than the rows before it of the group {_short(key)}.")
-    known[1].extend(responses)
+def _is_group(row: Row) -> bool:
+    return "completions" in row or isinstance(_first(row.get("completion_ids")), list)
+
+
+def _read(row: Row, encoder: Encoder, longest: int | None) -> tuple[list[int], list[Response]]:
+    """The prompt of a row, and its responses."""
+    prompts = _prompts(row, encoder)
+    columns = {
+        ours: row[ours] if _is_group(row) else [row[theirs]]
+        for ours, theirs in _PER_COMPLETION.items()
+        if row.get(ours if _is_group(row) else theirs) is not None
+    }
+    answers = columns.get("completion_ids", columns.get("completions"))
+    if answers is None:
+        raise InputError("there is no completion: give a column completion, completions or completion_ids")
+    if "rewards" not in columns:
+        raise InputError("there is no reward: give a column reward, or rewards")
+    if len(prompts) > 1:
+        columns["prompts"] = prompts
+    for name, values in columns.items():
+        if len(values) != len(answers):
+            raise InputError(f"there are {len(values)} {name} for {len(answers)} completions: give one each")
+    responses = []
+    for i in range(len(answers)):
+        cell = {name: values[i] for name, values in columns.items()}
+        if cell.get("valid") is False:  # takes no part
+            continue
+        try:
+            responses.append(_response(cell, row, encoder, longest))
+        except InputError as error:
+            raise InputError(f"completion {i}: {error}" if len(answers) > 1 else str(error)) from error
+    return prompts[0], responses
 
 
 def _prompts(row: Row, encoder: Encoder) -> list[list[int]]:
-    """The prompt of a row, or of each of its responses."""
+    """The one prompt of a row, or those of its responses."""
     ids = row.get("prompt_ids")
     if ids is not None:
         each = ids if isinstance(_first(ids), list) else [ids]
@@ -149,57 +161,23 @@ def _prompts(row: Row, encoder: Encoder) -> list[list[int]]:
     return [encoder.prompt(row["prompt"])]
 
 
-def _responses(
-    columns: dict[str, list[Any]],
-    prompt: Any,
-    prompts: list[list[int]],
-    encoder: Encoder,
-    longest: int | None,
-) -> list[Response]:
-    answers = columns.get("completion_ids", columns.get("completions"))
-    if answers is None:
-        raise InputError("there is no completion: give a column completion, completions or completion_ids")
-    if "rewards" not in columns:
-        raise InputError("there is no reward: give a column reward, or rewards")
-    own = {} if len(prompts) == 1 else {"prompts": prompts}
-    for name, values in {**columns, **own}.items():
-        if len(values) != len(answers):
-            raise InputError(f"there are {len(values)} {name} for {len(answers)} completions: give one each")
-    responses = []
-    for i, answer in enumerate(answers):
-        row = {name: values[i] for name, values in columns.items()}
-        if row.get("valid") is False:  # takes no part
-            continue
-        try:
-            ids = _completion_ids(answer, row, prompt, encoder)
-            if longest is not None and len(ids) > longest:
-                raise InputError(f"it has {len(ids)} tokens, but max_completion_length is {longest}")
-            counted = row.get("counted")
-            if counted is not None and len(counted) != len(ids):
-                raise InputError(f"counted marks {len(counted)} of its {len(ids)} tokens: mark every token")
-            responses.append(
-                Response(
-                    ids,
-                    _number(row["rewards"], "reward"),
-                    row.get("references"),
-                    row.get("reference_logps"),
-                    counted,
-                    prompts[i] if own else None,
-                )
-            )
-        except InputError as error:
-            raise InputError(f"completion {i}: {error}" if len(answers) > 1 else str(error)) from error
-    return responses
-
-
-def _completion_ids(answer: Any, row: dict[str, Any], prompt: Any, encoder: Encoder) -> list[int]:
-    if "completion_ids" not in row:
-        ids = encoder.answer(prompt, answer, complete=bool(row.get("complete", True)))
+def _response(cell: Row, row: Row, encoder: Encoder, longest: int | None) -> Response:
+    if "completion_ids" in cell:
+        ids = check_ids(list(cell["completion_ids"]), encoder.vocabulary_size)
     else:
-        ids = check_ids(list(answer), encoder.vocabulary_size)
+        ids = encoder.answer(
+            row.get("prompt") or "", cell["completions"], complete=cell.get("complete", True)
+        )
+    counted, logp = cell.get("counted"), cell.get("reference_logps")
     if not ids:
         raise InputError("the completion is empty and has no end")
-    return ids
+    if longest is not None and len(ids) > longest:
+        raise InputError(f"it has {len(ids)} tokens, but max_completion_length is {longest}")
+    if counted is not None and len(counted) != len(ids):
+        raise InputError(f"counted marks {len(counted)} of its {len(ids)} tokens: mark every token")
+    reference = None if logp is None else row.get("reference") or "logged"
+    reward = _number(cell["rewards"], "reward")
+    return Response(ids, reward, reference, logp, counted, cell.get("prompts"))
 
 
 def _number(value: Any, name: str) -> float:
@@ -219,7 +197,10 @@ def _from_replay(folder: Path, encoder: Encoder, longest: int | None) -> Logged:
                 )
         groups = view.read(range(len(view)))
     for number, group in enumerate(groups):
-        check_ids([int(group.token_ids.max()), int(group.prompt_ids.max())], encoder.vocabulary_size)
+        check_ids(
+            [int(ids.max()) for ids in (group.prompt_ids, group.token_ids) if len(ids)],
+            encoder.vocabulary_size,
+        )
         if longest is not None and group.lengths.max() > longest:
             raise InputError(
                 f"{folder}, group {number}: a completion has {group.lengths.max()} tokens, but "
@@ -232,10 +213,6 @@ def _from_replay(folder: Path, encoder: Encoder, longest: int | None) -> Logged:
 
 def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else None
-
-
-def _key(prompt: Any) -> Any:
-    return prompt if isinstance(prompt, str) else repr(prompt)
 
 
 def _short(key: Any) -> str:

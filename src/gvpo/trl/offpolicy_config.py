@@ -25,7 +25,7 @@ class OffPolicyConfig:
             For a function of your own, set `trainer.off_policy.sampling`.
         replay_directory: where the groups are kept: a folder for each process. Groups that are already there
             are used. Default: a folder of its own in `output_dir`, emptied when training starts anew.
-        replay_memory: MB of groups held in memory by each process.
+        replay_memory: MB of its replay file that each process keeps in memory.
         demonstrations_per_group: slots of each group that demonstrations take, where a prompt has so many.
         demonstration_slots: which slots, 0 … num_generations − 1. Default: the last ones.
         demonstration_column: column of the data set with a prompt's demonstration, or a list of them.
@@ -66,7 +66,7 @@ class OffPolicyConfig:
         default=None, metadata={"help": "Where groups are kept. Default: replay/ in output_dir."}
     )
     replay_memory: int = field(
-        default=256, metadata={"help": "MB of replayed groups held in memory by each process."}
+        default=256, metadata={"help": "MB of its replay file that each process keeps in memory."}
     )
     demonstrations_per_group: int = field(
         default=0, metadata={"help": "Slots of each group that demonstrations take."}
