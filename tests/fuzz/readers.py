@@ -101,7 +101,8 @@ SEEDS: dict[str, list[bytes]] = {
         b"The answer is $(x-1)^2$\x00x^2-2x+1",
         b"#### [1, 2)\x00\\{1\\} \\cup (1,2)",
     ],
-    "replay": [b"\x00" + at + b"\x00\xff" * 3 for at in (b"\x10\x00\x00", b"\x80\x25\x00", b"\x00\x90\x01")],
+    "replay": [b"\x00" + at + b"\x00\xff" * 3 for at in (b"\x10\x00\x00", b"\x80\x25\x00", b"\x00\x90\x01")]
+    + [b"\x02\x42\x00\x00[[7", b"\x02\x90\x00\x00\x00}"],
     "metrics": [b'{"step": 1, "loss": 0.5}\n{"step": 2}\n{"st'],
 }
 
@@ -113,6 +114,7 @@ def _buffer_files() -> dict[str, bytes]:
         with ReplayBuffer(folder) as buffer:
             for start in (0, 5):
                 buffer.append([group(n) for n in range(start, start + 5)])
+            buffer.save(Path(folder) / "saved")
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]
         return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -123,6 +125,11 @@ def _read_all(folder: Path) -> None:
     with contextlib.suppress(InputError), ReplayView(folder) as view:
         for found in view.read(range(len(view))):
             assert any(same(found, original) for original in written.values())
+    with contextlib.suppress(InputError), ReplayView(folder / "saved") as view:
+        for found in view.read(range(len(view))):
+            assert any(same(found, original) for original in written.values())
     with ReplayBuffer(folder) as buffer:
+        with contextlib.suppress(InputError):
+            buffer.restore(folder / "saved")
         buffer.append([group(10)])
         assert same(buffer.read([len(buffer) - 1])[0], group(10))

@@ -231,7 +231,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         sound = all(isinstance(state.get(key), kind) for key, kind in kinds.items())
-    except (OSError, ValueError, AttributeError) as error:
+        if sound:
+            in_ranges(np.zeros(1), state["ids"])
+            np.random.PCG64().state = state["generator"]
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{folder} is no saved replay buffer: {STATE} cannot be read ({error}).") from error
     if not sound or state["format"] != FORMAT:
         raise InputError(f"{folder} is no saved replay buffer of this version.")
@@ -242,7 +245,7 @@ def locate(folder: Path, state: dict[str, Any]) -> Path:
     """The folder of the buffer that a checkpoint was saved from: where it was, seen from there, or at all."""
     homes = (folder.absolute().parent.parent, folder.absolute().parent)
     for place in (*(home / state["from_home"] for home in homes), Path(state["path"])):
-        if (place / FILE).exists():
+        if os.path.exists(place / FILE):  # Path.exists raises for names that cannot be
             return place
     raise InputError(
         f"The checkpoint {folder} needs the replay buffer that it was saved from, which is not in "
