@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 
 from gvpo.errors import InputError
 from gvpo.replay.group import Group
-from gvpo.replay.sampling import ReplayIndex, Weights, choose
+from gvpo.replay.sampling import Weights, choose
 from gvpo.replay.store import (
     FILE,
     FORMAT,
@@ -31,6 +32,7 @@ from gvpo.replay.store import (
     GroupStore,
     create,
     in_ranges,
+    index_of,
     read_state,
     records_of,
     told,
@@ -106,7 +108,8 @@ class ReplayBuffer(GroupStore):
         self._db.execute(f"PRAGMA synchronous = {synchronous}")
         row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
         self._next_id = row[0] + 1 if row else 0
-        self._needed = self._of_checkpoints()
+        with self._db:
+            self._look_for_checkpoints()
         self.records = self._select("live")
         self.next_number = int(self.records["number"][-1]) + 1 if len(self) else 0
         self._keep_newest()
@@ -213,9 +216,8 @@ class ReplayBuffer(GroupStore):
             allowed &= self.records["number"] < before_number
         if self.max_age is not None:
             allowed &= self.records["policy_step"] >= step - self.max_age
-        positions = allowed.nonzero()[0]
-        index = ReplayIndex(**{name: values[positions] for name, values in vars(self.index(step)).items()})
-        return self.read(positions[choose(index, count, sampling, self.generator)])
+        index = index_of(self.records[allowed], step)
+        return self.read(allowed.nonzero()[0][choose(index, count, sampling, self.generator)])
 
     # --------------------------------------------------------------------------------------- checkpoints
 
@@ -226,7 +228,13 @@ class ReplayBuffer(GroupStore):
         `folder`, or in a folder of the same depth under `checkpoints`. All of them are on the disk then.
         """
         folder = Path(folder)
-        self._free(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._db.execute("PRAGMA synchronous = FULL")
+        with told(self.path), self._db:
+            self._look_for_checkpoints(folder.parent)
+            left = self._select("NOT live")["id"]
+            self._let_go(left[~in_ranges(left, self._needed)])
+        self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
         home = self.checkpoints or folder.parent
         state = {
             "format": FORMAT,
@@ -238,7 +246,6 @@ class ReplayBuffer(GroupStore):
             "next_number": self.next_number,
             "generator": self.generator.bit_generator.state,
         }
-        folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{STATE}.partial"
         with aside.open("w", encoding="utf-8") as file:
             json.dump(state, file)
@@ -258,72 +265,53 @@ class ReplayBuffer(GroupStore):
             InputError: no buffer was saved there, or one of another tokenizer, vocabulary or k, or its groups
                 are not where they were.
         """
-        states = [(Path(folder), read_state(Path(folder))) for folder in folders]
+        states = [read_state(Path(folder)) for folder in folders]
         with told(self.path), self._db:
-            for folder, _ in states:
-                self._remember(folder.parent)
-        self._needed = self._of_checkpoints()
-        if states and states[0][1]["store"] == self.store:
-            folder, state = states.pop(0)
-            with told(self.path), self._db:
-                self.records = self._saved(folder, state)
-                self._db.execute("UPDATE groups SET live = 0 WHERE live")
-                self._db.executemany("UPDATE groups SET live = 1 WHERE id BETWEEN ? AND ?", state["ids"])
-            self._take_up(state)
-        elif not states:
+            self._look_for_checkpoints(*(Path(folder).parent for folder in folders))
+        if not folders:
             self.clear()
-        for folder, state in states:
-            with GroupStore(folder, memory=0) as source:
-                _check_identity(source.folder, source.identity, self.identity)
-                if folder == Path(folders[0]):
-                    self.clear()
-                    self._copy(source, source.records["number"])
-                    self._take_up(state)
-                else:
-                    self._copy(source, self.next_number + np.arange(len(source)))
-                    self.next_number += len(source)
+        for i, (folder, state) in enumerate(zip(map(Path, folders), states, strict=True)):
+            if i == 0 and state["store"] == self.store:
+                with told(self.path), self._db:
+                    self.records = self._saved(folder, state)
+                    self._db.execute("UPDATE groups SET live = 0 WHERE live")
+                    self._db.executemany("UPDATE groups SET live = 1 WHERE id BETWEEN ? AND ?", state["ids"])
+            else:
+                self._copy(folder, replace=i == 0)
+            if i == 0:
+                self.next_number = state["next_number"]
+                self.generator.bit_generator.state = state["generator"]
         self._keep_newest()
 
-    def _take_up(self, state: dict[str, Any]) -> None:
-        self.next_number = state["next_number"]
-        self.generator.bit_generator.state = state["generator"]
+    def _copy(self, folder: Path, *, replace: bool) -> None:
+        """Take over the groups of another buffer's checkpoint."""
+        with GroupStore(folder, memory=0) as source:
+            _check_identity(source.folder, source.identity, self.identity)
+            if replace:
+                self.clear()
+            numbers = source.records["number"] if replace else self.next_number + np.arange(len(source))
+            for start in range(0, len(source), 1000):
+                part = np.arange(start, min(start + 1000, len(source)))
+                self._insert(source.read(part), numbers[part])
+            self.next_number += len(source)
 
-    def _copy(self, source: GroupStore, numbers: np.ndarray) -> None:
-        for start in range(0, len(source), 1000):
-            part = np.arange(start, min(start + 1000, len(source)))
-            self._insert(source.read(part), numbers[part])
-
-    def _free(self, folder: Path) -> None:
-        """Delete what left the buffer and no checkpoint names any more, and bring the rest to the disk."""
-        self._db.execute("PRAGMA synchronous = FULL")
-        with told(self.path), self._db:
-            self._remember(folder.parent)
-            self._needed = self._of_checkpoints(forget=True)
-            left = self._select("NOT live")["id"]
-            self._let_go(left[~in_ranges(left, self._needed)])
-            self._db.execute("UPDATE buffer SET saves = saves + 1")
-        self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
-
-    def _remember(self, folder: Path) -> None:
-        """Checkpoints are looked for in this folder too from now on."""
-        path = os.path.relpath(folder.absolute(), self.folder.absolute())
-        self._db.execute("INSERT OR IGNORE INTO checkpoint_folders VALUES (?)", (path,))
-
-    def _of_checkpoints(self, *, forget: bool = False) -> list[list[int]]:
-        """The ids, as ranges, that the checkpoints which are there name; `forget` folders that are not."""
-        known = [row[0] for row in self._db.execute("SELECT path FROM checkpoint_folders")]
-        if forget:
-            gone = [(path,) for path in known if not (self.folder / path).is_dir()]
-            self._db.executemany("DELETE FROM checkpoint_folders WHERE path = ?", gone)
-        folders = {path.resolve() for path in (*map(self.folder.joinpath, known), self.checkpoints) if path}
-        ranges: list[list[int]] = []
-        for path in {p.parent for f in folders for depth in ("*", "*/*") for p in f.glob(f"{depth}/{STATE}")}:
-            try:
+    def _look_for_checkpoints(self, *others: Path) -> None:
+        """Learn which groups checkpoints name: under `checkpoints`, and in these folders from now on."""
+        known = self._db.execute("SELECT path FROM checkpoint_folders").fetchall()
+        folders = {(self.folder / path).resolve() for (path,) in known} | {path.resolve() for path in others}
+        there = [path for path in folders if path.is_dir()]
+        self._db.execute("DELETE FROM checkpoint_folders")
+        rows = [(os.path.relpath(path, self.folder.resolve()),) for path in there]
+        self._db.executemany("INSERT INTO checkpoint_folders VALUES (?)", rows)
+        if self.checkpoints is not None:
+            there.append(self.checkpoints)
+        found = {file.parent.resolve() for path in there for file in path.glob(f"*/{STATE}")}
+        found |= {file.parent.resolve() for path in there for file in path.glob(f"*/*/{STATE}")}
+        self._needed: list[list[int]] = []
+        for path in found:
+            with suppress(InputError):  # another program's, or an older version's
                 state = read_state(path)
-            except InputError:  # another program's, or an older version's
-                continue
-            ranges += state["ids"] if state["store"] == self.store else []
-        return ranges
+                self._needed += state["ids"] if state["store"] == self.store else []
 
     def close(self) -> None:
         """Close the file and let another process write. Everything committed stays."""

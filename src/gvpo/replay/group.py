@@ -7,7 +7,7 @@ a response, and nothing in this package makes a group out of responses of two re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -178,9 +178,8 @@ class Group:
 
     def rescored(self, reference: str, reference_logps: Sequence[float]) -> Group:
         """The same responses, all of them scored anew under one reference."""
-        group = replace(
-            self, reference=reference, reference_logps=np.asarray(reference_logps, dtype=np.float64)
-        )
+        logps = np.asarray(reference_logps, dtype=np.float64)
+        group = replace(self, reference=reference, reference_logps=logps)
         group.check()
         return group
 
@@ -231,46 +230,40 @@ class Group:
 
     def check(self) -> None:
         """Raise an InputError that says what is wrong with the group, if something is."""
-        problem = self._problem()
-        if problem:
+        for problem in self._problems():
             raise InputError(problem)
 
-    def _problem(self) -> str | None:
+    def _problems(self) -> Iterator[str]:
+        """What is wrong; after the first one the next may not be looked for."""
         k = len(self.lengths)
-        part = np.ones(k, dtype=bool) if self.valid is None else self.valid
         if k < 2:
-            return f"A group needs two or more responses to compare, this one has {k}."
+            yield f"A group needs two or more responses to compare, this one has {k}."
         sizes = {"rewards": self.rewards, "reference_logps": self.reference_logps, "valid": self.valid}
         sizes |= {"prompt_ids": self.prompt_lengths}
         sizes |= {f"component {name}": values for name, values in self.components.items()}
         for name, values in sizes.items():
             if values is not None and values.shape != (k,):
-                return f"{name} has shape {values.shape}, but the group has {k} completions: give one each."
+                yield f"{name} has shape {values.shape}, but the group has {k} completions: give one each."
         if len(self.prompt_ids) == 0 or (self.prompt_lengths is not None and self.prompt_lengths.min() < 1):
-            return "The prompt of a group has no tokens."
-        empty = (self.lengths < 1) & part
-        if empty.any():
-            return f"Completion {int(empty.argmax())} of a group is empty: leave it out."
+            yield "The prompt of a group has no tokens."
+        takes_part = np.ones(k, dtype=bool) if self.valid is None else self.valid
+        for i in np.flatnonzero((self.lengths < 1) & takes_part):
+            yield f"Completion {i} of a group is empty: leave it out."
         if self.counted is not None and self.counted.shape != self.token_ids.shape:
-            return f"counted marks {len(self.counted)} tokens of {len(self.token_ids)}: mark every token."
-        bad = ~np.isfinite(self.rewards) & part
-        if bad.any():
-            i = int(bad.argmax())
-            return (
+            yield f"counted marks {len(self.counted)} tokens of {len(self.token_ids)}: mark every token."
+        for i in np.flatnonzero(~np.isfinite(self.rewards) & takes_part):
+            yield (
                 f"The reward of completion {i} is {self.rewards[i]}: give a finite number, or set valid to "
                 "False there."
             )
         if (self.reference is None) != (self.reference_logps is None):
-            return (
+            yield (
                 "reference and reference_logps belong together: name the one policy that all "
                 "log-probabilities are from, or give neither."
             )
-        if self.reference_logps is not None and not np.isfinite(self.reference_logps).all():
-            i = int((~np.isfinite(self.reference_logps)).argmax())
-            return (
-                f"The reference log-probability of completion {i} is {self.reference_logps[i]}, not finite."
-            )
-        return None
+        logps = np.zeros(k) if self.reference_logps is None else self.reference_logps
+        for i in np.flatnonzero(~np.isfinite(logps)):
+            yield f"The reference log-probability of completion {i} is {logps[i]}, not finite."
 
 
 def _ids(tokens: Any) -> Int[np.ndarray, "_"]:

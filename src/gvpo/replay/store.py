@@ -32,8 +32,7 @@ SCHEMA = f"""
 CREATE TABLE buffer (
     store TEXT NOT NULL,         -- a name that no other store has
     tokenizer TEXT, vocabulary_size INTEGER, group_size INTEGER,
-    arrow_schema BLOB NOT NULL,  -- followed by a group's `arrow`, this is an Arrow stream
-    saves INTEGER NOT NULL
+    arrow_schema BLOB NOT NULL   -- followed by a group's `arrow`, this is an Arrow stream
 );
 CREATE TABLE checkpoint_folders (path TEXT PRIMARY KEY);
 CREATE TABLE groups (
@@ -165,7 +164,7 @@ def create(folder: Path, identity: dict[str, Any]) -> None:
     db.executescript(SCHEMA)
     row = (uuid.uuid4().hex, *identity.values(), FIELDS.serialize().to_pybytes())
     with db:
-        db.execute("INSERT INTO buffer VALUES (?, ?, ?, ?, ?, 0)", row)
+        db.execute("INSERT INTO buffer VALUES (?, ?, ?, ?, ?)", row)
     db.execute("PRAGMA journal_mode = WAL")
     db.close()
     os.replace(aside, folder / FILE)
@@ -191,14 +190,9 @@ def records_of(
 
 
 def index_of(records: np.ndarray, step: int) -> ReplayIndex:
-    return ReplayIndex(
-        numbers=records["number"],
-        ages=step - records["policy_step"],
-        reward_means=records["reward_mean"],
-        reward_variances=records["reward_variance"],
-        sizes=records["size"],
-        tokens=records["tokens"],
-    )
+    ages = step - records["policy_step"]
+    columns = ("reward_mean", "reward_variance", "size", "tokens")
+    return ReplayIndex(records["number"], ages, *(records[name] for name in columns))
 
 
 def checksum(record: np.void, arrow: bytes | pa.Buffer) -> int:

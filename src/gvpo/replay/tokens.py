@@ -52,11 +52,9 @@ class Encoder:
 
     def prompt(self, prompt: str | Messages) -> list[int]:
         """Tokens of a prompt, up to where the policy goes on."""
-        if isinstance(prompt, str):
-            return self._checked(self.tokenizer(text=prompt)["input_ids"])
-        return self._checked(
-            self.tokenizer(self._render(prompt, True), add_special_tokens=False)["input_ids"]
-        )
+        text = prompt if isinstance(prompt, str) else self._render(prompt, True)
+        ids = self.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+        return check_ids(ids, self.vocabulary_size)
 
     def answer(self, prompt: str | Messages, answer: str | Messages, *, complete: bool = True) -> list[int]:
         """Tokens of an answer to `prompt`, its end-of-turn included (unless it is not `complete`).
@@ -65,7 +63,8 @@ class Encoder:
             InputError: messages that the chat template cannot render, or a token outside the vocabulary.
         """
         text = self._after(prompt, answer)
-        ids = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_ids(ids, self.vocabulary_size)
         # Some templates write a line break after the end of a turn, which generation never gets to.
         ends = [i for i, token in enumerate(ids) if token in self.end_ids]
         if ends:
@@ -99,9 +98,6 @@ class Encoder:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the chat template cannot render it ({reason})") from error
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        return check_ids(ids, self.vocabulary_size)
-
 
 def check_ids(ids: list[int], vocabulary_size: int | None) -> list[int]:
     """The ids, all of them in the vocabulary.
@@ -109,10 +105,7 @@ def check_ids(ids: list[int], vocabulary_size: int | None) -> list[int]:
     Raises:
         InputError: one that is not.
     """
-    if vocabulary_size is not None:
-        for token in ids:
-            if not 0 <= token < vocabulary_size:
-                raise InputError(
-                    f"the token id {token} is outside the model's vocabulary of {vocabulary_size}"
-                )
+    for token in ids if vocabulary_size is not None else ():
+        if not 0 <= token < (vocabulary_size or 0):
+            raise InputError(f"the token id {token} is outside the model's vocabulary of {vocabulary_size}")
     return ids
