@@ -170,6 +170,18 @@ def test_groups_stay_while_a_checkpoint_needs_them(tmp_path):
     buffer.close()
 
 
+def test_a_run_does_not_free_what_another_run_s_checkpoint_needs(tmp_path):
+    for name in ("a", "b"):
+        with ReplayBuffer(tmp_path / "shared", capacity=5, checkpoints=tmp_path / name) as buffer:
+            for start in (0, 5):
+                buffer.append([group(n + 100 * (name == "b")) for n in range(start, start + 5)])
+                buffer.save(tmp_path / name / ".aside" / "x" / "replay_0")
+                os.replace(tmp_path / name / ".aside" / "x", tmp_path / name / f"checkpoint-{start}")
+    with ReplayBuffer(tmp_path / "shared", capacity=5, checkpoints=tmp_path / "a") as buffer:
+        buffer.restore(tmp_path / "a" / "checkpoint-0" / "replay_0")
+        assert all(same(g, group(n)) for n, g in enumerate(contents(buffer)))
+
+
 def test_a_run_can_be_moved_and_a_checkpoint_without_its_groups_is_told(tmp_path):
     saved_run(tmp_path / "run").close()
     (tmp_path / "run").rename(tmp_path / "moved")

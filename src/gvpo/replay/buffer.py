@@ -273,9 +273,10 @@ class ReplayBuffer(GroupStore):
         for i, (folder, state) in enumerate(zip(map(Path, folders), states, strict=True)):
             if i == 0 and state["store"] == self.store:
                 with told(self.path), self._db:
-                    self.records = self._saved(folder, state)
+                    records = self._saved(folder, state)
                     self._db.execute("UPDATE groups SET live = 0 WHERE live")
                     self._db.executemany("UPDATE groups SET live = 1 WHERE id BETWEEN ? AND ?", state["ids"])
+                self.records = records
             else:
                 self._copy(folder, replace=i == 0)
             if i == 0:
@@ -296,17 +297,16 @@ class ReplayBuffer(GroupStore):
             self.next_number += len(source)
 
     def _look_for_checkpoints(self, *others: Path) -> None:
-        """Learn which groups checkpoints name: under `checkpoints`, and in these folders from now on."""
+        """Learn which groups checkpoints need: those under `checkpoints` and `others`, of now and before."""
         known = self._db.execute("SELECT path FROM checkpoint_folders").fetchall()
-        folders = {(self.folder / path).resolve() for (path,) in known} | {path.resolve() for path in others}
-        there = [path for path in folders if path.is_dir()]
+        folders = [*(self.folder / path for (path,) in known), *others]
+        folders += [] if self.checkpoints is None else [self.checkpoints]
+        there = {path.resolve() for path in folders if path.is_dir()}  # one that is gone has none any more
         self._db.execute("DELETE FROM checkpoint_folders")
         rows = [(os.path.relpath(path, self.folder.resolve()),) for path in there]
         self._db.executemany("INSERT INTO checkpoint_folders VALUES (?)", rows)
-        if self.checkpoints is not None:
-            there.append(self.checkpoints)
-        found = {file.parent.resolve() for path in there for file in path.glob(f"*/{STATE}")}
-        found |= {file.parent.resolve() for path in there for file in path.glob(f"*/*/{STATE}")}
+        found = {file.parent for path in there for file in path.glob(f"*/{STATE}")}
+        found |= {file.parent for path in there for file in path.glob(f"*/*/{STATE}")}
         self._needed: list[list[int]] = []
         for path in found:
             with suppress(InputError):  # another program's, or an older version's
