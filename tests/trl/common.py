@@ -92,14 +92,14 @@ def trainer(
 ) -> GVPOTrainer:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="beta=.* cannot be felt")
-        others = {name: changes.pop(name) for name in ("peft_config", "eval_dataset") if name in changes}
+        names = ("peft_config", "eval_dataset", "train_dataset", "callbacks", "rollout_func")
+        others = {name: changes.pop(name) for name in names if name in changes}
         return cls(
             tiny_model() if model is None else model,
             rewards,
             config(**changes),
-            train_dataset=dataset(),
             processing_class=tokenizer(),
-            **others,
+            **{"train_dataset": dataset(), **others},
         )
 
 

@@ -1,135 +1,118 @@
 """`GVPOTrainer`'s updates: the formula's, whatever the micro-batches and processes."""
 
-import copy
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gvpo.objective import gvpo_weights
+from gvpo.trl import GVPOTrainer
 from tests.gloo import run_ranks
-from tests.models import (
-    gradients,
-    literal_logps,
-    literal_tokens,
-    literal_trusted_loss,
-    relative_error,
-    tiny_model,
-)
-from tests.test_objective import literal_loss
-from tests.trl.common import CannedTrainer, distance, parameters, trainer
+from tests.models import relative_error, tiny_model
+from tests.trl.common import dataset, distance, parameters, trainer
+from tests.trl.oracle import Oracle, Records, Snapshots, canned_model, demonstrated
 
 pytestmark = pytest.mark.slow
 
 ROUTES = {
-    "rollout, one update": {},
-    "rollout, two updates": {"steps_per_generation": 8},
-    "rollout, two iterations": {"num_iterations": 2},
-    "rollout, steps across generations": {"gradient_accumulation_steps": 6, "steps_per_generation": 4},
-    "rollout, several generations a step": {"steps_per_generation": 2},
+    "one update": {},
+    "two updates": {"steps_per_generation": 8},
+    "two iterations": {"num_iterations": 2},
+    "steps across generations": {"gradient_accumulation_steps": 6, "steps_per_generation": 4},
+    "several generations a step": {"steps_per_generation": 2},
+    "a slice twice in a step": {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 2},
     "initial": {"reference": "initial"},
     "initial, two iterations": {"reference": "initial", "num_iterations": 2},
-    "rollout, two updates, trust": {"steps_per_generation": 8, "trust": 0.05},
+    "initial, a slice twice in a step": {
+        "reference": "initial", "steps_per_generation": 1, "num_iterations": 2, "max_steps": 2
+    },
+    "two updates, trust": {"steps_per_generation": 8, "trust": 0.05},
     "initial, two iterations, trust": {"reference": "initial", "num_iterations": 2, "trust": 0.05},
     "truncated rows leave": {"mask_truncated_completions": True, "steps_per_generation": 8},
-}
+    "out of memory": {"at_once": 7, "steps_per_generation": 8},
+    "demonstrations": {"demonstrations_per_group": 1, "steps_per_generation": 8},
+    "demonstrations with their own reward, out of memory": {
+        "demonstrations_per_group": 1, "demonstration_reward": 2.0, "reference": "initial", "at_once": 7,
+    },
+    "tools": {"tools": True, "steps_per_generation": 8},
+    "tools, trust": {"tools": True, "steps_per_generation": 8, "trust": 0.05},
+    "tools, truncated rows leave": {"tools": True, "mask_truncated_completions": True, "num_iterations": 2},
+    # Each with so high a ratio that all groups are drawn that may be.
+    "replay": {"replay_ratio": 5.0},
+    "replay, not too old": {"replay_ratio": 5.0, "replay_max_age": 1},
+    "replay, not too many": {"replay_ratio": 5.0, "replay_capacity": 13},
+    "replay, two updates": {"replay_ratio": 5.0, "steps_per_generation": 8},
+    "replay, initial, truncated rows leave": {
+        "replay_ratio": 5.0, "reference": "initial", "mask_truncated_completions": True,
+    },
+    "replay, re-anchored": {
+        "replay_ratio": 5.0, "replay_reference": "current", "tools": True, "steps_per_generation": 8,
+    },
+    "replay, tools": {"replay_ratio": 5.0, "tools": True, "num_iterations": 2},
+    "replay, demonstrations": {"replay_ratio": 5.0, "demonstrations_per_group": 1},
+}  # fmt: skip
+CHECKPOINTED = ("two iterations", "initial", "two updates, trust", "replay, tools")
 
 
-def as_arguments(rows):
-    """The rows under the names of `gvpo_weights`."""
-    renamed = {"policy": "policy_logps", "reference": "reference_logps"}
-    return {renamed.get(name, name): values for name, values in rows.items()}
-
-
-class ComparedTrainer(CannedTrainer):
-    """Compares each update with literal autograd, from its own records of rollouts and policies."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.initial = self.twin()
-        self.errors, self.losses, self.kl, self.beyond = [], [], [], []
-        self.calls = []  # (rows of a slice, policy that sampled it), one for each training_step of a window
-
-    def twin(self):
-        model = copy.deepcopy(tiny_model()).double()
-        model.load_state_dict(self.model.state_dict())
-        return model
-
-    def _generate_and_score_completions(self, inputs):
-        self.sampler = self.twin()
-        self.rows = super()._generate_and_score_completions(inputs)
-        return self.rows
-
-    def _prepare_inputs(self, generation_batch):
-        out = super()._prepare_inputs(generation_batch)
-        n, j = self.args.per_device_train_batch_size, self._step % self.args.steps_per_generation
-        self.calls.append((self.rows, range(j * n, (j + 1) * n), self.sampler))
-        return out
-
-    def _update(self, model):
-        result = super()._update(model)
-        self.compare(result.item())
-        return result
-
-    def compare(self, loss):
-        twin = self.twin()
-        rows = {"policy": [], "reference": [], "rewards": [], "group_ids": [], "mask": []}
-        tokens = {"policy": [], "rollout": []}
-        for use, (batch, indices, sampler) in enumerate(self.calls):
-            index = torch.tensor(list(indices))
-            part = copy.copy(batch)
-            for name in ("input_ids", "lengths", "completion_mask"):
-                setattr(part, name, getattr(batch, name)[index])
-            reference = sampler if self.args.reference == "rollout" else self.initial
-            tokens["policy"] += literal_tokens(twin, part)
-            tokens["rollout"] += literal_tokens(sampler, part)
-            rows["policy"].append(torch.stack([row.sum() for row in tokens["policy"][-len(indices) :]]))
-            rows["reference"].append(literal_logps(reference, part).detach())
-            rows["rewards"].append(batch.rewards[index].double())
-            # A slice met again in the same window stands for groups of its own.
-            again = sum(b is batch and i == indices for b, i, _ in self.calls[:use])
-            rows["group_ids"].append(batch.group_ids[index] * 10 + again)
-            rows["mask"].append(batch.valid[index])
-        self.calls = []
-        rows = {name: torch.cat(values) for name, values in rows.items()}
-        expected = literal_loss(**rows, beta=self.args.beta)
-        if self.args.trust is None:
-            expected.backward()
-        else:
-            detached = {name: values.detach() for name, values in rows.items()}
-            weights = gvpo_weights(**as_arguments(detached), beta=self.args.beta)
-            masked, kept, scored = literal_trusted_loss(**tokens, weights=weights, trust=self.args.trust)
-            masked.backward()
-            self.beyond.append(1 - kept / scored)
-        self.kl.append((rows["policy"] - rows["reference"]).abs().mean().item())
-        self.errors.append(relative_error(gradients(self.model), gradients(twin)))
-        self.losses.append(expected.item())
-        self.errors.append(abs(loss / expected.item() - 1))
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("route", list(ROUTES))
-def test_each_update_is_the_formula_s(route, checkpointing):
-    run = trainer(
-        ComparedTrainer,
-        max_steps=4,
-        micro_batch_tokens=50,
-        gradient_checkpointing=checkpointing,
-        **ROUTES[route],
+def prepared(records, snapshots, *, model=None, tools=False, **changes):
+    """A trainer that sees the world through `records`."""
+    settings = {
+        "temperature": 0.7,
+        "reward_weights": [1.0, -0.5],
+        "max_steps": 4,
+        "micro_batch_tokens": 50,
+        "learning_rate": 0.1,
+        **changes,
+    }
+    records.temperature = settings["temperature"]
+    return trainer(
+        GVPOTrainer,
+        model=canned_model(records) if model is None else model,
+        rewards=[records.digits, records.lengths],
+        train_dataset=demonstrated() if "demonstrations_per_group" in changes else dataset(),
+        callbacks=[snapshots],
+        rollout_func=records.tools if tools else None,
+        **settings,
     )
+
+
+def compare(args, steps, snapshots, history):
+    """The logged numbers and the parameters of each step with those of the oracle."""
+    assert len(steps) == len(snapshots.after) == args.max_steps
+    for after, step in zip(snapshots.after, steps, strict=True):
+        moved = {name: value - snapshots.before[name] for name, value in step.parameters.items()}
+        assert relative_error({n: after[n] - snapshots.before[n] for n in moved}, moved) < 1e-9
+    logged = [entry for entry in history if "loss" in entry]
+    assert [entry["loss"] for entry in logged] == pytest.approx([step.loss for step in steps], rel=1e-4)
+    far = [entry.get("gvpo/beyond_trust_fraction", 0) for entry in logged]
+    assert far == pytest.approx([step.beyond_trust for step in steps], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("route", "checkpointing"), [*((r, False) for r in ROUTES), *((r, True) for r in CHECKPOINTED)]
+)
+@pytest.mark.filterwarnings(
+    "ignore:Out of memory", "ignore:You are using 'rollout_func'", "ignore:.*re-anchors"
+)
+def test_a_run_is_the_oracle_s(route, checkpointing):
+    """Raw rewards and handed-out tokens in, the parameters of each step out; see `tests.trl.oracle`."""
+    changes = dict(ROUTES[route])
+    records, snapshots = Records(at_once=changes.pop("at_once", 10**6)), Snapshots()
+    run = prepared(records, snapshots, gradient_checkpointing=checkpointing, **changes)
     run.train()
-    assert len(run.errors) == 8
-    assert max(run.errors) < 1e-5, run.errors
-    # Where several updates share a rollout, policy and reference must really have come apart.
-    assert (max(run.kl) > 0.01) is (
-        route not in ("rollout, one update", "rollout, several generations a step")
-    )
-    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(run.losses, rel=1e-4)
-    far = [entry.get("gvpo/beyond_trust_fraction", 0) for entry in run.state.log_history if "loss" in entry]
-    assert (max(far) > 0.05) is ("trust" in route)
-    if run.beyond:
-        assert far == pytest.approx(run.beyond, abs=1e-6)
+    steps = Oracle([records.generations], run.args).run()
+    compare(run.args, steps, snapshots, run.state.log_history)
+    # What the route is there for must have happened.
+    reused = not {"steps_per_generation": 2, "num_iterations": 2}.items() <= changes.items()
+    alone = not changes or changes == {"steps_per_generation": 2}
+    assert (max(step.kl for step in steps) > 0.01) is (reused and not alone)
+    assert (max(step.beyond_trust for step in steps) > 0.05) is ("trust" in changes)
+    assert (max(step.replayed for step in steps) > 0) is ("replay" in route)
+    assert (0 < max(records.portions, default=0) <= records.at_once) is ("tools" not in changes)
+    rows = [row for generation in records.generations for row in generation]
+    assert any(row.demonstration for row in rows) is ("demonstrations" in route)
+    assert any(not all(row.counts) for row in rows) is ("tools" in changes)
+    assert {tuple(r is None for r in row.rewards) for row in rows} == {
+        (False, False), (False, True), (True, True),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("reference", ["rollout", "initial"])
@@ -147,72 +130,54 @@ def test_parameters_do_not_depend_on_the_micro_batches(reference):
     assert max(distance(end, ends[0]) for end in ends[1:]) < 1e-5
 
 
-# Under these an optimizer step has the same groups on one process as on two.
 SPREAD = [
-    {"per_device_train_batch_size": 4, "reference": "rollout"},
-    {"per_device_train_batch_size": 4, "reference": "initial"},
-    {"per_device_train_batch_size": 4, "num_iterations": 2, "gradient_checkpointing": True},
+    {"reference": "rollout"},
+    {"reference": "initial", "demonstrations_per_group": 1},
+    {"num_iterations": 2, "gradient_checkpointing": True},
+    {"replay_ratio": 5.0, "tools": True, "mask_truncated_completions": True},
     # Groups of 4 cut by the ranks: each holds 6 rows.
-    {
-        "per_device_train_batch_size": 6,
-        "gradient_accumulation_steps": 1,
-        "micro_batch_tokens": 40,
-        "num_iterations": 2,
-    },
+    {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "num_iterations": 2, "trust": 0.05},
+    {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "demonstrations_per_group": 1},
 ]
 
 
-def train_all(rank, world):
-    ends = []
-    for changes in SPREAD:
-        run = trainer(**changes)
+def train_all(rank, world, folder):
+    seen = []
+    for i, changes in enumerate(SPREAD):
+        records, snapshots = Records(rank), Snapshots()
+        settings = {"per_device_train_batch_size": 4, "micro_batch_tokens": 40, **changes}
+        run = prepared(records, snapshots, output_dir=f"{folder}/{i}", **settings)
         assert run.accelerator.num_processes == world
         run.train()
-        ends.append((parameters(run), [entry["loss"] for entry in run.state.log_history if "loss" in entry]))
-    return ends
+        seen.append((records.generations, snapshots, run.args, run.state.log_history))
+    return seen
 
 
-def test_two_processes_make_the_updates_of_one():
-    ranks = run_ranks(train_all, 2)
-    for i, changes in enumerate(SPREAD):
-        rows = 2 * changes["per_device_train_batch_size"]
-        alone = trainer(**{**changes, "per_device_train_batch_size": rows})
-        alone.train()
-        expected = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
-        for ends in ranks:
-            end, losses = ends[i]
-            assert distance(end, parameters(alone)) < 1e-5
-            assert losses == pytest.approx(expected, rel=1e-4)
+def test_two_processes_make_the_updates_of_one(tmp_path):
+    for first, second in zip(*run_ranks(train_all, 2, tmp_path), strict=True):
+        steps = Oracle([first[0], second[0]], first[2]).run()
+        for _, snapshots, args, history in (first, second):
+            compare(args, steps, snapshots, history)
 
 
 @pytest.mark.parametrize("kind", ["new adapter", "adapter of the model"])
-def test_lora_measures_against_the_model_it_starts_from(kind, tmp_path):
+def test_lora_measures_against_the_model_it_starts_from(kind):
     """`reference="initial"` without a second copy: S' is that of the policy before training."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    records, snapshots = Records(), Snapshots()
+    settings = {"reference": "initial", "num_iterations": 2, "learning_rate": 1.0}
     if kind == "new adapter":
-        run = trainer(reference="initial", peft_config=lora)
+        run = prepared(records, snapshots, peft_config=lora, **settings)
     else:
-        torch.manual_seed(3)
-        model = get_peft_model(tiny_model(), lora)
+        model = get_peft_model(canned_model(records), lora)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
-        run = trainer(model=model, reference="initial")
+        run = prepared(records, snapshots, model=model, **settings)
     assert run.ref_model is None
-    seen = []
-
-    def compare(batch):
-        logps = original(batch)
-        seen.append((batch, logps))
-        return logps
-
-    original, run._score_reference = run._score_reference, compare
-    before = run._gvpo_step.sequence_logps
+    policy = get_peft_model(tiny_model().double(), lora)
+    policy.load_state_dict({n: v for n, v in run.model.state_dict().items() if ".ref." not in n})
     run.train()
-    first, logps = seen[0]
-    # At the start policy and reference are the same; later they are not.
-    assert run.state.log_history[0]["gvpo/kl"] == pytest.approx(0, abs=1e-5)
-    assert abs(run.state.log_history[2]["gvpo/kl"]) > 1e-4
-    after = before(first)
-    assert (after - logps).abs().max() > 1e-3
-    torch.testing.assert_close(original(first), logps, rtol=1e-5, atol=1e-4)
+    steps = Oracle([records.generations], run.args, policy).run()
+    compare(run.args, steps, snapshots, run.state.log_history)
+    assert max(step.kl for step in steps) > 0.01
