@@ -14,7 +14,7 @@ LOWEST_TRL := 1.10.0
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench torture soak lint docs clean
+.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench torture soak mutants lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,6 +50,9 @@ bench: $(VENV)/dev.installed  ## every benchmark: tables, and JSON in benchmarks
 
 torture: $(VENV)/dev.installed  ## kill a run 200 times and resume it: results/torture.json
 	$(RUN) benchmarks.torture
+
+mutants: $(VENV)/dev.installed  ## do the tests notice small mistakes? results/mutants.json (half an hour)
+	$(RUN) tests.mutants
 
 soak: $(VENV)/dev.installed  ## 2,000 steps with replay, watching memory: results/soak.json
 	$(RUN) benchmarks.soak

@@ -90,6 +90,10 @@ def test_metrics_split_the_loss_into_the_three_terms(batch):
     else:
         assert math.isnan(metrics["explained_variance"])
     assert metrics["groups"] + metrics["groups_dropped"] == len(batch["group_ids"].unique())
+    weights = call(gvpo_weights, batch)[batch["mask"]]
+    if len(weights):
+        assert metrics["weight_abs_mean"] == pytest.approx(weights.abs().mean().item(), abs=1e-12)
+        assert metrics["weight_zero_fraction"] == pytest.approx((weights == 0).double().mean().item())
 
 
 def test_the_optimum_has_no_loss_and_full_explained_variance():

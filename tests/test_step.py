@@ -341,3 +341,16 @@ def test_a_model_that_is_not_finite_does_not_turn_the_fused_head_off():
     torch.testing.assert_close(
         step.sequence_logps(batch), literal_logps(model, batch).detach().double(), rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", ["bias", "softcap", "scaled"])
+def test_entropy_is_that_of_the_distribution_sampled_from(kind):
+    model, batch = tiny_model(kind), random_batch(equal_groups=0)
+    rows = []
+    for i, length in enumerate(batch.lengths.tolist()):
+        logits = model(input_ids=batch.input_ids[i : i + 1, :length]).logits[0, :-1] / 0.7
+        rows.append(
+            torch.distributions.Categorical(logits=logits[batch.completion_mask[i, 1:length]]).entropy()
+        )
+    report = GVPOStep(model, beta=BETA, temperature=0.7, token_budget=90)(batch)
+    assert report.entropy == pytest.approx(torch.cat(rows).mean().item(), rel=1e-5)

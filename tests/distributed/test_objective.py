@@ -20,7 +20,7 @@ def make_case(seed: int, world: int):
         "policy": torch.randn(n, generator=generator, dtype=torch.float64) * 5 - 30,
         "reference": torch.randn(n, generator=generator, dtype=torch.float64) * 5 - 30,
         "rewards": torch.randint(0, 3, (n,), generator=generator).double(),
-        "group_ids": torch.randint(0, 8, (n,), generator=generator) * 2**60,
+        "group_ids": torch.randint(0, 8, (n,), generator=generator) + 2**60,  # no float tells them apart
         "mask": torch.rand(n, generator=generator) < 0.8,
     }
     # Every third case leaves a rank empty.

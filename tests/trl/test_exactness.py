@@ -89,9 +89,7 @@ def compare(args, steps, snapshots, history):
 @pytest.mark.parametrize(
     ("route", "checkpointing"), [*((r, False) for r in ROUTES), *((r, True) for r in CHECKPOINTED)]
 )
-@pytest.mark.filterwarnings(
-    "ignore:Out of memory", "ignore:You are using 'rollout_func'", "ignore:.*re-anchors"
-)
+@pytest.mark.filterwarnings("ignore:.*re-anchors")
 def test_a_run_is_the_oracle_s(route, checkpointing):
     """Raw rewards and handed-out tokens in, the parameters of each step out; see `tests.trl.oracle`."""
     changes = dict(ROUTES[route])
