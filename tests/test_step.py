@@ -354,3 +354,35 @@ def test_entropy_is_that_of_the_distribution_sampled_from(kind):
         )
     report = GVPOStep(model, beta=BETA, temperature=0.7, token_budget=90)(batch)
     assert report.entropy == pytest.approx(torch.cat(rows).mean().item(), rel=1e-5)
+
+
+def test_a_trust_mask_spares_free_rows_and_drops_rows_that_are_wholly_beyond_it():
+    """Free rows are as they were sampled, whatever is known of their rollout."""
+    model, twin = tiny_model(), tiny_model().double()
+    free, other = random_batch(groups=2, equal_groups=0).freed(), random_batch(seed=1, reference=True)
+    other.group_ids = other.group_ids + 2
+    for part in (free, other):
+        part.rollout_logps = torch.zeros(part.input_ids.shape, dtype=torch.float64)
+    batch = GroupBatch.concatenate([free, other])
+    tokens = literal_tokens(twin, batch)
+    rollout = [row.detach().clone() for row in tokens]
+    sums = literal_logps(twin, batch).detach()
+    reference = torch.where(batch.free, sums, batch.reference_logps)
+    weights = gvpo_weights(sums, reference, batch.rewards, batch.group_ids, beta=BETA)
+    for i in range(len(batch)):
+        if batch.free[i] or i % 3 == 0:  # each token of these has moved far along the row's weight
+            rollout[i] -= 2 * weights[i].sign()
+    batch.rollout_logps[batch.completion_mask] = torch.cat(rollout)
+    known = [
+        r if i >= len(free) else t.detach() for i, (r, t) in enumerate(zip(rollout, tokens, strict=True))
+    ]
+    total, kept, scored = literal_trusted_loss(tokens, known, weights, 0.2)
+    total.backward()
+    report = GVPOStep(model, beta=BETA, token_budget=60, trust=0.2)(batch)
+    assert relative_error(gradients(model), gradients(twin)) < 1e-5
+    assert report.tokens_beyond_trust == scored - kept > 0
+    left = [w != 0 and (i < len(free) or i % 3 != 0) for i, w in enumerate(weights.tolist())]
+    assert (report.weights != 0).tolist() == left
+    assert report.useful_tokens == sum(
+        n for n, is_left in zip(batch.lengths.tolist(), left, strict=True) if is_left
+    )
