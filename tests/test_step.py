@@ -386,3 +386,19 @@ def test_a_trust_mask_spares_free_rows_and_drops_rows_that_are_wholly_beyond_it(
     assert report.useful_tokens == sum(
         n for n, is_left in zip(batch.lengths.tolist(), left, strict=True) if is_left
     )
+
+
+def test_a_float32_head_multiplies_in_float32():
+    model, batch = tiny_model("untied").bfloat16(), random_batch()
+    expected = []
+    with torch.no_grad():
+        for i, length in enumerate(batch.lengths.tolist()):
+            hidden = model.base_model(input_ids=batch.input_ids[i : i + 1, : length - 1]).last_hidden_state[0]
+            logps = (hidden.float() @ model.lm_head.weight.float().t()).log_softmax(-1)
+            picked = logps.gather(1, batch.input_ids[i, 1:length, None])[:, 0]
+            expected.append(picked[batch.completion_mask[i, 1:length]].sum().double())
+    errors = {}
+    for precise in (True, False):
+        step = GVPOStep(model, token_budget=1, float32_head=precise)
+        errors[precise] = (step.sequence_logps(batch) - torch.stack(expected)).abs().max().item()
+    assert errors[True] < 1e-4 < 1e-2 < errors[False]
