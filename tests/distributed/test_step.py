@@ -91,3 +91,47 @@ def test_wrapped_models_get_the_gradient_of_the_union(kind, head):
 def test_a_rank_that_runs_out_of_memory_retries_alone():
     for error in run_ranks(out_of_memory_on_rank_one, 2):
         assert error < 1e-5
+
+
+def votes_of(rank: int, world: int) -> tuple[bool, float]:
+    """Rank 1 alone meets a setting that the fused head does not know; whether rank 0 fuses, and the error."""
+    batch = random_batch(reference=True)
+    expected, _ = literal_gradient(tiny_model().double(), batch, BETA)
+    model = tiny_model()
+    if rank == 1:
+        model.config.lm_head_scale = 2.5
+    step = GVPOStep(DistributedDataParallel(model), beta=BETA, token_budget=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(share_of(batch, rank, 10))
+    return step.scorer.fused, relative_error(gradients(model), expected)
+
+
+@pytest.mark.slow
+def test_a_head_that_one_rank_cannot_fuse_is_fused_on_none():
+    for fused, error in run_ranks(votes_of, 2):
+        assert not fused
+        assert error < 1e-5
+
+
+def out_of_memory_in_the_last(rank: int, world: int) -> str:
+    step = GVPOStep(DistributedDataParallel(tiny_model()), beta=BETA, token_budget=60)
+    batch = random_batch()
+    last = step(share_of(batch, rank, 10)).micro_batches - 1
+    step.model.zero_grad()
+
+    def fail(index: int) -> None:
+        if rank == 1 and index == last:
+            raise torch.OutOfMemoryError("injected")
+
+    step._on_micro_batch = fail
+    try:
+        step(share_of(batch, rank, 10))
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_no_retry_where_the_other_ranks_have_shared_their_gradients():
+    assert run_ranks(out_of_memory_in_the_last, 2) == ["", "injected"]
