@@ -106,7 +106,7 @@ class WithoutVirtualTokens(nn.Module):
 
 def test_prompt_tuning_goes_through_the_model_s_own_logits():
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_model().double(), config)
+    model = get_peft_model(tiny_model(), config).double()
     batch = random_batch(groups=2, reference=True)
     expected, _ = literal_gradient(WithoutVirtualTokens(copy.deepcopy(model).eval()), batch, BETA)
     with pytest.warns(UserWarning, match="The fused head does not"):
