@@ -150,6 +150,22 @@ def test_a_cap_that_nothing_tells_of_is_seen_while_logits_are_small(dtype):
         GVPOStep(model)(random_batch())
 
 
+class Forbidding(LlamaForCausalLM):
+    """Some tokens are never given out, as multimodal models do with the tokens of images."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits.index_fill(-1, torch.tensor([7]), -torch.inf)
+        return out
+
+
+def test_forbidden_tokens_are_seen():
+    with pytest.warns(UserWarning, match="The fused head does not give .* differ by up to inf"):
+        GVPOStep(Forbidding(LlamaConfig(**SHAPE)))(
+            GroupBatch.from_tokens([[3]] * 2, [[4], [5]], [1, 0], [0, 0])
+        )
+
+
 @pytest.mark.parametrize("name", ["final_logits_cap", "lm_head_scale", "output_logits_multiplier"])
 def test_a_cap_or_scale_of_an_unknown_name_goes_through_the_model_s_own_logits(name):
     model = tiny_model()

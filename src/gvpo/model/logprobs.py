@@ -288,7 +288,7 @@ class TokenScorer:
         ours = self._transform(z.to(exact))[0].log_softmax(-1)
         error = (ours - theirs)[comparable].abs()
         own = theirs[: len(ids), :-1][chosen[:, 1:]].gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
-        if bool((error <= rounding * (1 + theirs[comparable].abs().amax(-1, keepdim=True))).all()):
+        if bool((error <= rounding * (1 + ours[comparable].abs().amax(-1, keepdim=True))).all()):
             return own, ""
         return own, f"log-probabilities differ by up to {float(error.max()):.2g} nats"
 
