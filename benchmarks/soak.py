@@ -22,7 +22,7 @@ from benchmarks.measure import record
 from gvpo.run import RunDirectory
 from gvpo.sums import TASKS, make_model, make_tokenizer
 from gvpo.trl import GVPOConfig, GVPOTrainer
-from gvpo.trl.callback import RunCallback
+from gvpo.trl.watch import RunCallback
 
 EVERY = 50
 

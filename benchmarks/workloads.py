@@ -238,7 +238,7 @@ def rollout(of: CannedGVPO) -> GroupBatch:
     of.accelerator.gradient_state._set_sync_gradients(False)
     of.model.train()
     batch = of._generate_and_score_completions(of.batch)
-    return window_batch([Slice(batch, 0)], free=True)
+    return window_batch([Slice(batch, 0)], on_policy=True)
 
 
 def floor(

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from gvpo.sums import Lesson, answers
 from gvpo.trl import GVPOConfig, GVPOTrainer
-from gvpo.trl.callback import RunCallback
+from gvpo.trl.watch import RunCallback
 
 
 class _TimedTrainer(GVPOTrainer):

@@ -23,9 +23,8 @@ from rich.console import Console
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory
 from gvpo.trl import GVPOTrainer
-from gvpo.trl.callback import RunCallback
-from gvpo.trl.checkpoints import flaw, last_checkpoint
-from gvpo.trl.signals import StopOnSignal
+from gvpo.trl.checkpoint import flaw, last_checkpoint
+from gvpo.trl.watch import RunCallback, StopOnSignal
 from tests.gloo import run_ranks, start_rank
 from tests.trl.common import parameters, trainer
 

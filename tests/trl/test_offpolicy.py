@@ -145,9 +145,9 @@ def run(data=None, rewards=digit_reward, cls=Recorded, **changes):
 
 
 def remember_draws(trainer):
-    buffer = trainer.off_policy.buffer
-    if buffer is None:
+    if trainer.replay is None:
         return
+    buffer = trainer.replay.buffer
     sample = buffer.sample
 
     def remembered(*args, **kwargs):
@@ -266,21 +266,21 @@ def test_resuming_is_as_if_never_stopped(tmp_path):
     }
     straight = run(**settings)
     straight.train()
-    straight.off_policy.buffer.close()  # as the end of the process would
+    straight.replay.buffer.close()  # as the end of the process would
     assert straight.state.log_history[-2]["replay/size"] == 30
     for step, home in ((6, tmp_path), (3, tmp_path / "elsewhere")):
         again = run(**{**settings, "output_dir": str(home)})
-        assert len(again.off_policy.buffer) == (30 if home == tmp_path else 0)
+        assert len(again.replay.buffer) == (30 if home == tmp_path else 0)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert distance(parameters(again), parameters(straight)) == 0
         for name in ("replay/size", "replay/age_mean", "replay/size_age_mean", "loss"):
             assert again.state.log_history[-2][name] == straight.state.log_history[-2][name]
-        again.off_policy.buffer.close()
+        again.replay.buffer.close()
     # A run of its own begins with nothing of the last one.
     fresh = run(**{**settings, "max_steps": 1, "save_strategy": "no"})
     fresh.train()
     assert fresh.state.log_history[0]["replay/groups"] == 0
-    fresh.off_policy.buffer.close()
+    fresh.replay.buffer.close()
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ def test_truncated_groups_are_not_kept_for_replay():
     settings = {"replay_ratio": 1.0, "mask_truncated_completions": True, "max_completion_length": 1}
     trainer = run(dataset(), cls=GVPOTrainer, max_steps=3, **settings)
     trainer.train()
-    buffer = trainer.off_policy.buffer
+    buffer = trainer.replay.buffer
     assert len(buffer) < 24
     assert all(g.valid is None or g.valid.sum() > 1 for g in buffer.read(range(len(buffer))))
 
@@ -351,12 +351,12 @@ def test_groups_from_elsewhere_enter_by_the_replay_directory(tmp_path):
         InputError, match="without reference log-probabilities: use replay_reference='current'"
     ):
         unscored.train()
-    unscored.off_policy.buffer.close()
+    unscored.replay.buffer.close()
     trainer = run(**settings, replay_reference="current", reference="initial")
     trainer.train()
     assert len(trainer.replayed[0]) == 8
     assert max(trainer.errors[:2]) < 1e-5
-    trainer.off_policy.buffer.close()
+    trainer.replay.buffer.close()
 
 
 def test_no_generation_for_demonstrations_only(monkeypatch):
@@ -438,7 +438,7 @@ def test_bad_data_are_refused_before_training(tmp_path):
 
 def test_a_buffer_of_another_group_size_is_refused(tmp_path):
     settings = {"data": dataset(), "replay_ratio": 1.0, "replay_directory": str(tmp_path), "cls": GVPOTrainer}
-    run(**settings).off_policy.buffer.close()
+    run(**settings).replay.buffer.close()
     with pytest.raises(InputError, match="holds groups of 4 responses, not of 8"):
         run(**settings, num_generations=8)
 

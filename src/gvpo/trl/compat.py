@@ -7,8 +7,11 @@ from trl import GRPOTrainer
 
 _METHODS = (
     "_calculate_rewards",
+    "_clip_grad_norm",
     "_compute_loss",
     "_generate_and_score_completions",
+    "_generate_single_turn",
+    "_get_grad_norm",
     "_get_output_dir",
     "_get_train_sampler",
     "_load_from_checkpoint",
@@ -16,7 +19,6 @@ _METHODS = (
     "_prepare_inputs",
     "_push_from_checkpoint",
     "_save_checkpoint",
-    "compute_loss_context_manager",
     "training_step",
 )
 _ATTRIBUTES = (

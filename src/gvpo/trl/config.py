@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch import Tensor
 from trl import GRPOConfig
 
 from gvpo.errors import InputError
@@ -174,6 +176,13 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
                 )
 
     @property
+    def prompts_per_generation(self) -> int:
+        """Groups of one generation, over all processes."""
+        assert self.generation_batch_size is not None
+        assert self.num_generations is not None
+        return self.generation_batch_size // self.num_generations
+
+    @property
     def updates_per_rollout(self) -> float:
         """Optimizer steps made with the responses of one generation."""
         assert self.steps_per_generation is not None
@@ -207,12 +216,42 @@ def check_windows(
 
 def check_size(dataset: Any, args: GVPOConfig) -> None:
     """Raise an InputError for a data set that does not fill one generation: TRL would train on nothing."""
-    assert args.generation_batch_size is not None
-    assert args.num_generations is not None
-    needed = args.generation_batch_size // args.num_generations
+    needed = args.prompts_per_generation
     if hasattr(dataset, "__len__") and len(dataset) < needed:
         raise InputError(
             f"The data set has {len(dataset)} prompt(s), but a generation takes {needed} "
             f"(generation_batch_size={args.generation_batch_size} in groups of {args.num_generations}): give "
             "more prompts, or make per_device_train_batch_size or gradient_accumulation_steps smaller."
+        )
+
+
+def warn_of_settings(args: GVPOConfig) -> None:
+    """Warn where a setting defeats the method."""
+    fresh_only = args.offline is None and not args.replay_ratio
+    if fresh_only and args.reference == "rollout" and args.updates_per_rollout <= 1:
+        warnings.warn(
+            f"beta={args.beta} cannot be felt: with reference='rollout' and one update per rollout the "
+            "implicit reward is 0 when it is compared, so beta only scales the gradient (and drops out "
+            "under Adam). Use reference='initial', or several updates per rollout (by "
+            "steps_per_generation or num_iterations), if beta is to act.",
+            stacklevel=3,
+        )
+    neutral = {"top_p": (1.0,), "top_k": (0,), "min_p": ()}
+    values = {name: getattr(args, name) for name in neutral}
+    narrowed = [f"{n}={v}" for n, v in values.items() if v is not None and v not in neutral[n]]
+    if narrowed:
+        warnings.warn(
+            f"{', '.join(narrowed)}: GVPO's optimum is unique for samplers that can give every response; "
+            "this one cannot.",
+            stacklevel=3,
+        )
+
+
+def warn_of_small_beta(args: GVPOConfig, rewards: Tensor) -> None:
+    """Warn if batches of right and wrong answers are reused with a beta that is small for that."""
+    if args.num_iterations > 1 and args.beta <= 0.1 and ((rewards == 0) | (rewards == 1)).all():
+        warnings.warn(
+            f"beta={args.beta} with 0/1 rewards and num_iterations={args.num_iterations}: beta is the trust "
+            "region, and a small one puts the target of reused batches far away; 0.2 to 0.5 behaved best.",
+            stacklevel=3,
         )

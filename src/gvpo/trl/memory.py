@@ -1,4 +1,4 @@
-"""Generation in as many rows at once as memory allows."""
+"""What memory allowed when it ran out last: tokens of a micro-batch, responses of a generation at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,21 +16,37 @@ from gvpo.step import is_out_of_memory
 Sample = Callable[..., tuple[list[list[int]], list[list[float]] | None]]
 
 
-class Portions:
-    """Calls a sampler for all prompts at once, and for fewer at a time once memory ran out.
+class Ceiling:
+    """A limit that falls when memory runs out and rises by 1 % with each use.
 
-    What was sampled before the error is kept; each portion is sampled from the policy as it is, so portions
-    change which responses are drawn, not their distribution.
+    It rises since one odd batch should not slow down the rest of a run.
 
     Attributes:
-        most: prompts at a time; creeps back by 1 % with each generation.
+        most: the limit; infinite until memory ran out.
     """
 
     def __init__(self) -> None:
         self.most = math.inf
 
-    def __call__(self, sample: Sample, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+    def rise(self) -> None:
         self.most *= 1.01
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        return {"most": self.most}
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        self.most = state.get("most", math.inf)
+
+
+class Portions(Ceiling):
+    """Calls a sampler for all prompts at once, and for at most `most` at a time once memory ran out.
+
+    What was sampled before the error is kept; each portion is sampled from the policy as it is, so portions
+    change which responses are drawn, not their distribution.
+    """
+
+    def __call__(self, sample: Sample, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        self.rise()
         ids: list[list[int]] = []
         logps: list[list[float]] = []
         while len(ids) < len(prompt_ids):

@@ -22,7 +22,7 @@ class OffPolicyConfig:
             "current": the whole group is scored anew under `reference`; with reference="rollout" that is the
             policy as it is now (re-anchoring).
         replay_sampling: "uniform", "recent" (half the chance for every 8 steps of age) or "reward_variance".
-            For a function of your own, set `trainer.off_policy.sampling`.
+            For a function of your own, set `trainer.replay.sampling`.
         replay_directory: where the groups are kept: a folder for each process. Groups that are already there
             are used. Default: a folder of its own in `output_dir`, emptied when training starts anew.
         replay_memory: MB of its replay file that each process keeps in memory.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,7 @@ from safetensors.torch import save_file
 
 from gvpo.batch import GroupBatch
 
-_TENSORS = (
-    "input_ids",
-    "lengths",
-    "completion_mask",
-    "rewards",
-    "group_ids",
-    "valid",
-    "reference_logps",
-    "rollout_logps",
-)
+_FIELDS = [field.name for field in fields(GroupBatch)]  # tensors of a row each
 
 
 @dataclass
@@ -37,39 +28,36 @@ class Slice:
 def split(batch: GroupBatch, count: int) -> list[GroupBatch]:
     """`count` slices of equal size, in order."""
     size = len(batch) // count
-    parts = []
-    for start in range(0, size * count, size):
-        rows = slice(start, start + size)
-        given: dict[str, Any] = {name: getattr(batch, name) for name in _TENSORS}
-        picked: dict[str, Any] = {n: None if v is None else v[rows] for n, v in given.items()}
-        parts.append(GroupBatch(**picked))
-    return parts
+    return [select(batch, slice(start, start + size)) for start in range(0, size * count, size)]
 
 
-def window_batch(slices: list[Slice], *, free: bool) -> GroupBatch:
+def select(batch: GroupBatch, rows: Any) -> GroupBatch:
+    """The batch of some rows: a slice, a mask or indices."""
+    given: dict[str, Any] = {name: getattr(batch, name) for name in _FIELDS}
+    picked: dict[str, Any] = {name: None if v is None else v[rows] for name, v in given.items()}
+    return GroupBatch(**picked)
+
+
+def window_batch(slices: list[Slice], *, on_policy: bool) -> GroupBatch:
     """The batch of an optimizer step.
 
-    A slice that is used twice in one step makes groups of its own each time. On a `free` step (the policy
-    is still the one that sampled, and the reference) stored reference log-probs are not looked at.
+    A slice that is used twice in one step makes groups of its own each time. On an `on_policy` step (the
+    policy is still the one that sampled, and the reference) stored reference log-probs are not looked at.
     """
     parts: list[GroupBatch] = []
     seen: dict[int, int] = {}
     for item in slices:
-        batch = item.batch
         uses = seen[id(item)] = seen.get(id(item), -1) + 1
-        parts.append(
-            GroupBatch(
-                batch.input_ids,
-                batch.lengths,
-                batch.completion_mask,
-                batch.rewards,
-                batch.group_ids * len(slices) + uses,
-                batch.valid,
-                None if free else batch.reference_logps,
-                rollout_logps=None if free else batch.rollout_logps,
-            )
-        )
+        part = replace(item.batch, group_ids=item.batch.group_ids * len(slices) + uses)
+        parts.append(replace(part, reference_logps=None, rollout_logps=None) if on_policy else part)
     return GroupBatch.concatenate(parts)
+
+
+def used_within(room: int, count: int, iterations: int) -> int:
+    """How many of `count` slices, used in order `iterations` times over, are used up in `room` calls."""
+    if iterations > 1:
+        return count if count * iterations <= room else 0
+    return min(count, room)
 
 
 def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> None:
@@ -77,7 +65,7 @@ def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> Non
     tensors = {
         f"{i}.{name}": value.contiguous()
         for i, item in enumerate(slices)
-        for name in _TENSORS
+        for name in _FIELDS
         if (value := getattr(item.batch, name)) is not None
     }
     state = {**state, "policy_steps": [item.policy_step for item in slices]}
@@ -95,8 +83,7 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[s
         slices = []
         for i, policy_step in enumerate(state["policy_steps"]):
             values: dict[str, Any] = {
-                name: file.get_tensor(f"{i}.{name}").to(device) if f"{i}.{name}" in names else None
-                for name in _TENSORS
+                name: file.get_tensor(f"{i}.{name}").to(device) for name in _FIELDS if f"{i}.{name}" in names
             }
             slices.append(Slice(GroupBatch(**values), policy_step))
     return slices, state

@@ -23,11 +23,10 @@ from gvpo.model.tokenizer import load_tokenizer, read_template
 from gvpo.rewards import load_reward
 from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import GVPOScriptArguments, TrainArguments, parse_arguments
-from gvpo.trl.callback import RunCallback
-from gvpo.trl.checkpoints import flaw, last_checkpoint
+from gvpo.trl.checkpoint import flaw, last_checkpoint
 from gvpo.trl.plan import show_plan
-from gvpo.trl.signals import StopOnSignal
 from gvpo.trl.trainer import GVPOTrainer
+from gvpo.trl.watch import RunCallback, StopOnSignal
 
 _CURVES = [
     ("reward", [("sampled, training", "reward"), ("held out", "eval_reward")]),

@@ -3,21 +3,25 @@
 Generation, rewards, logging, checkpoints and the training loop are TRL's. What differs: groups stay whole
 (TRL shuffles samples), and an optimizer step is one exact `gvpo.step.GVPOStep` over all its rows, made on
 the call of `training_step` that ends its accumulation window.
+
+The methods stand in the order in which a response meets them: sampled, rewarded, put into groups, measured
+against the reference, weighed. The parts that they call take values and give values; TRL is
+known here and in `gvpo.trl.resume` only.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import math
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,43 +32,39 @@ from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
 from gvpo.model.generation import share_prompts
 from gvpo.model.logprobs import unwrap
-from gvpo.step import GVPOStep, SequenceScorer, StepReport
-from gvpo.trl import compat  # noqa: F401  (asserts TRL's private names)
+from gvpo.step import GVPOStep, SequenceScorer
+from gvpo.trl import (
+    compat,  # noqa: F401  (asserts TRL's private names)
+    offpolicy,
+)
 from gvpo.trl.backend import AccelerateBackend
-from gvpo.trl.checkpoints import Checkpoints
-from gvpo.trl.config import GVPOConfig, check_size
+from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings, warn_of_small_beta
 from gvpo.trl.guard import Incidents, guard
-from gvpo.trl.health import Health, Watch, tolerate_loggers
-from gvpo.trl.memory import Portions
-from gvpo.trl.offpolicy import OffPolicy, placeholder, unrewarded
-from gvpo.trl.rollouts import Slice, split, window_batch
+from gvpo.trl.health import Health, check_failures, total_rewards
+from gvpo.trl.memory import Ceiling, Portions
+from gvpo.trl.metrics import Share, gathered, shares_of
+from gvpo.trl.resume import ResumableTrainer, temporarily
+from gvpo.trl.rollouts import Slice, split, used_within, window_batch
+from gvpo.trl.watch import Watch, tolerate_loggers
 
 
-@contextmanager
-def _temporarily(target: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
-
-
-class GVPOTrainer(Checkpoints):
+class GVPOTrainer(ResumableTrainer):
     """Trains a causal language model with GVPO (arXiv 2504.19599) in TRL's `GRPOTrainer`.
 
     Arguments, data sets and reward functions are those of `trl.GRPOTrainer`, with a `GVPOConfig`.
     Logged besides TRL's metrics: `gvpo/…` of `gvpo.objective.GVPOLoss.metrics`; `loss` is the value of the
     formula before the update. `entropy` is that of the rows that have weight.
 
+    Attributes:
+        replay: the replay buffer and how it is sampled (`gvpo.trl.offpolicy.Replay`), if there is one.
+
     Raises:
         InputError: a reward function that raises, returns the wrong number of values, or nothing but
             None/NaN for a whole generation; images (text models only).
     """
 
-    # The policy's slices that wait for their step, and TRL's own counters.
+    # TRL's own, of no declared type.
+    _buffered_inputs: list[Slice] | None
     _current_train_step_time: float
 
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 (as in the parent)
@@ -113,29 +113,32 @@ class GVPOTrainer(Checkpoints):
         if initial and not isinstance(model, str) and not adapters:
             # Copied before TRL patches the forward, after which a copy would run the original's weights.
             twin = copy.deepcopy(model)
-        # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
-        check_size(kwargs.get("train_dataset", others[0] if others else None), args)
+        dataset = kwargs.get("train_dataset", others[0] if others else None)
+        check_size(dataset, args)
         if args.offline is not None:
-            kwargs["train_dataset"] = placeholder(args, *others, **kwargs)
-            reward_funcs = reward_funcs or unrewarded
-        with _temporarily(args, beta=args.beta if initial and twin is None else 0.0):
+            if dataset is not None:
+                raise InputError(
+                    f"offline={args.offline} is the training data: give no train_dataset besides."
+                )
+            # Until TRL has the tokenizer that logged completions are read with.
+            kwargs["train_dataset"] = offpolicy.Offline.dataset(args.prompts_per_generation)
+            reward_funcs = reward_funcs or offpolicy.unrewarded
+        # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
+        with temporarily(args, beta=args.beta if initial and twin is None else 0.0):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
         if twin is not None:
             self.ref_model = self._prepare_reference(twin)
         self._make_step()
-        if not self._gvpo_step.backend.collective_forward(self.model):
-            share_prompts(unwrap(self.model))
-        self._window: list[Slice] = []
-        self._rewards_seen: Tensor | None = None
-        self._small_beta_warned = False
-        self._token_cap = math.inf  # what memory allowed last time it ran out
-        self._portions = Portions()
-        self.off_policy = OffPolicy(self)
-        self.health = Health(self)
+        self._make_off_policy()
+        self.checkpointed |= {
+            "health": self.health,
+            "portions": self._portions,
+            "tokens": self._token_ceiling,
+        }
         tolerate_loggers(self.callback_handler.callbacks)
         self.add_callback(Watch(args.warn_when, args.stop_when))
-        self._warn_of_settings()
+        warn_of_settings(args)
 
     # ------------------------------------------------------------------------------------------- set-up
 
@@ -148,9 +151,10 @@ class GVPOTrainer(Checkpoints):
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _make_step(self) -> None:
+        backend = AccelerateBackend(self.accelerator)
         common: dict[str, Any] = {
             "temperature": self.temperature,
-            "backend": AccelerateBackend(self),
+            "backend": backend,
             "float32_head": self.args.cast_lm_head_to_fp32,
         }
         self._gvpo_step = GVPOStep(self.model, beta=self.args.beta, trust=self.args.trust, **common)
@@ -158,117 +162,123 @@ class GVPOTrainer(Checkpoints):
         self._reference_scorer: SequenceScorer | None = None
         if self.args.reference == "initial" and self.ref_model is not None:
             self._reference_scorer = SequenceScorer(self.ref_model, **common)
+        self._collective = backend.collective_forward(self.model)
+        if not self._collective:
+            share_prompts(unwrap(self.model))
+        self._portions, self._token_ceiling = Portions(), Ceiling()
+        self.health = Health(self.args.max_bad_steps)
+        self._window: list[Slice] = []
+        self._awaits_optimizer: GroupBatch | None = None  # the batch whose gradient is in place
+        self._rewards_seen: Tensor | None = None
+        self._without_tokens: list[int] | None = None
 
-    def _warn_of_settings(self) -> None:
+    def _make_off_policy(self) -> None:
         args = self.args
-        fresh_only = args.offline is None and not args.replay_ratio
-        if fresh_only and args.reference == "rollout" and args.updates_per_rollout <= 1:
-            warnings.warn(
-                f"beta={args.beta} cannot be felt: with reference='rollout' and one update per rollout the "
-                "implicit reward is 0 when it is compared, so beta only scales the gradient (and drops out "
-                "under Adam). Use reference='initial', or several updates per rollout (by "
-                "steps_per_generation or num_iterations), if beta is to act.",
-                stacklevel=3,
-            )
-        narrowed = [
-            f"{name}={value}"
-            for name, value, neutral in (
-                ("top_p", args.top_p, 1.0),
-                ("top_k", args.top_k, 0),
-                ("min_p", args.min_p, None),
-            )
-            if value not in (neutral, None)
-        ]
-        if narrowed:
-            warnings.warn(
-                f"{', '.join(narrowed)}: GVPO's optimum is unique for samplers that can give every response; "
-                "this one cannot.",
-                stacklevel=3,
+        model = self.accelerator.unwrap_model(self.model)
+        template = getattr(self, "chat_template", None)
+        encoder = offpolicy.encoder_for(model, self.processing_class, template, args.chat_template_kwargs)
+        self.offline = self.demonstrations = self.replay = None
+        self._given: offpolicy.Given = []  # demonstrations in the rows being generated
+        if args.offline is not None:
+            self.offline = offpolicy.Offline(args.offline, args, encoder)
+            self.train_dataset = self.offline.dataset(len(self.offline.groups))
+        if args.demonstrations_per_group:
+            for name in ("rollout_func", "tools", "environments"):
+                if getattr(self, name, None):
+                    raise InputError(
+                        f"demonstrations_per_group does not go with {name}: completions are single turns."
+                    )
+            self.demonstrations = offpolicy.demonstrations_of(args, encoder, self.train_dataset)
+        if args.replay_ratio:
+            world, rank = self.accelerator.num_processes, self.accelerator.process_index
+            self.replay = self.checkpointed["replay"] = offpolicy.Replay(
+                args, encoder, rank=rank, world=world
             )
 
-    # ---------------------------------------------------------------------------------- rollouts, rewards
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards_seen = super()._calculate_rewards(*args, **kwargs)
-        n = len(self._rewards_seen) // self.accelerator.num_processes
-        self._failed_rows = self.health.settle_rewards(self.incidents, n)
-        return self._rewards_seen
+    # ------------------------------------------------------------------------------------------ sampling
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
         sample = super()._generate_single_turn
-        if not self.use_vllm and not self._gvpo_step.backend.collective_forward(self.model):
+        if not self.use_vllm and not self._collective:
             sample = functools.partial(self._portions, sample)
-        ids, logps = self.off_policy.generate(sample, prompt_ids, *others, **kwargs)
-        # TRL looks at each completion's last token: an empty one has ended its turn at once.
+        if any(ids is not None for ids in self._given):
+            whole = self.use_vllm  # it wants every group whole
+            ids, logps = offpolicy.complete(sample, self._given, prompt_ids, *others, whole=whole, **kwargs)
+        else:
+            ids, logps = sample(prompt_ids, *others, **kwargs)
+        if self._without_tokens is not None:  # a later turn of a conversation with tools
+            return ids, logps
+        self._without_tokens = [i for i, row in enumerate(ids) if not row]
+        # TRL looks at each completion's last token.
         processor: Any = self.processing_class
         end = getattr(processor, "tokenizer", processor).eos_token_id
         return [row or [end] for row in ids], None if logps is None else [row or [0.0] for row in logps]
 
+    # ------------------------------------------------------------------------------------------- rewards
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards = self._rewards_seen = super()._calculate_rewards(*args, **kwargs)
+        rank, step = self.accelerator.process_index, self.state.global_step
+        path = Path(self.args.output_dir) / "incidents" / f"rewards-rank-{rank}.jsonl"
+        mine, first = self.incidents.drain(path, step)
+        failed = torch.zeros(len(rewards) // self.accelerator.num_processes, dtype=torch.bool)
+        failed[sorted(mine)] = True
+        failed = self._failed_rows = self.accelerator.gather(failed.to(self.accelerator.device))
+        if failed.any():
+            self._metrics[self._mode]["gvpo/reward_incidents"].append(float(failed.sum()))
+        tolerance = 0.0 if self.args.on_reward_error == "error" else self.args.reward_error_tolerance
+        check_failures(failed, first, tolerance=tolerance, step=step, folder=path.parent)
+        return rewards
+
+    # -------------------------------------------------------------------------------------------- groups
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GroupBatch:
-        """This rank's rows of a generation. Rewards and groups come from all ranks, in rank order."""
-        train = self.model.training
-        k = self.num_generations if train else self.num_generations_eval
+        """This process's rows of a generation. Rewards and groups come from all processes, in rank order."""
+        training, n = self.model.training, len(inputs)
+        k = self.num_generations if training else self.num_generations_eval
+        first_row = self.accelerator.process_index * n
         # Unique over the run, so that groups of two generations in one optimizer step stay apart.
-        first_group = self._step * (len(inputs) * self.accelerator.num_processes // k)
-        if train and self.off_policy.logged is not None:
-            return self.off_policy.logged_batch(inputs, first_group)
-        self.off_policy.place_demonstrations(inputs, first_group)
+        first_group = self._step * (n * self.accelerator.num_processes // k)
+        if training and self.offline is not None:
+            batch, shares = self.offline.batch(inputs, first_row, first_group, self.accelerator.device)
+            self._log(shares)
+            return batch
+        shown = self.demonstrations if training else None
+        self._given = [] if shown is None else offpolicy.place(shown, inputs, first_row, first_group)
+        self._without_tokens = None
         # Told that generation ends with each optimizer step, TRL leaves out its own padded scoring pass.
         every = self.args.steps_per_generation * self.num_iterations
-        with _temporarily(self.args, gradient_accumulation_steps=every):
+        with temporarily(self.args, gradient_accumulation_steps=every):
             out = super()._generate_and_score_completions(inputs)
         if "pixel_values" in out:
             raise InputError("The data set has images, but GVPOTrainer trains text models only.")
-        rewards, valid = self._total_rewards()
-        valid &= ~self._failed(k)
-        n = len(inputs)
-        mine = slice(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
+        mine = slice(first_row, first_row + n)
+        assert self._rewards_seen is not None
+        rewards, valid = total_rewards(
+            self._rewards_seen, self.reward_weights, self.reward_func_names, self.state.global_step
+        )
+        if training:
+            warn_of_small_beta(self.args, rewards[valid])
+        failed = self._failed_rows
+        if self.args.on_reward_error == "drop_group":
+            failed = failed.view(-1, k).any(1).repeat_interleave(k)
+        rewards, valid = rewards[mine], (valid & ~failed)[mine]
+        if shown is not None:
+            reward = self.args.demonstration_reward
+            self._log(offpolicy.reward_demonstrations(rewards, valid, self._given, reward))
         completion_mask = out["completion_mask"]
-        not_truncated = completion_mask.any(1)
-        scored = completion_mask * out.get("tool_mask", 1)
-        self.off_policy.reward_demonstrations(rewards[mine], valid[mine])
-        group_ids = first_group + torch.arange(len(rewards), device=rewards.device) // k
+        if self.mask_truncated_completions:
+            valid = valid & completion_mask.any(1)
+        if self._without_tokens:  # the end that TRL was given was not sampled: S = 0
+            completion_mask[self._without_tokens] = 0
+        rows = torch.arange(first_row, first_row + n, device=rewards.device)
         return GroupBatch.from_padded(
             torch.cat([out["prompt_ids"], out["completion_ids"]], 1),
             torch.cat([out["prompt_mask"], completion_mask], 1),
-            torch.cat([torch.zeros_like(out["prompt_mask"]), scored], 1),
-            rewards[mine],
-            group_ids[mine],
-            valid=valid[mine] & not_truncated if self.mask_truncated_completions else valid[mine],
-        )
-
-    def _failed(self, k: int) -> Tensor:
-        """Rows that leave the step because a reward function failed on them, or on one of their group."""
-        if self.args.on_reward_error != "drop_group":
-            return self._failed_rows
-        return self._failed_rows.view(-1, k).any(1).repeat_interleave(k)
-
-    def _total_rewards(self) -> tuple[Tensor, Tensor]:
-        """Weighted sum per row, and which rows some reward function could score. float64 where possible."""
-        per_function = self._rewards_seen
-        assert per_function is not None
-        scored = ~per_function.isnan()
-        valid = scored.any(1)
-        if len(valid) and not valid.any():
-            raise InputError(
-                f"Every reward function ({', '.join(self.reward_func_names)}) returned None or NaN for all "
-                f"{len(valid)} completions of a generation at step {self.state.global_step}: nothing can be "
-                "learnt from them. Check that the reward can read the model's answers."
-            )
-        total = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
-        if self.num_iterations > 1 and self.args.beta <= 0.1 and self.model.training:
-            self._warn_of_small_beta(total[valid])
-        return total, valid
-
-    def _warn_of_small_beta(self, rewards: Tensor) -> None:
-        if self._small_beta_warned or not ((rewards == 0) | (rewards == 1)).all():
-            return
-        self._small_beta_warned = True
-        warnings.warn(
-            f"beta={self.args.beta} with 0/1 rewards and num_iterations={self.num_iterations}: beta is the "
-            "trust region, and a small one puts the target of reused batches far away; 0.2 to 0.5 behaved "
-            "best.",
-            stacklevel=2,
+            torch.cat([torch.zeros_like(out["prompt_mask"]), completion_mask * out.get("tool_mask", 1)], 1),
+            rewards,
+            first_group + rows // k,
+            valid=valid,
         )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -283,52 +293,68 @@ class GVPOTrainer(Checkpoints):
             batch = self._generate_and_score_completions(generation_batch)
             slices = [Slice(part, self.state.global_step) for part in split(batch, spg)]
             self._attach_reference(slices)
-            self.off_policy.store(slices, self._rewards_seen)
+            if self.replay is not None:
+                self._store(GroupBatch.concatenate([item.batch for item in slices]))
             self._buffered_inputs = slices
         return self._buffered_inputs[self._step % spg]
 
+    def _store(self, batch: GroupBatch) -> None:
+        assert self.replay is not None
+        assert self._rewards_seen is not None
+        first_row = self.accelerator.process_index * len(batch)
+        components = self._rewards_seen[first_row : first_row + len(batch)].T
+        named = dict(zip(self.reward_func_names, components, strict=True))
+        self.replay.store(batch, self.state.global_step, named, self._given)
+
+    # ----------------------------------------------------------------------------------------- reference
+
     def _attach_reference(self, slices: list[Slice]) -> None:
         """Score under the reference the slices that will meet another policy than that."""
-        late = slices[self._free_slices(len(slices)) :]
-        if not late or late[0].batch.reference_logps is not None:  # logged with their reference
+        on_policy = 0  # so many slices are used while the policy is the one that sampled them
+        if self.replay is None and self._is_on_policy([*self._window, *slices]):
+            room = self.current_gradient_accumulation_steps - len(self._window)
+            on_policy = used_within(room, len(slices), self.num_iterations)
+        scored = slices[on_policy:]
+        if not scored or scored[0].batch.reference_logps is not None:  # logged with their reference
             return
-        batch = GroupBatch.concatenate([item.batch for item in late])
-        sizes = [len(item.batch) for item in late]
+        batch = GroupBatch.concatenate([item.batch for item in scored])
+        sizes = [len(item.batch) for item in scored]
         if self.args.trust is not None:
-            for item, tokens in zip(late, self._score_rollout(batch).split(sizes), strict=True):
+            for item, tokens in zip(scored, self._score_policy(batch).split(sizes), strict=True):
                 width = item.batch.input_ids.shape[1]
                 item.batch.rollout_logps = tokens[:, :width]
                 item.batch.reference_logps = tokens.sum(1)
         if self.args.trust is None or self.args.reference == "initial":
-            for item, logps in zip(late, self._score_reference(batch).split(sizes), strict=True):
+            for item, logps in zip(scored, self._score_reference(batch).split(sizes), strict=True):
                 item.batch.reference_logps = logps
 
-    def _score_rollout(self, batch: GroupBatch) -> Tensor:
-        """log p of each token under the policy as it is, which has just sampled them."""
+    def _is_on_policy(self, slices: list[Slice]) -> bool:
+        """Whether the policy is still the one that sampled every row, and that one is the reference."""
+        fresh = all(item.policy_step == self.state.global_step for item in slices)
+        return fresh and self.args.reference == "rollout" and self.offline is None
+
+    def _score_policy(self, batch: GroupBatch) -> Tensor:
+        """log p of each token under the policy as it is; S' if it is that of the rollout, or bare."""
         self._gvpo_step.model = self.model_wrapped
         self._gvpo_step.token_budget = self._token_budget(batch)
         return self._gvpo_step.token_logps(batch)
-
-    def _free_slices(self, count: int) -> int:
-        """How many of a generation's first slices are used in free steps only (see `_is_free`)."""
-        kept = self.args.reference == "initial" or self.args.offline is not None or self.args.replay_ratio
-        if kept or (self._window and not self._is_free(self._window)):
-            return 0
-        room = self.current_gradient_accumulation_steps - len(self._window)
-        if self.num_iterations > 1:
-            return count if count * self.num_iterations <= room else 0
-        return min(count, room)
 
     def _score_reference(self, batch: GroupBatch) -> Tensor:
         if self._reference_scorer is not None:
             self._reference_scorer.token_budget = self._token_budget(batch)
             return self._reference_scorer.sequence_logps(batch)
         if self.args.reference == "rollout":
-            return self._score_rollout(batch).sum(1)
+            return self._score_policy(batch).sum(1)
         model = self.accelerator.unwrap_model(self.model)
         # TRL keeps a copy of an adapter that was there before training; a new one starts as the base model.
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            return self._score_rollout(batch).sum(1)
+            return self._score_policy(batch).sum(1)
+
+    def _token_budget(self, batch: GroupBatch) -> int:
+        args = self.args
+        rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        wanted = args.micro_batch_tokens or rows * max(1, batch.input_ids.shape[1])
+        return max(1, int(min(wanted, self._token_ceiling.most)))
 
     # ------------------------------------------------------------------------------------------- update
 
@@ -351,74 +377,105 @@ class GVPOTrainer(Checkpoints):
             self._current_train_step_time = 0.0
         return loss
 
-    def _is_free(self, window: list[Slice]) -> bool:
-        """Whether the policy is still the one that sampled every row, and that one is the reference."""
-        fresh = all(item.policy_step == self.state.global_step for item in window)
-        return fresh and self.args.reference == "rollout" and self.args.offline is None
-
     def _update(self, model: nn.Module) -> Tensor:
-        batch = window_batch(self._window, free=self._is_free(self._window))
-        batch = self.off_policy.with_replay(batch, self._window)
+        batch = window_batch(self._window, on_policy=self._is_on_policy(self._window))
+        if self.replay is not None:
+            batch = self._with_replay(self.replay, batch)
+        self._awaits_optimizer = None
         self._gvpo_step.model = model
         self._gvpo_step.token_budget = self._token_budget(batch)
         try:
             report = self._gvpo_step(batch)
-            if not self.health.gradients_are_finite(model):
-                raise NonFiniteError("A gradient is not finite.")
         except NonFiniteError as error:  # on all processes alike
-            self.health.bad_step(batch, str(error))
+            self._skip_step(batch, str(error))
             return torch.zeros((), device=self.accelerator.device)
-        self.health.good_step()
-        # Creeps back, since one odd batch should not slow down the rest of a run.
-        self._token_cap = self._gvpo_step.token_budget if report.retries else self._token_cap * 1.01
+        if report.retries:
+            self._token_ceiling.most = self._gvpo_step.token_budget
+        else:
+            self._token_ceiling.rise()
         if report.metrics["groups"].item() == 0:
+            self.health.good_step()
             warnings.warn(
                 f"Step {self.state.global_step} makes no update: no group has two responses with a reward.",
                 stacklevel=2,
             )
-        self._log_report(report)
+        else:
+            self._awaits_optimizer = batch
+        self._log_objective(report.metrics)
+        self._log(shares_of(report, with_trust=self.args.trust is not None))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return report.loss.to(self.accelerator.device, torch.float32)
 
-    def _token_budget(self, batch: GroupBatch) -> int:
-        args = self.args
-        rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        wanted = args.micro_batch_tokens or rows * max(1, batch.input_ids.shape[1])
-        return max(1, int(min(wanted, self._token_cap)))
+    def _with_replay(self, replay: offpolicy.Replay, batch: GroupBatch) -> GroupBatch:
+        """The batch of an optimizer step and its share of replayed groups."""
+        fresh, oldest = len(batch) / replay.k, min(item.policy_step for item in self._window)
+        replayed, shares = replay.draw(self.state.global_step, fresh, oldest, batch.input_ids.device)
+        self._log(shares)
+        if self.args.replay_reference == "current" and self.args.reference == "initial":
+            replayed.reference_logps = self._score_reference(replayed)
+        # Also without any groups: all processes must take the same way.
+        parts = [part if part.reference_logps is not None else part.freed() for part in (batch, replayed)]
+        return GroupBatch.concatenate(parts)
 
-    def _log_report(self, report: StepReport) -> None:
-        metrics = self._metrics["train"]
-        self._log_objective(report.metrics, "train")
-        mine = torch.tensor(
-            [
-                0.0 if report.scored_tokens == 0 else report.entropy * report.scored_tokens,
-                report.scored_tokens,
-                report.tokens,
-                report.useful_tokens,
-                report.tokens_beyond_trust,
-            ],
-            device=self.accelerator.device,
-        )
-        entropy, scored, tokens, useful, far = self.accelerator.reduce(mine, reduction="sum").tolist()
-        if scored:
-            metrics["entropy"].append(entropy / scored)
-        if tokens:
-            metrics["gvpo/useful_token_fraction"].append(useful / tokens)
-        if self.args.trust is not None and scored + far:
-            metrics["gvpo/beyond_trust_fraction"].append(far / (scored + far))
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model) if self._awaits_optimizer is not None else None
 
-    def _log_objective(self, values: dict[str, Tensor], mode: str) -> None:
-        numbers = torch.stack(list(values.values())).tolist()
-        for name, value in zip(values, numbers, strict=True):
-            if name != "loss":
-                self._metrics[mode][f"gvpo/{name}"].append(value)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that clipping has found; if it is not finite, the step is not made."""
+        batch, self._awaits_optimizer = self._awaits_optimizer, None
+        scaler = self.accelerator.scaler
+        if scaler is not None:  # it refuses a step without any gradient
+            self.optimizer.scaler = None if batch is None else scaler
+        if batch is None:
+            return 0.0
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if scaler is not None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.health.good_step()  # bad gradients are looked after there
+            return norm
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+        if whole.isfinite().item():
+            self.health.good_step()
+            return norm
+        self._skip_step(batch, "A gradient is not finite.")
+        return 0.0
+
+    def _skip_step(self, batch: GroupBatch, why: str) -> None:
+        step, rank = self.state.global_step, self.accelerator.process_index
+        self.model.zero_grad(set_to_none=True)
+        self._metrics["train"]["gvpo/steps_skipped"].append(1.0)
+        path = Path(self.args.output_dir) / "incidents" / f"step-{step}-rank-{rank}.safetensors"
+        self.health.bad_step(batch, why, step=step, path=path)
 
     def _compute_loss(self, model: nn.Module, inputs: GroupBatch) -> Tensor:
         """The evaluation loss: the formula's value on fresh responses (in training, see `training_step`)."""
         self._gvpo_step.model = self.model_wrapped
         self._gvpo_step.token_budget = self._token_budget(inputs)
         result, _ = self._gvpo_step.weigh(inputs)
-        self._log_objective(result.metrics, "eval")
+        self._log_objective(result.metrics)
         return result.loss.to(self.accelerator.device, torch.float32)
+
+    # ------------------------------------------------------------------------------------------- metrics
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log(self, shares: Mapping[str, Share]) -> None:
+        """Log what each process has a share of."""
+        for name, value in gathered(shares, self.accelerator.gather, self.accelerator.device).items():
+            self._metrics[self._mode][name].append(value)
+
+    def _log_objective(self, values: Mapping[str, Tensor]) -> None:
+        numbers = torch.stack(list(values.values())).tolist()
+        for name, value in zip(values, numbers, strict=True):
+            if name != "loss":
+                self._metrics[self._mode][f"gvpo/{name}"].append(value)
+
+    # --------------------------------------------------------------------------------------- checkpoints
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(folder)
+        if folder is None and self.replay is not None:
+            self.replay.begin()
