@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+
+from gvpo.step import GVPOStep
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -47,6 +50,18 @@ class Laps:
         now = clock()
         self.seconds.append(now - self._last)
         self._last = now
+
+
+def laps_of(step: GVPOStep) -> Laps:
+    """Laps that end with the backward pass of each of the step's micro-batches."""
+    laps, backend, backward = Laps(), step.backend, type(step.backend).backward
+
+    def lap(loss: Tensor, *, last: bool) -> None:
+        backward(backend, loss, last=last)
+        laps()
+
+    backend.backward = lap  # type: ignore[method-assign]
+    return laps
 
 
 def minima(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.measure import Laps, Row, minima
+from benchmarks.measure import Row, laps_of, minima
 from benchmarks.workloads import GROUP, PER_DEVICE, Workload
 from gvpo.step import GVPOStep
 
@@ -30,7 +30,7 @@ def measure(vocabulary: int, length: int, work: Workload, repeats: int) -> Row:
 
         def job(step: GVPOStep = step, batch=batch) -> list[float]:
             step.model.zero_grad(set_to_none=True)
-            laps = step._on_micro_batch = Laps()
+            laps = laps_of(step)
             step(batch)
             laps()
             return laps.seconds

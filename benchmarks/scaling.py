@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import Laps, Row, minima
+from benchmarks.measure import Row, laps_of, minima
 from benchmarks.workloads import PER_DEVICE, Workload
 from gvpo.batch import GroupBatch
 from gvpo.step import GVPOStep
@@ -35,7 +35,7 @@ def _seconds(step: GVPOStep, batch: GroupBatch, repeats: int) -> tuple[float, in
     def job() -> list[float]:
         nonlocal useful
         step.model.zero_grad(set_to_none=True)
-        laps = step._on_micro_batch = Laps()
+        laps = laps_of(step)
         useful = step(batch).useful_tokens
         laps()
         return laps.seconds

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
-from benchmarks.measure import Laps, Row, minima
+from benchmarks.measure import Row, laps_of, minima
 from benchmarks.step import WORK, flat_gradient, tiny
 from benchmarks.workloads import PER_DEVICE, Workload
 from gvpo.model.vocabulary import VocabularyGradients
@@ -59,7 +59,7 @@ def compare(name: str, work: Workload, repeats: int) -> list[Row]:
 
         def job(step: GVPOStep = step, patch: Callable[[], Any] = patch) -> list[float]:
             step.model.zero_grad(set_to_none=True)
-            laps = step._on_micro_batch = Laps()
+            laps = laps_of(step)
             with patch():
                 step.report = step(batch)
             laps()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Laps, Row, in_fresh_process, minima, peak_of
+from benchmarks.measure import Laps, Row, in_fresh_process, laps_of, minima, peak_of
 from benchmarks.step import WORK, flat_gradient, tiny
 from benchmarks.workloads import PER_DEVICE, Workload
 from gvpo.batch import MicroBatch
@@ -39,7 +39,7 @@ def make(kind: str, work: Workload) -> tuple[Any, Any]:
 
     def two_passes() -> list[float]:
         model.zero_grad(set_to_none=True)
-        laps = step._on_micro_batch = Laps()
+        laps = laps_of(step)
         step(batch)
         laps()
         return laps.seconds

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.measure import Laps, clock
+from benchmarks.measure import Laps, clock, laps_of
 from gvpo.batch import GroupBatch, MicroBatch
 from gvpo.packing import plan_micro_batches
 from gvpo.trl import GVPOConfig, GVPOTrainer
@@ -204,7 +204,7 @@ def update(of: CannedGVPO) -> list[float]:
     The last entries are the step's micro-batches and what follows them.
     """
     before = _calls(of, of.args.gradient_accumulation_steps - 1)
-    laps = of._gvpo_step._on_micro_batch = Laps()
+    laps = laps_of(of._gvpo_step)
     of.accelerator.gradient_state._set_sync_gradients(True)
     of.training_step(of.model, of.batch)
     laps()

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from gvpo.batch import GroupBatch
 from gvpo.objective import gvpo_weights
 from gvpo.step import Backend, GVPOStep
+from tests.failures import OutOfMemory
 from tests.models import (
     gradients,
     literal_gradient,
@@ -288,15 +289,7 @@ def test_out_of_memory_makes_the_same_step_again(fails_at, reference):
     plain = tiny_model()
     GVPOStep(plain, beta=BETA, token_budget=128)(batch)
     model = tiny_model()
-    step = GVPOStep(model, beta=BETA, token_budget=128)
-    remaining = list(fails_at)
-
-    def fail(index):
-        if remaining and index == remaining[0]:
-            remaining.pop(0)
-            raise torch.OutOfMemoryError("injected")
-
-    step._on_micro_batch = fail
+    step = GVPOStep(model, beta=BETA, token_budget=128, backend=OutOfMemory(list(fails_at)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = step(batch)
@@ -309,12 +302,7 @@ def test_out_of_memory_with_gradients_of_others_is_not_hidden():
     model, batch = tiny_model(), random_batch()
     literal_gradient(model, batch, BETA)
     next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))
-    step = GVPOStep(model, beta=BETA, token_budget=128)
-
-    def fail(index):
-        raise torch.OutOfMemoryError("injected")
-
-    step._on_micro_batch = fail
+    step = GVPOStep(model, beta=BETA, token_budget=128, backend=OutOfMemory([0]))
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         step(batch)
 

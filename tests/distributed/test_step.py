@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import GroupBatch
 from gvpo.step import GVPOStep
+from tests.failures import OutOfMemory
 from tests.gloo import run_ranks
 from tests.models import gradients, literal_gradient, random_batch, relative_error, tiny_model
 
@@ -63,15 +64,8 @@ def out_of_memory_on_rank_one(rank: int, world: int) -> float:
     batch = random_batch(groups=8, k=4, reference=True)
     expected, _ = literal_gradient(tiny_model().double(), batch, BETA)
     model = tiny_model()
-    step = GVPOStep(DistributedDataParallel(model), beta=BETA, token_budget=128)
-    failures = [0] if rank == 1 else []
-
-    def fail(index: int) -> None:
-        if failures and index == failures[0]:
-            failures.pop()
-            raise torch.OutOfMemoryError("injected")
-
-    step._on_micro_batch = fail
+    backend = OutOfMemory([0] if rank == 1 else [], dist.group.WORLD)
+    step = GVPOStep(DistributedDataParallel(model), beta=BETA, token_budget=128, backend=backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = step(share_of(batch, rank, 15))

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
 from gvpo.trl import GVPOTrainer
 from gvpo.trl.health_config import Rule
 from gvpo.trl.rollouts import load_rollouts
 from tests.gloo import run_ranks
+from tests.models import gradients, literal_logps, relative_error, tiny_model
+from tests.test_objective import literal_loss
 from tests.trl.common import parameters, trainer
 
 
@@ -145,7 +148,7 @@ def odd_trainer(kind: str, **changes: Any) -> GVPOTrainer:
 
     def sample(_: Any, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
         rows = {
-            "no token": [[] if i % 2 else [7, 2] for i in range(len(prompt_ids))],
+            "no token": [[7 + i % 5, 2] if i % 2 else [] for i in range(len(prompt_ids))],
             "one token": [[2]] * len(prompt_ids),
             "to the last position": [[7] * (128 - len(ids)) for ids in prompt_ids],
             "identical": [[7, 8, 9, 2]] * len(prompt_ids),
@@ -172,6 +175,43 @@ def test_odd_completions_give_finite_steps(kind: str, reference: str) -> None:
     assert all(value.isfinite().all() for value in parameters(made).values())
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     assert all(loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize("reference", ["rollout", "initial"])
+def test_a_completion_without_tokens_has_no_log_probability(reference: str) -> None:
+    """S = 0 under policy and reference: the end that TRL is given for it was not sampled."""
+
+    def by_place(completions: list[str], **_: Any) -> list[float]:
+        assert completions[::2] == [""] * 16
+        return [i % 3 / 2 for i, _ in enumerate(completions)]
+
+    made = odd_trainer("no token", rewards=by_place, reference=reference, num_iterations=2, max_steps=2)
+    batches: list[GroupBatch] = []
+    original = made._update
+
+    def compared(model: Any) -> torch.Tensor:
+        loss = original(model)
+        batch = GroupBatch.concatenate([item.batch for item in made._window])
+        batches.append(batch)
+        twin = tiny_model().double()
+        twin.load_state_dict(parameters(made), strict=False)
+        twin.tie_weights()
+        policy = literal_logps(twin, batch)
+        assert policy[::2].tolist() == [0.0] * 16
+        with torch.no_grad():
+            s_ref = literal_logps(tiny_model().double(), batch)  # both references are the policy at first
+        valid = torch.ones(32, dtype=torch.bool)
+        rewards = batch.rewards.double()
+        expected = literal_loss(policy, s_ref, rewards, batch.group_ids, made.args.beta, valid)
+        expected.backward()
+        assert relative_error(gradients(made.model), gradients(twin)) < 1e-5
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        return loss
+
+    made._update = compared  # type: ignore[method-assign]
+    made.train()
+    assert len(batches) == 2
+    assert (batches[0].rewards == torch.tensor([i % 3 / 2 for i in range(32)])).all()
 
 
 def test_when_all_are_truncated_and_masked_there_is_no_update() -> None:
