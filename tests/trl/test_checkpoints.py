@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and runs that are killed and go on as if nothing had been."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -261,6 +262,75 @@ def test_full_disk_is_one_sentence_and_the_last_checkpoint_stays(tmp_path: Path)
         signal.signal(signal.SIGXFSZ, handler)
     assert {p.name for p in tmp_path.iterdir()} <= {"checkpoint-1", "README.md"}
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_mistake_while_saving_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=2)
+    original = made._save_rng_state
+
+    def mistaken(folder: str) -> None:
+        if made.state.global_step == 2:
+            raise RuntimeError("a kernel failed")
+        original(folder)
+
+    monkeypatch.setattr(made, "_save_rng_state", mistaken)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        made.train()
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "README.md"}
+
+
+def _one_cannot_write(rank: int, world: int, folder: Path) -> str:
+    made = trainer(
+        output_dir=str(folder),
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=1,
+        per_device_train_batch_size=4,
+    )
+    if rank == 1:
+        made._save_rng_state = _full  # type: ignore[method-assign]
+    with pytest.raises(InputError) as caught:
+        made.train()
+    return str(caught.value)
+
+
+def _full(folder: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.slow
+def test_all_processes_stop_if_one_cannot_write(tmp_path: Path) -> None:
+    other, own = run_ranks(_one_cannot_write, 2, tmp_path)
+    assert "No space left" in own
+    assert "another process says why" in other
+    assert all("make room or choose another output_dir" in text for text in (other, own))
+    assert {p.name for p in tmp_path.iterdir()} == {"README.md"}
+
+
+def test_each_part_goes_on_with_what_it_knew(tmp_path: Path) -> None:
+    """Bad steps in a row, what memory allowed, metrics that wait to be logged."""
+    settings: dict[str, Any] = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    settings |= {"max_steps": 2, "max_bad_steps": 2, "logging_steps": 2, "reference": "initial"}
+    whole = trainer(**settings)
+    whole._token_ceiling.most = 77.0
+    whole.train()
+    again = trainer(**settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again._token_ceiling.most == whole._token_ceiling.most == pytest.approx(77 * 1.01**2)
+    for name in ("reward", "gvpo/kl", "entropy"):
+        assert again.state.log_history[0][name] == whole.state.log_history[0][name]
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    for step in (0, 1):
+        bad = trainer(**{**settings, "max_steps": step + 1})
+        weight = list(bad.model.parameters())[1]
+        weight.register_hook(lambda gradient: gradient * torch.nan)
+        outcome = (
+            pytest.raises(InputError, match="2 steps in a row")
+            if step
+            else pytest.warns(match="Step 0 is skipped")
+        )
+        with outcome:
+            bad.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if step else None)
 
 
 def test_signal_saves_and_stops_after_the_step(tmp_path: Path) -> None:

@@ -401,8 +401,7 @@ class GVPOTrainer(ResumableTrainer):
             )
         else:
             self._awaits_optimizer = batch
-        self._log_objective(report.metrics)
-        self._log(shares_of(report, with_trust=self.args.trust is not None))
+        self._log_report(report)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -466,6 +465,10 @@ class GVPOTrainer(ResumableTrainer):
         """Log what each process has a share of."""
         for name, value in gathered(shares, self.accelerator.gather, self.accelerator.device).items():
             self._metrics[self._mode][name].append(value)
+
+    def _log_report(self, report: StepReport) -> None:
+        self._log_objective(report.metrics)
+        self._log(shares_of(report, with_trust=self.args.trust is not None))
 
     def _log_objective(self, values: Mapping[str, Tensor]) -> None:
         numbers = torch.stack(list(values.values())).tolist()
