@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,71 +18,53 @@ from trl import ModelConfig, TrlParser
 
 from gvpo.errors import InputError
 from gvpo.trl.config import REFUSED, GVPOConfig
+from gvpo.trl.health_config import HealthConfig
+from gvpo.trl.offpolicy_config import OffPolicyConfig
 
 
 @dataclass
 class GVPOScriptArguments:
-    """Prompts and rewards of `gvpo train`."""
+    """Prompts and rewards of `gvpo train`.
 
-    dataset_name: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "gsm8k, math, arithmetic, reasoning_gym:TASK, a .jsonl or .parquet file, or a Hub id; "
-            "several are put together."
-        },
-    )
-    dataset_source: str | None = field(
-        default=None, metadata={"help": "File or Hub id to read instead of the data set's own."}
-    )
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Commit, branch or tag of the data set on the Hub."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_size: int | None = field(
-        default=None, metadata={"help": "How many prompts, drawn with the seed. Default: all."}
-    )
-    eval_dataset_name: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Data set for evaluation (with eval_strategy). Default: dataset_name's test split."
-        },
-    )
-    eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    eval_dataset_size: int | None = field(
-        default=None, metadata={"help": "How many prompts of it, drawn with the seed. Default: all."}
-    )
-    prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompt or question."})
-    answer_column: str | None = field(default=None, metadata={"help": "Column of the ground truth."})
-    system_prompt: str | None = field(default=None, metadata={"help": "First message of each conversation."})
-    instruction: str | None = field(
-        default=None,
-        metadata={"help": "Text after each question; '' for none. Default: the data set's own."},
-    )
-    chat: bool = field(
-        default=True,
-        metadata={"help": "Send prompts through the chat template; --no_chat sends them as plain text."},
-    )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "A Jinja file to use in place of the tokenizer's chat template."}
-    )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["accuracy"],
-        metadata={
-            "help": "Rewards: accuracy, exact, format, length, length:512, reasoning_gym, "
-            "module:function, or weighted sums such as 'accuracy + 0.2*format'."
-        },
-    )
-    resume: str | None = field(
-        default=None,
-        metadata={"help": "'auto' goes on from the last checkpoint in output_dir, if any; or a checkpoint."},
-    )
+    Args:
+        dataset_name: gsm8k, math, arithmetic, reasoning_gym:TASK, a .jsonl or .parquet file, or a Hub id;
+            several are put together.
+        dataset_source: file or Hub id to read instead of the data set's own.
+        dataset_revision: commit, branch or tag of the data set on the Hub.
+        dataset_train_split: split to train on.
+        dataset_size: how many prompts, drawn with the seed. Default: all.
+        eval_dataset_name: data set for evaluation (with eval_strategy). Default: dataset_name's test split.
+        eval_dataset_split: split to evaluate on.
+        eval_dataset_size: how many prompts of it, drawn with the seed. Default: all.
+        prompt_column: column of the prompt or question.
+        answer_column: column of the ground truth.
+        system_prompt: first message of each conversation.
+        instruction: text after each question; '' for none. Default: the data set's own.
+        chat: send prompts through the chat template; --no_chat sends them as plain text.
+        chat_template: a Jinja file to use in place of the tokenizer's chat template.
+        reward_funcs: accuracy, exact, format, length, length:512, reasoning_gym, module:function, or weighted
+            sums such as 'accuracy + 0.2*format'.
+        resume: 'auto' goes on from the last checkpoint in output_dir, if any; or a checkpoint.
+        plan: only tell how much memory each phase will need, and the largest micro-batch that fits.
+    """
 
-    plan: bool = field(
-        default=False,
-        metadata={
-            "help": "Only tell how much memory each phase will need, and the largest micro-batch that fits."
-        },
-    )
+    dataset_name: list[str] = field(default_factory=list)
+    dataset_source: str | None = None
+    dataset_revision: str | None = None
+    dataset_train_split: str = "train"
+    dataset_size: int | None = None
+    eval_dataset_name: list[str] = field(default_factory=list)
+    eval_dataset_split: str = "test"
+    eval_dataset_size: int | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    system_prompt: str | None = None
+    instruction: str | None = None
+    chat: bool = True
+    chat_template: str | None = None
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
+    resume: str | None = None
+    plan: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dataset_name", "eval_dataset_name", "reward_funcs"):
@@ -118,10 +102,13 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     parser = _Parser((GVPOScriptArguments, GVPOConfig, ModelConfig), prog="gvpo train", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML file with any of these options.")
     defaults: dict[str, Any] = {}
+    explained = _explained(GVPOScriptArguments, OffPolicyConfig, HealthConfig, GVPOConfig)
     for action in parser._actions:
         defaults.setdefault(action.dest, action.default)  # the first: --no_flag has the same destination
         if action.dest in REFUSED:  # still known, so that using it gets the reason
             action.help = argparse.SUPPRESS
+        elif action.dest in explained:
+            action.help = explained[action.dest].replace("%", "%%")
     recipe = _recipe(argv, defaults)
     parser.set_defaults_with_config(**recipe)
     namespace, rest = parser.parse_known_args(argv)
@@ -138,6 +125,16 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
             raise
         raise InputError(_sentence(error)) from error
     return TrainArguments(script, training, model, given)
+
+
+def _explained(*configs: type) -> dict[str, str]:
+    """What the docstrings of configurations say of each option."""
+    found: dict[str, str] = {}
+    for config in configs:
+        arguments = inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE):
+            found[name] = " ".join(text.split())
+    return found
 
 
 def _recipe(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:

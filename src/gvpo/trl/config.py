@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from torch import Tensor
 from trl import GRPOConfig
@@ -78,47 +78,22 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
         trust: for rollouts that are used for several updates: leave out the gradient of tokens whose
             probability has already moved by more than this share since the rollout (0.2, say), in the
             direction of their row's weight. Not part of the published algorithm; off by default.
+        disable_dropout: dropout would make the policy differ from itself between two passes.
 
     Raises:
         InputError: for options of GRPO that have no meaning here (each by name and with the reason), and
             for settings under which an optimizer step would see a part of a group only.
     """
 
-    beta: float = field(
-        default=0.1,
-        metadata={"help": "Temperature of the implicit reward beta*log(pi/pi_ref). Not a KL coefficient."},
-    )
-    reference: str = field(
-        default="rollout",
-        metadata={
-            "help": "The reference policy: 'rollout' (the policy that sampled) or 'initial' (the policy at "
-            "the start; with LoRA the base model without adapters).",
-            "choices": ["rollout", "initial"],
-        },
-    )
-    micro_batch_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Padded tokens per micro-batch of the update. It changes memory and speed, never the "
-            "update. Default: per_device_train_batch_size times the longest row."
-        },
-    )
-    trust: float | None = field(
-        default=None,
-        metadata={
-            "help": "Leave out the gradient of tokens whose probability has already moved by more than this "
-            "share since the rollout, in the direction of their weight (0.2, say; off by default)."
-        },
-    )
-    loss_type: str = field(default="gvpo", metadata={"help": "The loss is GVPO's."})
-    scale_rewards: str = field(default="none", metadata={"help": "GVPO fits rewards as they are."})
-    vllm_importance_sampling_correction: bool = field(
-        default=False, metadata={"help": "GVPO needs no behaviour probabilities."}
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Dropout would make the policy differ from itself between two passes."},
-    )
+    beta: float = 0.1
+    reference: Literal["rollout", "initial"] = "rollout"
+    micro_batch_tokens: int | None = None
+    trust: float | None = None
+    # TRL's, at the only values that have a meaning here:
+    loss_type: str = "gvpo"
+    scale_rewards: str = "none"
+    vllm_importance_sampling_correction: bool = False
+    disable_dropout: bool = True
 
     def __post_init__(self) -> None:
         self._check_gvpo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from gvpo.errors import InputError
 
@@ -23,44 +23,21 @@ class HealthConfig:
         reward_error_tolerance: share of a generation's rows that may fail before training stops all the same.
         reward_timeout: seconds for a call of a reward function, which then runs in a worker process.
         reward_worker: run each reward function in a worker process, with or without a limit of time.
-        max_bad_steps: optimizer steps in a row without finite numbers after which training stops.
+        max_bad_steps: a step with a log-probability, weight or gradient that is not finite is skipped and its
+            inputs are kept in output_dir/incidents; training stops after so many in a row.
         warn_when: rules on logged metrics such as "gvpo/kl > 100"; each warns when it first holds.
         stop_when: rules that save a checkpoint and stop training.
     """
 
-    on_reward_error: str = field(
-        default="drop_row",
-        metadata={
-            "help": "What a reward function's failure on a completion costs: its row, its group, or the run.",
-            "choices": ["error", "drop_row", "drop_group"],
-        },
-    )
-    reward_error_tolerance: float = field(
-        default=0.01,
-        metadata={"help": "Share of a generation's rows that may fail before training stops all the same."},
-    )
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={"help": "Seconds for a call of a reward function, which then runs in a worker process."},
-    )
-    reward_worker: bool = field(
-        default=False, metadata={"help": "Run each reward function in a worker process of its own."}
-    )
-    max_bad_steps: int = field(
-        default=3,
-        metadata={
-            "help": "A step with a log-probability, weight or gradient that is not finite is skipped and its "
-            "inputs are kept in output_dir/incidents; training stops after so many in a row."
-        },
-    )
+    on_reward_error: Literal["error", "drop_row", "drop_group"] = "drop_row"
+    reward_error_tolerance: float = 0.01
+    reward_timeout: float | None = None
+    reward_worker: bool = False
+    max_bad_steps: int = 3
     warn_when: list[str] = field(
-        default_factory=lambda: ["gvpo/kl > 100", "gvpo/explained_variance < -4", "entropy < 0.001"],
-        metadata={"help": "Rules on logged metrics that warn, such as 'gvpo/kl > 100'."},
+        default_factory=lambda: ["gvpo/kl > 100", "gvpo/explained_variance < -4", "entropy < 0.001"]
     )
-    stop_when: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Rules on logged metrics that save a checkpoint and stop training."},
-    )
+    stop_when: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from gvpo.errors import InputError
 from gvpo.replay.demonstrations import check_slots
@@ -38,55 +38,18 @@ class OffPolicyConfig:
         InputError: options out of range, or that exclude each other.
     """
 
-    replay_ratio: float = field(
-        default=0.0, metadata={"help": "Replayed groups per fresh group in each optimizer step."}
-    )
-    replay_capacity: int = field(
-        default=10_000, metadata={"help": "Groups kept for replay, over all processes."}
-    )
-    replay_max_age: int | None = field(
-        default=None, metadata={"help": "Groups older than this many optimizer steps leave the buffer."}
-    )
-    replay_reference: str = field(
-        default="stored",
-        metadata={
-            "help": "Measure replayed groups against the reference 'stored' with them, or score them anew "
-            "under the 'current' one.",
-            "choices": ["stored", "current"],
-        },
-    )
-    replay_sampling: str = field(
-        default="uniform",
-        metadata={
-            "help": "Which groups to replay: uniform, recent, reward_variance.",
-            "choices": [*SAMPLING],
-        },
-    )
-    replay_directory: str | None = field(
-        default=None, metadata={"help": "Where groups are kept. Default: replay/ in output_dir."}
-    )
-    replay_memory: int = field(
-        default=256, metadata={"help": "MB of its replay file that each process keeps in memory."}
-    )
-    demonstrations_per_group: int = field(
-        default=0, metadata={"help": "Slots of each group that demonstrations take."}
-    )
-    demonstration_slots: list[int] | None = field(
-        default=None, metadata={"help": "Which slots. Default: the last ones."}
-    )
-    demonstration_column: str = field(
-        default="demonstrations", metadata={"help": "Column with a prompt's demonstration(s)."}
-    )
-    demonstration_reward: float | None = field(
-        default=None, metadata={"help": "Reward of demonstrations. Default: from the reward functions."}
-    )
-    offline: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train on logged completions with rewards (.parquet, .jsonl or a replay folder) instead "
-            "of generating."
-        },
-    )
+    replay_ratio: float = 0.0
+    replay_capacity: int = 10_000
+    replay_max_age: int | None = None
+    replay_reference: Literal["stored", "current"] = "stored"
+    replay_sampling: Literal["uniform", "recent", "reward_variance"] = "uniform"
+    replay_directory: str | None = None
+    replay_memory: int = 256
+    demonstrations_per_group: int = 0
+    demonstration_slots: list[int] | None = None
+    demonstration_column: str = "demonstrations"
+    demonstration_reward: float | None = None
+    offline: str | None = None
 
 
 def check_off_policy(args: Any) -> None:
