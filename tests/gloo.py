@@ -31,7 +31,11 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, seconds: flo
     """What `function(rank, world, *args)` returned on each rank. `function` must be importable."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(start_rank, (world, folder, function, args), nprocs=world, join=False)
+        # Ranks start from a server that has imported what most of them need.
+        mp.set_forkserver_preload(["gvpo.trl", "tests.trl.common"])
+        context: Any = mp.start_processes(
+            start_rank, (world, folder, function, args), nprocs=world, join=False, start_method="forkserver"
+        )
         deadline = time.monotonic() + seconds
         while not context.join(timeout=1):
             if time.monotonic() > deadline:
