@@ -358,6 +358,11 @@ class GVPOTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------- update
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not resume_from_checkpoint and self.replay is not None:
+            self.replay.begin()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collect this call's slice; on the last call of the accumulation window make the whole update."""
         started = time.perf_counter()
@@ -475,10 +480,3 @@ class GVPOTrainer(ResumableTrainer):
         for name, value in zip(values, numbers, strict=True):
             if name != "loss":
                 self._metrics[self._mode][f"gvpo/{name}"].append(value)
-
-    # --------------------------------------------------------------------------------------- checkpoints
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        super()._load_optimizer_and_scheduler(folder)
-        if folder is None and self.replay is not None:
-            self.replay.begin()
