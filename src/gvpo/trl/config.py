@@ -78,7 +78,6 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
         trust: for rollouts that are used for several updates: leave out the gradient of tokens whose
             probability has already moved by more than this share since the rollout (0.2, say), in the
             direction of their row's weight. Not part of the published algorithm; off by default.
-        disable_dropout: dropout would make the policy differ from itself between two passes.
 
     Raises:
         InputError: for options of GRPO that have no meaning here (each by name and with the reason), and
