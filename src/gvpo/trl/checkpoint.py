@@ -10,16 +10,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts
 
 ASIDE = ".checkpoint-in-progress"
 _LIST = "gvpo_checkpoint.json"
@@ -33,48 +30,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Go on from there; `state` is empty if the checkpoint does not know this part."""
-
-
-def save_own(
-    path: Path,
-    slices: list[Slice],
-    parts: Mapping[str, Stateful],
-    layout: dict[str, Any],
-    counters: dict[str, Any],
-) -> None:
-    """Write a process's own file: the rollouts in flight, and what each part remembers.
-
-    Args:
-        path: of the file, in the checkpoint's folder.
-        slices: the rollouts.
-        parts: by name.
-        layout: what the rollouts depend on, such as batch sizes.
-        counters: of the trainer itself; JSON values.
-    """
-    states = {name: part.state_dict(path.parent) for name, part in parts.items()}
-    save_rollouts(path, slices, {"layout": layout, "parts": states, "counters": counters})
-
-
-def load_own(
-    path: Path, parts: Mapping[str, Stateful], layout: dict[str, Any], device: torch.device
-) -> tuple[list[Slice], dict[str, Any]] | None:
-    """Give each part its state back; the slices and counters, or None and a warning if there are none."""
-    slices, state = load_rollouts(path, device) if path.exists() else ([], {})
-    for name, part in parts.items():
-        part.load_state_dict(state.get("parts", {}).get(name, {}), path.parent)
-    if not state:
-        why = f"{path.name} is not in {path.parent}"
-    elif "counters" not in state:
-        why = f"{path.name} is of another version of gvpo"
-    elif state["layout"] != layout:
-        why = f"the run was started with {state['layout']}, not {layout}"
-    else:
-        return slices, state["counters"]
-    warnings.warn(f"The rollouts in flight were not restored ({why}): new ones are made.", stacklevel=3)
-    return None
-
-
-# ------------------------------------------------------------------------------------- whole or not there
 
 
 def clear(aside: Path) -> None:

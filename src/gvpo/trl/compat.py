@@ -5,34 +5,16 @@ from __future__ import annotations
 import trl
 from trl import GRPOTrainer
 
-_METHODS = (
-    "_calculate_rewards",
-    "_clip_grad_norm",
-    "_compute_loss",
-    "_generate_and_score_completions",
-    "_generate_single_turn",
-    "_get_grad_norm",
-    "_get_output_dir",
-    "_get_train_sampler",
-    "_load_from_checkpoint",
-    "_load_optimizer_and_scheduler",
-    "_prepare_inputs",
-    "_push_from_checkpoint",
-    "_save_checkpoint",
-    "training_step",
-)
-_ATTRIBUTES = (
-    "_buffered_inputs",
-    "_current_train_step_time",
-    "_metrics",
-    "_step",
-    "mask_truncated_completions",
-    "num_generations_eval",
-    "ref_model",
-    "reward_funcs",
-    "reward_weights",
-    "temperature",
-)
+_METHODS = [
+    "_calculate_rewards", "_clip_grad_norm", "_compute_loss", "_generate_and_score_completions",
+    "_generate_single_turn", "_get_grad_norm", "_get_output_dir", "_get_train_sampler",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint",
+    "_save_checkpoint", "training_step",
+]  # fmt: skip
+_ATTRIBUTES = [
+    "_buffered_inputs", "_current_train_step_time", "_metrics", "_step", "mask_truncated_completions",
+    "num_generations_eval", "ref_model", "reward_funcs", "reward_weights", "temperature",
+]  # fmt: skip
 
 
 def assert_names() -> None:

@@ -14,36 +14,17 @@ from gvpo.errors import InputError
 from gvpo.trl.health_config import HealthConfig, check_health
 from gvpo.trl.offpolicy_config import OffPolicyConfig, check_off_policy
 
-_NO_RATIO = "GVPO has no probability ratio that could be clipped or corrected"
-_NO_BEHAVIOUR = "GVPO needs no behaviour probabilities, so nothing corrects for the inference engine's"
-_NO_ENTROPY = "GVPO's optimum fixes the policy's entropy through beta"
 _EXACT = "an update must not depend on how rows are cut into micro-batches"
 
-# Options of GRPO that GVPO gives no meaning to, and why. They are accepted at their default only.
 _AS_IT_SAMPLES = "the policy is scored and updated as it samples"
+
+# Options of GRPO that GVPO gives no meaning to, and why. They are accepted at their default only.
 REFUSED: dict[str, str] = {
-    "epsilon": _NO_RATIO,
-    "epsilon_high": _NO_RATIO,
-    "delta": _NO_RATIO,
-    "importance_sampling_level": _NO_RATIO,
-    "use_bias_correction_kl": _NO_RATIO,
-    "sapo_temperature_neg": _NO_RATIO,
-    "sapo_temperature_pos": _NO_RATIO,
-    "vespo_k_pos": _NO_RATIO,
-    "vespo_lambda_pos": _NO_RATIO,
-    "vespo_k_neg": _NO_RATIO,
-    "vespo_lambda_neg": _NO_RATIO,
     "off_policy_mask_threshold": "GVPO learns from off-policy responses instead of masking them",
     "loss_type": "the loss is GVPO's",
     "scale_rewards": "GVPO fits the rewards as they are; to scale them, scale beta",
     "multi_objective_aggregation": "GVPO fits the weighted sum of the rewards as they are",
     "top_entropy_quantile": "GVPO's weights belong to whole sequences, not to chosen tokens",
-    "entropy_coef": _NO_ENTROPY,
-    "use_adaptive_entropy": _NO_ENTROPY,
-    "entropy_coef_min": _NO_ENTROPY,
-    "entropy_coef_max": _NO_ENTROPY,
-    "entropy_coef_delta": _NO_ENTROPY,
-    "entropy_target": _NO_ENTROPY,
     "router_aux_loss_coef": f"{_EXACT}, and a load-balancing loss does",
     "sync_ref_model": "a group's reference must stay fixed; reference='rollout' follows the policy exactly",
     "ref_model_mixup_alpha": "sync_ref_model has no meaning in GVPO",
@@ -51,12 +32,22 @@ REFUSED: dict[str, str] = {
     "use_liger_kernel": "GVPO brings its own fused head, which Liger's forward would replace",
     "disable_dropout": f"{_AS_IT_SAMPLES}, so without dropout",
     "neftune_noise_alpha": f"{_AS_IT_SAMPLES}, so without noise",
-    "vllm_importance_sampling_correction": _NO_BEHAVIOUR,
-    "vllm_importance_sampling_mode": _NO_BEHAVIOUR,
-    "vllm_importance_sampling_cap": _NO_BEHAVIOUR,
-    "vllm_importance_sampling_clip_max": _NO_BEHAVIOUR,
-    "vllm_importance_sampling_clip_min": _NO_BEHAVIOUR,
 }
+for _reason, _names in {
+    "GVPO has no probability ratio that could be clipped or corrected": (
+        "epsilon epsilon_high delta importance_sampling_level use_bias_correction_kl sapo_temperature_neg "
+        "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+    ),
+    "GVPO's optimum fixes the policy's entropy through beta": (
+        "entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
+        "entropy_target"
+    ),
+    "GVPO needs no behaviour probabilities, so nothing corrects for the inference engine's": (
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_cap "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
+    ),
+}.items():
+    REFUSED |= dict.fromkeys(_names.split(), _reason)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from trl import GRPOTrainer
 
 from gvpo.errors import InputError
 from gvpo.trl import checkpoint
+from gvpo.trl.rollouts import load_rollouts, save_rollouts
 
 
 @contextmanager
@@ -123,13 +125,14 @@ class ResumableTrainer(GRPOTrainer):
         ) from failure
 
     def _write(self, folder: Path, model: nn.Module, trial: Any) -> None:
-        counters = {
+        state = {
+            "layout": self._layout(),
+            "parts": {name: part.state_dict(folder) for name, part in self.checkpointed.items()},
             "micro_step": self._step,
             "metrics": dict(self._metrics["train"]),
             "train_tokens": self._total_train_tokens,
         }
-        slices = self._buffered_inputs or []
-        checkpoint.save_own(self._own(folder), slices, self.checkpointed, self._layout(), counters)
+        save_rollouts(self._own(folder), self._buffered_inputs or [], state)
         super()._save_checkpoint(model, trial)
 
     def _publish(self, written: Path, final: Path) -> None:
@@ -151,15 +154,24 @@ class ResumableTrainer(GRPOTrainer):
             # accelerate's loader that skips what was seen does not pass the epoch on between processes.
             self._sampler.set_epoch(int(self.state.epoch))
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        path, device = self._own(Path(folder)), self.accelerator.device
-        loaded = checkpoint.load_own(path, self.checkpointed, self._layout(), device)
-        if loaded is None:
+        path = self._own(Path(folder))
+        slices, state = load_rollouts(path, self.accelerator.device) if path.exists() else ([], {})
+        for name, part in self.checkpointed.items():
+            part.load_state_dict(state.get("parts", {}).get(name, {}), path.parent)
+        lost = None
+        if "parts" not in state:
+            lost = f"{path} is {'of another version of gvpo' if state else 'not there'}"
+        elif state["layout"] != self._layout():
+            lost = f"the run was started with {state['layout']}, not {self._layout()}"
+        if lost is not None:
+            warnings.warn(
+                f"The rollouts in flight were not restored ({lost}): new ones are made.", stacklevel=2
+            )
             return
-        slices, counters = loaded
         self._buffered_inputs = slices or None
-        self._step = counters["micro_step"]
-        self._total_train_tokens = counters["train_tokens"]
-        for name, values in counters["metrics"].items():
+        self._step = state["micro_step"]
+        self._total_train_tokens = state["train_tokens"]
+        for name, values in state["metrics"].items():
             self._metrics["train"][name].extend(values)
 
     def _own(self, folder: Path) -> Path:

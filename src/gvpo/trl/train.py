@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -22,7 +21,7 @@ from gvpo.errors import InputError, first_line
 from gvpo.model.tokenizer import load_tokenizer, read_template
 from gvpo.rewards import load_reward
 from gvpo.run import RunDirectory, check_writable, plot_curves
-from gvpo.trl.arguments import GVPOScriptArguments, TrainArguments, parse_arguments
+from gvpo.trl.arguments import TrainArguments, parse_arguments
 from gvpo.trl.checkpoint import flaw, last_checkpoint
 from gvpo.trl.plan import show_plan
 from gvpo.trl.trainer import GVPOTrainer
@@ -129,10 +128,15 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
         raise InputError(
             "dataset_source is one source, but dataset_name has several: give NAME:FILE instead."
         )
-    own = {"source": script.dataset_source, "revision": script.dataset_revision}
-    split, size = script.dataset_train_split, script.dataset_size
-    keep = [training.demonstration_column] if training.demonstrations_per_group else []
-    train = _load(script, script.dataset_name, split, size, training.seed, own, keep)
+    train = _load(
+        arguments,
+        script.dataset_name,
+        script.dataset_train_split,
+        script.dataset_size,
+        source=script.dataset_source,
+        revision=script.dataset_revision,
+        keep=[training.demonstration_column] if training.demonstrations_per_group else [],
+    )
     if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
         return train, None
     if not script.eval_dataset_name and script.dataset_source is not None:
@@ -140,18 +144,11 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
             "eval_strategy is set, but dataset_source is for training: give eval_dataset_name too."
         )
     names = script.eval_dataset_name or script.dataset_name
-    return train, _load(script, names, script.eval_dataset_split, script.eval_dataset_size, training.seed)
+    return train, _load(arguments, names, script.eval_dataset_split, script.eval_dataset_size)
 
 
-def _load(
-    script: GVPOScriptArguments,
-    names: list[str],
-    split: str,
-    size: int | None,
-    seed: int,
-    origin: Mapping[str, str | None] = MappingProxyType({}),
-    keep: Sequence[str] = (),
-) -> Dataset:
+def _load(arguments: TrainArguments, names: list[str], split: str, size: int | None, **own: Any) -> Dataset:
+    script, seed = arguments.script, arguments.training.seed
     columns = {"prompt": script.prompt_column, "answer": script.answer_column}
     parts = [
         load_prompts(
@@ -163,9 +160,7 @@ def _load(
             system_prompt=script.system_prompt,
             instruction=script.instruction,
             chat=script.chat,
-            source=origin.get("source"),
-            revision=origin.get("revision"),
-            keep=keep,
+            **own,
         )
         for name in names
     ]
