@@ -55,9 +55,7 @@ def window_batch(slices: list[Slice], *, on_policy: bool) -> GroupBatch:
 
 def used_within(room: int, count: int, iterations: int) -> int:
     """How many of `count` slices, used in order `iterations` times over, are used up in `room` calls."""
-    if iterations > 1:
-        return count if count * iterations <= room else 0
-    return min(count, room)
+    return max(0, min(count, room - (iterations - 1) * count))
 
 
 def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> None:
