@@ -55,12 +55,11 @@ class ResumableTrainer(GRPOTrainer):
             resume_from_checkpoint = checkpoint.last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise InputError(f"{self.args.output_dir} has no whole checkpoint to go on from.")
-        elif isinstance(resume_from_checkpoint, str) and (
-            why := checkpoint.flaw(Path(resume_from_checkpoint))
-        ):
-            raise InputError(f"The checkpoint {resume_from_checkpoint} is torn ({why}): take another.")
-        if isinstance(resume_from_checkpoint, str) and self._is_done(Path(resume_from_checkpoint)):
-            return self._load_done(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, str):
+            if why := checkpoint.flaw(Path(resume_from_checkpoint)):
+                raise InputError(f"The checkpoint {resume_from_checkpoint} is torn ({why}): take another.")
+            if self._is_done(Path(resume_from_checkpoint)):
+                return self._load_done(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _is_done(self, folder: Path) -> bool:
@@ -113,15 +112,17 @@ class ResumableTrainer(GRPOTrainer):
             work()
         except Exception as error:  # whatever it is, the others must not wait for this process
             failure = error
-        mine = torch.tensor([failure is not None], device=self.accelerator.device)
-        if not self.accelerator.gather(mine).any():
+        mine = 0 if failure is None else 1 if checkpoint.is_disk_failure(failure) else 2
+        worst = int(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).max())
+        if worst == 0:
             return
-        if failure is not None and not checkpoint.is_disk_failure(failure):
+        if failure is not None and mine == 2:
             raise failure
+        advice = "make room or choose another output_dir" if worst == 1 else "look at the other's message"
         raise InputError(
             f"The checkpoint of step {self.state.global_step} cannot be written to {home} "
-            f"({failure or 'another process says why'}): make room or choose another output_dir; the last "
-            f"whole checkpoint is {checkpoint.last_checkpoint(home) or 'none'}."
+            f"({failure or 'another process failed'}): {advice}; the last whole checkpoint is "
+            f"{checkpoint.last_checkpoint(home) or 'none'}."
         ) from failure
 
     def _write(self, folder: Path, model: nn.Module, trial: Any) -> None:
