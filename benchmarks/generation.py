@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from contextlib import nullcontext
 
 import torch
 from transformers import GenerationConfig
 
 from benchmarks.measure import Row, minima, timed
 from benchmarks.workloads import GROUP, Workload
-from gvpo.model.generation import share_prompts
+from gvpo.model.generation import shared_prompts
 
 ABOUT = (
     "CPU seconds of sampling with transformers, groups of 8, one thread. plain: model.generate. shared: the "
@@ -31,9 +31,7 @@ WORK = {
 
 def compare(name: str, count: int, length: int, new: int, work: Workload, repeats: int) -> Row:
     torch.manual_seed(0)
-    plain = work.model().eval()
-    shared = copy.deepcopy(plain)
-    share_prompts(shared)
+    model = work.model().eval()
     ids = torch.randint(3, work.vocabulary, (count, length)).repeat_interleave(GROUP, 0)
     config = GenerationConfig(
         do_sample=True, max_new_tokens=new, min_new_tokens=new, top_k=0, pad_token_id=0, eos_token_id=2
@@ -41,12 +39,12 @@ def compare(name: str, count: int, length: int, new: int, work: Workload, repeat
     mask = torch.ones_like(ids)
     outputs = {}
 
-    def job(kind: str, model: torch.nn.Module) -> None:
+    def job(kind: str) -> None:
         torch.manual_seed(0)
-        outputs[kind] = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        with shared_prompts(model) if kind == "shared" else nullcontext():
+            outputs[kind] = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
-    models = {"plain": plain, "shared": shared}
-    best = minima({kind: timed(lambda k=kind: job(k, models[k])) for kind in models}, repeats)
+    best = minima({kind: timed(lambda k=kind: job(k)) for kind in ("plain", "shared")}, repeats)
     return {
         "work": name,
         **{f"{kind} s": seconds for kind, seconds in best.items()},

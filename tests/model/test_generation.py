@@ -1,12 +1,12 @@
 """Prompts prefilled once: the same tokens as `model.generate` makes, and the model's distribution."""
 
-import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from gvpo.model.generation import prefill, share_prompts
+from gvpo.model.generation import prefill, shared_prompts
 from tests.models import VOCAB, tiny_model
 
 
@@ -24,22 +24,22 @@ def prompts(k=3):
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "softcap"])
 def test_tokens_are_those_of_generate(kind, sample):
-    plain = tiny_model(kind)
-    plain.generation_config.eos_token_id = None
-    model = copy.deepcopy(plain)
-    share_prompts(model)
+    model = tiny_model(kind)
+    model.generation_config.eos_token_id = None
     ids, mask = prompts()
     runs, passes = [], []
-    for one in (plain, model):
+    for way in (nullcontext(), shared_prompts(model)):
         seen = []
-        handle = one.get_input_embeddings().register_forward_hook(
+        handle = model.get_input_embeddings().register_forward_hook(
             lambda m, i, o, s=seen: s.append(i[0].shape)
         )
         config = GenerationConfig(do_sample=sample, max_new_tokens=9, top_k=20, pad_token_id=0)
         torch.manual_seed(11)
-        runs.append(one.generate(input_ids=ids, attention_mask=mask, generation_config=config))
+        with way:
+            runs.append(model.generate(input_ids=ids, attention_mask=mask, generation_config=config))
         handle.remove()
         passes.append([tuple(s) for s in seen])
+    assert "generate" not in vars(model)
     assert torch.equal(*runs)
     assert passes[0][0] == (12, 7)
     assert passes[1][:2] == [(4, 6), (12, 1)]
@@ -48,7 +48,6 @@ def test_tokens_are_those_of_generate(kind, sample):
 def test_the_distribution_of_two_tokens_is_the_model_s():
     model = tiny_model("untied", vocab_size=5)
     model.generation_config.eos_token_id = None
-    share_prompts(model)
     prompt, n = torch.tensor([[3, 4, 1, 3]]), 20_000
     with torch.no_grad():
         first = model(input_ids=prompt).logits[0, -1].softmax(-1)
@@ -57,7 +56,8 @@ def test_the_distribution_of_two_tokens_is_the_model_s():
     config = GenerationConfig(do_sample=True, max_new_tokens=2, top_k=0, pad_token_id=0)
     torch.manual_seed(0)
     ids = prompt.expand(n, -1)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    with shared_prompts(model):
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     counts = torch.bincount(out[:, 4] * 5 + out[:, 5], minlength=25).view(5, 5)
     chi_square = ((counts - n * expected) ** 2 / (n * expected)).sum()
     assert chi_square < 51.2  # 24 degrees of freedom, one in a thousand
@@ -79,10 +79,9 @@ def test_other_calls_are_left_alone():
     beams = GenerationConfig(num_beams=2, **settings)
     before = model.generate(ids, attention_mask=mask, **settings)
     before_beams = model.generate(input_ids=ids, attention_mask=mask, generation_config=beams)
-    share_prompts(model)
-    share_prompts(model)
-    assert torch.equal(model.generate(ids, attention_mask=mask, **settings), before)
-    after_beams = model.generate(input_ids=ids, attention_mask=mask, generation_config=beams)
+    with shared_prompts(model):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **settings), before)
+        after_beams = model.generate(input_ids=ids, attention_mask=mask, generation_config=beams)
     assert torch.equal(after_beams, before_beams)
 
 

@@ -6,8 +6,8 @@ once, and the cache is repeated. Everything else (sampling, stopping, processors
 
 from __future__ import annotations
 
-import functools
-import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,28 +57,30 @@ def prefill(
     return cache
 
 
-def share_prompts(model: PreTrainedModel) -> None:
-    """Let `model.generate` prefill each distinct prompt once.
+@contextmanager
+def shared_prompts(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context `model.generate` prefills each distinct prompt once.
 
     It does so for plain sampling or greedy search from left-padded token ids; any other call, and calls with
-    arguments that may act on the prompt's forward, are what they were. Preparing twice does nothing. Not for
-    ranks whose forwards are collective (FSDP, ZeRO-3): they must make equally many, and not all may hold a
-    prompt twice.
+    arguments that may act on the prompt's forward, are what they were. Not for ranks whose forwards are
+    collective (FSDP, ZeRO-3): they must make equally many, and not all may hold a prompt twice.
     """
-    if hasattr(model, "_generate_before_gvpo"):
-        return
-    base: Any = model
-    base._generate_before_gvpo = model.generate
+    instance, plain = vars(model), model.generate
+    before = {name: instance[name] for name in ("generate",) if name in instance}
 
-    @functools.wraps(type(model).generate)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args and _can_share(self, kwargs):
-            cache = prefill(self, kwargs["input_ids"], kwargs["attention_mask"])
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if not args and _can_share(model, kwargs):
+            cache = prefill(model, kwargs["input_ids"], kwargs["attention_mask"])
             if cache is not None:
                 kwargs["past_key_values"] = cache
-        return self._generate_before_gvpo(*args, **kwargs)
+        return plain(*args, **kwargs)
 
-    base.generate = types.MethodType(generate, model)
+    instance["generate"] = generate
+    try:
+        yield
+    finally:
+        del instance["generate"]
+        instance.update(before)
 
 
 def _can_share(model: Any, kwargs: dict[str, Any]) -> bool:

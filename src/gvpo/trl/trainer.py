@@ -17,6 +17,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from trl.trainer.utils import use_adapter
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
-from gvpo.model.generation import share_prompts
+from gvpo.model.generation import shared_prompts
 from gvpo.model.logprobs import unwrap
 from gvpo.step import GVPOStep, SequenceScorer
 from gvpo.trl import (
@@ -163,8 +164,6 @@ class GVPOTrainer(ResumableTrainer):
         if self.args.reference == "initial" and self.ref_model is not None:
             self._reference_scorer = SequenceScorer(self.ref_model, **common)
         self._collective = backend.collective_forward(self.model)
-        if not self._collective:
-            share_prompts(unwrap(self.model))
         self._portions, self._token_ceiling = Portions(), Ceiling()
         self.health = Health(self.args.max_bad_steps)
         self._window: list[Slice] = []
@@ -199,13 +198,17 @@ class GVPOTrainer(ResumableTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
         sample = super()._generate_single_turn
-        if not self.use_vllm and not self._collective:
+        alone = not self._collective and not self.use_vllm
+        if alone:
             sample = functools.partial(self._portions, sample)
-        if any(ids is not None for ids in self._given):
-            whole = self.use_vllm  # it wants every group whole
-            ids, logps = offpolicy.complete(sample, self._given, prompt_ids, *others, whole=whole, **kwargs)
-        else:
-            ids, logps = sample(prompt_ids, *others, **kwargs)
+        with shared_prompts(unwrap(self.model)) if alone else nullcontext():
+            if any(ids is not None for ids in self._given):
+                whole = self.use_vllm  # it wants every group whole
+                ids, logps = offpolicy.complete(
+                    sample, self._given, prompt_ids, *others, whole=whole, **kwargs
+                )
+            else:
+                ids, logps = sample(prompt_ids, *others, **kwargs)
         if self._without_tokens is not None:  # a later turn of a conversation with tools
             return ids, logps
         self._without_tokens = [i for i, row in enumerate(ids) if not row]
