@@ -219,8 +219,6 @@ def test_recipe_with_an_unknown_or_mistyped_option(tmp_path: Path, capfd: pytest
         ("return [1.0]", "Reward function digits returned 1 rewards for 16 completions"),
         ("return [float('nan')] * len(completions)", "returned None or NaN for all 16 completions"),
         ("return [float('inf')] * len(completions)", "returned inf, which is no finite number: 16 of 16"),
-        ("return ['1'] * len(completions)", "returned '1', which is no finite number"),
-        ("return None", "Reward function digits returned a NoneType"),
     ],
 )
 def test_reward_functions_that_go_wrong(

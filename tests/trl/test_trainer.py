@@ -24,12 +24,10 @@ from tests.trl.common import (
 )
 
 
-@pytest.mark.parametrize("reference", ["rollout", "initial"])
-def test_resumed_run_is_the_run_that_was_never_stopped(reference: str, tmp_path: Path) -> None:
+def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path) -> None:
     """Real sampling, AdamW and a schedule; stopped in the middle of a rollout's four updates."""
     settings: dict[str, Any] = {
         "output_dir": str(tmp_path),
-        "reference": reference,
         "steps_per_generation": 16,
         "max_steps": 6,
         "optim": "adamw_torch",
