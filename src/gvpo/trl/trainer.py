@@ -5,8 +5,8 @@ Generation, rewards, logging, checkpoints and the training loop are TRL's. What 
 the call of `training_step` that ends its accumulation window.
 
 The methods stand in the order in which a response meets them: sampled, rewarded, put into groups, measured
-against the reference, weighed. The parts that they call take values and give values; TRL is
-known here and in `gvpo.trl.resume` only.
+against the reference, weighed. The parts that they call take values and give values; TRL is known here and
+in `gvpo.trl.resume` only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
 from gvpo.model.generation import shared_prompts
 from gvpo.model.logprobs import unwrap
-from gvpo.step import GVPOStep, SequenceScorer
+from gvpo.step import GVPOStep, SequenceScorer, StepReport
 from gvpo.trl import (
     compat,  # noqa: F401  (asserts TRL's private names)
     offpolicy,
