@@ -1,5 +1,6 @@
 """No network, no telemetry, quiet libraries: before any of them is imported. And nothing is left behind."""
 
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -21,4 +22,5 @@ os.environ["TMPDIR"] = tempfile.tempdir = TEMPORARY
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A green run leaves nothing; after another one its folder may be looked at."""
     if not session.testsfailed:
+        multiprocessing.util._run_finalizers()  # of the server that ranks start from: its socket is there
         shutil.rmtree(TEMPORARY, ignore_errors=True)
