@@ -24,20 +24,20 @@ def test_worker_survives_what_the_function_does() -> None:
         return [len(c) + offset for c in completions]
 
     worker = RewardWorker(reward, timeout=3.0)
-    assert worker(completions=["ab"]) == [7.0]
+    assert worker({"completions": ["ab"]}) == [7.0]
     with pytest.raises(RewardFailure, match="ValueError: cannot read it") as caught:
-        worker(completions=["RAISE"])
+        worker({"completions": ["RAISE"]})
     assert "in reward" in caught.value.trace
     first = worker._process
-    assert worker(completions=["abc"]) == [8.0]  # by the same process
+    assert worker({"completions": ["abc"]}) == [8.0]  # by the same process
     assert worker._process is first
     with pytest.raises(RewardFailure, match=r"its process died"):
-        worker(completions=["DIE"])
+        worker({"completions": ["DIE"]})
     with pytest.raises(RewardFailure, match="took longer than 3 s"):
-        worker(completions=["HANG"])
+        worker({"completions": ["HANG"]})
     assert not first.is_alive()
     assert worker._process is None
-    assert worker(completions=["abcd"]) == [9.0]  # by a new one
+    assert worker({"completions": ["abcd"]}) == [9.0]  # by a new one
     last = worker._process
     worker.close()
     assert not last.is_alive()

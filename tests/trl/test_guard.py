@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from gvpo.errors import InputError
+from gvpo.rewards.worker import RewardTimeout, RewardWorker
 from gvpo.trl.guard import Incidents, guard
+from tests.rewards.hanging import hangs, hangs_on_7
 from tests.trl.common import digit_reward, trainer
 
 ROWS = ["a", "b", "BAD", "d", "e", "f"]
@@ -34,7 +36,7 @@ def test_one_bad_completion_costs_itself_only() -> None:
     assert incidents.entries[0]["completion"] == "BAD"
 
 
-def test_groups_stay_together_where_they_can() -> None:
+def test_a_failure_is_found_by_halves_of_whole_groups() -> None:
     sizes = []
 
     def ranked(completions: list[str], **_: Any) -> list[float]:
@@ -42,7 +44,70 @@ def test_groups_stay_together_where_they_can() -> None:
         return raises_on_bad(completions)
 
     score(ranked)
-    assert sizes == [6, 2, 2, 1, 1, 2]
+    assert sizes == [6, 4, 2, 2, 1, 1, 2]
+
+
+def outage(reward: Any, rows: int, tolerated: float, **settings: Any) -> tuple[list[float | None], Incidents]:
+    incidents = Incidents(tolerated)
+    completions = [str(i) for i in range(rows)]
+    return guard(reward, incidents, group=8, **settings)(
+        prompts=completions, completions=completions
+    ), incidents
+
+
+@pytest.mark.parametrize(("tolerated", "failed", "most"), [(0.01, 6, 20), (0.0, 1, 10), (5 / 512, 6, 20)])
+def test_an_outage_is_tried_no_longer_than_it_is_tolerated(tolerated: float, failed: int, most: int) -> None:
+    calls = []
+
+    def down(completions: list[str], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        raise ConnectionError("no server")
+
+    values, incidents = outage(down, 512, tolerated)
+    assert values == [None] * 512
+    assert len(incidents.rows) == failed  # one more than is tolerated, which stops the run
+    assert len(calls) <= most
+
+
+def test_as_many_failures_as_are_tolerated_cost_themselves_only() -> None:
+    def odd(completions: list[str], **_: Any) -> list[float]:
+        if bad & set(completions):
+            raise ValueError
+        return [1.0] * len(completions)
+
+    bad = {"0", "99", "100", "317", "511"}
+    values, incidents = outage(odd, 512, 5 / 512)
+    assert incidents.rows == {int(row) for row in bad}
+    assert [row for row, value in enumerate(values) if value is None] == sorted(incidents.rows)
+    assert not incidents.beyond(512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tolerated", [0.01, 1.0])
+def test_rows_that_hang_cost_a_few_time_limits_in_all(
+    tolerated: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[float] = []
+    real = RewardWorker.__call__
+
+    def timed(self: RewardWorker, columns: dict[str, Any], timeout: float) -> Any:
+        try:
+            return real(self, columns, timeout)
+        except RewardTimeout:
+            lost.append(timeout)
+            raise
+
+    monkeypatch.setattr(RewardWorker, "__call__", timed)
+    _, incidents = outage(hangs, 16, tolerated, timeout=1.0)
+    assert 0 < sum(lost) <= 4
+    assert incidents.rows == ({0} if tolerated < 1 else set(range(16)))
+
+
+@pytest.mark.slow
+def test_one_completion_that_hangs_costs_itself_only() -> None:
+    values, incidents = outage(hangs_on_7, 32, 0.05, timeout=1.0)
+    assert incidents.rows == {7}
+    assert values == [None if row == 7 else 1.0 for row in range(32)]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,10 @@ class RewardFailure(Exception):
         self.trace = trace or message
 
 
+class RewardTimeout(RewardFailure):
+    """It took longer than its limit."""
+
+
 class RewardWorker:
     """Calls a function in a worker process, with a limit of time.
 
@@ -38,19 +42,21 @@ class RewardWorker:
         self._pipe: Any = None
         atexit.register(self.close)
 
-    def __call__(self, **columns: Any) -> Any:
-        """What the function returns.
+    def __call__(self, columns: dict[str, Any], timeout: float | None = None) -> Any:
+        """What the function returns for `columns`, within `timeout` seconds where it's given.
 
         Raises:
-            RewardFailure: it raised, took too long, or its process died. The next call starts a new process.
+            RewardTimeout: it took too long.
+            RewardFailure: it raised, or its process died. The next call starts a new process.
         """
-        if self._process is None or not self._process.is_alive():
+        if not self.alive:
             self._start()
         try:
             self._pipe.send(columns)
-            if not self._pipe.poll(self.timeout):
+            limit = timeout or self.timeout
+            if not self._pipe.poll(limit):
                 self.close()
-                raise RewardFailure(f"took longer than {self.timeout:g} s")
+                raise RewardTimeout(f"took longer than {limit:g} s")
             kind, value = self._pipe.recv()
         except (EOFError, OSError) as error:
             code = self._process.exitcode if self._process is not None else None
@@ -59,6 +65,11 @@ class RewardWorker:
         if kind == "raised":
             raise RewardFailure(*value)
         return value
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process that the next call can use."""
+        return self._process is not None and self._process.is_alive()
 
     def close(self) -> None:
         """End the process, whatever it does."""

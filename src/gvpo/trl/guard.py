@@ -1,8 +1,10 @@
 """Reward functions that go wrong: what failed is found, counted, kept, and tolerated or not.
 
-A call that raises, hangs or dies is made again for each prompt's group alone, and then for each completion of
-the groups that fail, so that one odd completion costs itself only. A wrong number of values is a mistake in
-the function, not in a completion, and always stops.
+A call that fails is made again for each half of its prompts, down to one group and then one
+completion, so that an odd completion costs itself only. Where that loses a worker process, which takes time to
+start again, groups and then completions are tried at once; calls that hang cost a few time limits in all. Where more rows
+have failed than the run tolerates nothing is tried any more. A wrong number of values is a mistake in the
+function, not in a completion, and always stops.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import functools
 import inspect
 import json
 import math
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +24,14 @@ from typing import Any
 from torch import nn
 
 from gvpo.errors import InputError
-from gvpo.rewards.worker import RewardFailure, RewardWorker
+from gvpo.rewards.worker import RewardFailure, RewardTimeout, RewardWorker
 
 # What TRL passes besides columns: objects of this process, which a worker process can't be given.
 _OF_THIS_PROCESS = ("trainer_state", "log_extra", "log_metric", "environments")
+# Time limits that calls which hang may cost a generation in all, and the share of one that a part gets.
+_LIMITS = 4.0
+_PART = 1 / 8
+_LEAST_SECONDS = 1.0  # a busy machine needs so long for nothing
 
 
 @dataclass
@@ -35,8 +42,12 @@ class Incidents:
         rows: the rows without a reward that can be trusted.
         first: the first failure in words, and its traceback.
         entries: one record for each failure.
+        tolerated: the share of all processes' rows that may fail before the run stops.
+        processes: how many there are, each with as many rows.
     """
 
+    tolerated: float = 1.0
+    processes: int = 1
     rows: set[int] = field(default_factory=set)
     first: tuple[str, str] = ("", "")
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -46,6 +57,10 @@ class Incidents:
             self.first = f"Reward function {function} {why}", trace
         self.rows.add(row)
         self.entries.append({"function": function, "why": why, "prompt": prompt, "completion": completion})
+
+    def beyond(self, rows: int) -> bool:
+        """Whether so many of this process's `rows` failed that the run stops, whatever the others do."""
+        return len(self.rows) > self.tolerated * (rows * self.processes)
 
     def drain(self, path: Path, step: int) -> tuple[set[int], tuple[str, str]]:
         """Append the records to a file; return the rows and the first failure, and start anew."""
@@ -80,8 +95,9 @@ def guard(
                 f"Reward function {name} is async, which a worker process cannot run: take one away."
             )
         return _guard_async(reward, name, incidents)
-    call = _in_worker(reward, timeout) if worker or timeout else reward
-    guarded = _Guarded(call, name, incidents, group)
+    guarded = _Guarded(reward, name, incidents, group)
+    if worker or timeout:
+        guarded.worker = RewardWorker(reward, timeout)
 
     @functools.wraps(reward)
     def wrapped(*args: Any, **columns: Any) -> list[float | None]:
@@ -91,43 +107,56 @@ def guard(
     return wrapped
 
 
-def _in_worker(reward: Callable[..., Any], timeout: float | None) -> Callable[..., Any]:
-    worker = RewardWorker(reward, timeout)
-
-    def call(**columns: Any) -> Any:
-        return worker(**{k: v for k, v in columns.items() if k not in _OF_THIS_PROCESS})
-
-    return call
-
-
 class _Guarded:
-    def __init__(self, call: Callable[..., Any], name: str, incidents: Incidents, group: int) -> None:
-        self.call, self.name, self.incidents, self.group = call, name, incidents, group
+    worker: RewardWorker | None = None
+
+    def __init__(self, reward: Callable[..., Any], name: str, incidents: Incidents, group: int) -> None:
+        self.reward, self.name, self.incidents, self.group = reward, name, incidents, group
+        self.hung = self.slowest = 0.0  # seconds: lost in this generation, and of the longest call that ended
 
     def __call__(self, **columns: Any) -> list[float | None]:
         count = len(columns["completions"])
         values: list[float | None] = [None] * count
-        self._fill(values, columns, range(count), (self.group, 1))
+        self.hung = 0.0
+        self._fill(values, columns, range(count))
         return values
 
-    def _fill(
-        self, values: list[float | None], columns: dict[str, Any], rows: range, finer: tuple[int, ...]
-    ) -> None:
-        """Score `rows`, and on failure parts of them of the first of the `finer` sizes."""
-        mine = columns if len(rows) == len(values) else _select(columns, rows, len(values))
+    def _call(self, columns: dict[str, Any], part: bool) -> Any:
+        if self.worker is None:
+            return self.reward(**columns)
+        limit = whole = self.worker.timeout or math.inf
+        if part:
+            limit = min(whole, max(_PART * whole, _LEAST_SECONDS, 2 * self.slowest))
+        if self.hung + limit > _LIMITS * whole:
+            raise RewardFailure(f"hung for {self.hung:.3g} s in this generation, and was not tried again")
+        started = time.monotonic()
         try:
-            returned = self.call(**mine)
+            columns = {key: value for key, value in columns.items() if key not in _OF_THIS_PROCESS}
+            returned = self.worker(columns, limit if self.worker.timeout else None)
+        except RewardTimeout:
+            self.hung += limit
+            raise
+        self.slowest = max(self.slowest, time.monotonic() - started)
+        return returned
+
+    def _fill(self, values: list[float | None], columns: dict[str, Any], rows: range) -> None:
+        """Score `rows`, and on failure parts of them, until more have failed than are tolerated."""
+        if self.incidents.beyond(len(values)):
+            return
+        part = len(rows) < len(values)
+        try:
+            returned = self._call(_select(columns, rows, len(values)) if part else columns, part)
         except InputError:
             raise
         except Exception as error:
-            sizes = [size for size in finer if size < len(rows)]
-            if sizes:
-                for start in range(rows.start, rows.stop, sizes[0]):
-                    part = range(start, min(start + sizes[0], rows.stop))
-                    self._fill(values, columns, part, tuple(sizes[1:]))
+            if len(rows) == 1:
+                self._note(rows[0], columns, error)
                 return
-            for row in rows:
-                self._note(row, columns, error)
+            unit = self.group if len(rows) > self.group else 1
+            lost = self.worker is not None and not self.worker.alive
+            size = unit if lost else unit * math.ceil(len(rows) / unit / 2)
+            for start in range(rows.start, rows.stop, size):
+                self._fill(values, columns, range(start, min(start + size, rows.stop)))
             return
         for row, value in zip(rows, counted(returned, len(rows), self.name), strict=True):
             values[row] = self._number(row, value, columns)

@@ -95,7 +95,8 @@ class GVPOTrainer(ResumableTrainer):
             args = GVPOConfig(f"{name.split('/')[-1]}-GVPO")
         if not isinstance(args, GVPOConfig):
             raise InputError(f"args is a {type(args).__name__}; GVPOTrainer needs a gvpo.trl.GVPOConfig.")
-        self.incidents = Incidents()
+        tolerated = 0.0 if args.on_reward_error == "error" else args.reward_error_tolerance
+        self.incidents = Incidents(tolerated, args.world_size)
         if reward_funcs is not None:
             funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [
