@@ -1,7 +1,7 @@
-"""How the accuracy reward grades labelled answers, beside Math-Verify alone: `python -m benchmarks.rewards [DATA]`.
+"""How the accuracy reward and Math-Verify alone grade labelled answers: `python -m benchmarks.rewards [DATA]`.
 
-A wrong 1 is a reward for a wrong answer, a missed 1 a right answer without one. With a folder that holds copies
-of `gsm8k/{train,test}.jsonl` and `math_eval/math500.jsonl`, their solutions are graded too, and timed.
+A wrong 1 is a reward for a wrong answer, a missed 1 a right answer without one. With a folder that holds
+copies of `gsm8k/{train,test}.jsonl` and `math_eval/math500.jsonl`, their solutions are graded too, and timed.
 """
 
 import json
@@ -51,14 +51,18 @@ def labelled() -> dict[str, list[dict[str, Any]]]:
 
     fresh = read("fresh.jsonl")
     sets = {split: [row for row in fresh if row["split"] == split] for split in ("dev", "held-out")}
-    return sets | {"fitted": [row for name in ("endings", "styles", "forms") for row in read(f"{name}.jsonl")]}
+    return sets | {
+        "fitted": [row for name in ("endings", "styles", "forms") for row in read(f"{name}.jsonl")]
+    }
 
 
 def mistakes(rows: list[dict[str, Any]], grader: Grader) -> tuple[list[int], list[int]]:
     """The rows with a wrong 1, and those with a missed 1."""
     found = grader([row["completion"] for row in rows], [row["truth"] for row in rows])
     pairs = list(enumerate(zip(found, (row["correct"] for row in rows), strict=True)))
-    return [i for i, (ours, label) in pairs if ours > label], [i for i, (ours, label) in pairs if ours < label]
+    return [i for i, (ours, label) in pairs if ours > label], [
+        i for i, (ours, label) in pairs if ours < label
+    ]
 
 
 def table() -> None:
@@ -90,7 +94,9 @@ def solutions(data: Path) -> None:
             ones = sum(verdict.correct for verdict in verify(texts, given))
             rate = len(rows) / (time.perf_counter() - started)
             equal = sum(a == b for a, b in zip(truths, given, strict=True))
-            print(f"{recipe}, {name} answers: {ones} of {len(rows)} score 1 ({equal} are the same); {rate:.0f}/s")
+            print(
+                f"{recipe}, {name} answers: {ones} of {len(rows)} score 1 ({equal} are equal); {rate:.0f}/s"
+            )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gvpo.errors import InputError
 from gvpo.rewards import extract_answer
-from gvpo.rewards.statements import boxed_contents
+from gvpo.rewards.extraction import boxed_contents
 
 
 @pytest.mark.parametrize(
@@ -14,18 +15,26 @@ from gvpo.rewards.statements import boxed_contents
         (r"so $\boxed{72}$.", "72", "boxed"),
         (r"$\boxed{1}$ and $\boxed{-2}$", "1, -2", "boxed"),
         (r"\boxed{5}. We check our answer: $2+2=4$.", "5", "boxed"),
+        (r"\boxed{5}. Our answer is consistent with the 8 given.", "5", "boxed"),
+        (r"\boxed{5}. Step 2 gives \boxed{6}.", "6", "boxed"),
         ("9*2=18\n#### 18", "18", "hash"),
+        ("#### 1. First of all\n#### 18", "18", "hash"),
         ("<answer>\n5 \n</answer>", "5", "tag"),
         ("**Answer:** 5 apples", "5 apples", "phrase"),
-        ("The answer is $x$ or $y$.", "x, y", "phrase"),
-        ("Altogether, she sold 48 + 24 = 72 clips.", "72", "closing"),
-        ("She pays $64 for the 16 glasses.", "$64", "closing"),
+        ("Answer: She has 5 apples left.", "5", "phrase"),
+        ("The answer is 5, since there are 8 and 3 go.", "5", "phrase"),
+        ("The answer is $x$ or $y$.", "$x$ or $y$", "phrase"),
+        ("The correct option is B.", "B", "phrase"),
+        ("The answer to the question of how many there are is 30.", "30", "phrase"),
+        ("## Final Answer\n\n$\\frac12$", "$\\frac12$", "phrase"),
+        ("18 dollars", "18 dollars", "bare"),
+        ("(B)", "(B)", "bare"),
     ],
 )
 def test_answer_and_form(completion, text, form):
     answer = extract_answer(completion)
     assert (answer.text, answer.form) == (text, form)
-    assert answer.explicit == (form != "closing")
+    assert answer.explicit == (form != "bare")
 
 
 @pytest.mark.parametrize(
@@ -34,15 +43,47 @@ def test_answer_and_form(completion, text, form):
         "",
         "   ",
         "I cannot solve this problem.",
+        "Altogether, she sold 48 + 24 = 72 clips.",
         r"\boxed{72",
+        r"\boxed{5} and then \boxed{72",
         r"\boxed{}",
         "#### ",
-        "the total is 48 +",
         "The answer is",
+        "The answer is 48 +",
+        "The final answer is not 5.",
+        "The answer is unknown. (A guess: 5.)",
+        "If one more came, the answer would be 5.",
+        "Tom says the answer is 5.",
+        "The answer to the first part is 5.",
+        "The answer is 42. However, I made an error: it's 41.",
+        "The answer is 5. Wait, one was eaten. So there are 4.",
+        r"<think>So \boxed{6}? But",
     ],
 )
 def test_no_answer(completion):
     assert extract_answer(completion) is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "text"),
+    [
+        ("Altogether, she sold 48 + 24 = 72 clips.", "72 clips"),
+        ("Therefore, she makes **$18** every day.", "$18"),
+        ("She sold 72 clips of 90.", None),
+        ("We need to find x such that x + 3 = 8.", None),
+        ("She sold 72 clips and", None),
+        ("So: 42. If you have 2 more questions, ask.", None),
+    ],
+)
+def test_the_last_sentence_counts_where_that_is_asked_for(completion, text):
+    answer = extract_answer(completion, closing="sentence")
+    assert (answer and answer.text) == text
+    assert answer is None or not answer.explicit
+
+
+def test_an_unknown_closing_is_refused():
+    with pytest.raises(InputError, match="closing='word'"):
+        extract_answer("5", closing="word")
 
 
 def test_last_statement_counts():
@@ -53,13 +94,8 @@ def test_a_problem_that_the_model_sets_itself_is_cut_off():
     assert extract_answer("#### 18\n\nQuestion: Tom has 3.\nAnswer: 3\n#### 3").text == "18"
 
 
-def test_retracted_answer_is_replaced():
-    assert extract_answer("The answer is 5. Wait, one was eaten. So there are 4 apples.").text == "4"
-
-
 def test_only_the_conclusion_of_a_thought_counts():
     assert extract_answer(r"<think>\boxed{6}?</think>It is \boxed{5}.").text == "5"
-    assert extract_answer("<think>The answer is 6. But") is None
 
 
 @given(

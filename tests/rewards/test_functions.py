@@ -24,6 +24,14 @@ def test_accuracy_takes_texts_and_conversations():
     assert rewards == [1.0, 0.0, 1.0]
 
 
+def test_a_closing_sentence_counts_only_where_that_is_asked_for():
+    for spec, reward in (("accuracy", 0.0), ("accuracy:sentence", 1.0)):
+        function = load_reward(spec)
+        assert function.__name__ == "accuracy"
+        assert function(prompts=[""], completions=["So there are 5."], answer=["5"]) == [reward]
+    assert compute_score("openai/gsm8k", "So there are 5.", "5", closing="sentence") == 1.0
+
+
 def test_accuracy_without_a_truth_is_unknown():
     assert load_reward("accuracy")(prompts=[""], completions=["5"], answer=[None]) == [None]
 
@@ -42,7 +50,7 @@ def test_exact_is_to_the_letter():
 
 
 def test_format_asks_for_an_explicit_statement():
-    texts = [r"\boxed{5}", "#### 5", "So there are 5."]
+    texts = [r"\boxed{5}", "#### 5", "5"]
     assert load_reward("format")(prompts=[""] * 3, completions=texts) == [1, 1, 0]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.rewards import labelled, mistakes, stated
 from gvpo.data.recipes import RECIPES
 from gvpo.rewards import VerifierPool, answers_equal, verify
 from gvpo.rewards.pool import close_shared_pool, shared_pool
@@ -29,17 +30,16 @@ def pool():
     pool.close()
 
 
+# What `python -m benchmarks.rewards` says, and the guide: wrong 1s, and at most so many missed 1s.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["endings.jsonl", "styles.jsonl", "forms.jsonl"])
-def test_labelled_endings(name, pool):
-    rows = read(name)
-    verdicts = verify([row["completion"] for row in rows], [row["truth"] for row in rows], pool=pool)
-    wrong = [
-        (row["truth"], row["completion"], verdict.answer)
-        for row, verdict in zip(rows, verdicts, strict=True)
-        if verdict.correct != row["correct"]
-    ]
-    assert wrong == []
+@pytest.mark.parametrize(
+    ("name", "wrong", "missed"), [("dev", 0, 12), ("held-out", 0, 12), ("fitted", 0, 92)]
+)
+def test_labelled_answers(name, wrong, missed):
+    rows = labelled()[name]
+    paid, unpaid = mistakes(rows, stated)
+    assert [rows[index]["completion"] for index in paid][wrong:] == []
+    assert len(unpaid) <= missed
 
 
 @pytest.mark.parametrize("name", ["gsm8k.jsonl", "math500.jsonl"])

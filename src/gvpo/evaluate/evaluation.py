@@ -183,7 +183,7 @@ def _vote(row: Row) -> str | None:
         return None
     text = clean(row["extracted"])
     number = quantity(text)
-    return key(text) if number is None else f"{number.value * number.scale}{'%' * number.percent}"
+    return key(text) if number is None else f"{number.value}{'%' * number.percent}"
 
 
 # --- Summary ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 from gvpo.errors import InputError
 from gvpo.rewards.extraction import extract_answer
-from gvpo.rewards.verification import answers_equal, verify
+from gvpo.rewards.verification import verify
 
 RewardFunction = Callable[..., list[float | None]]
 Completion = str | Sequence[Mapping[str, Any]]
@@ -46,16 +46,21 @@ def accuracy(
     completions: Sequence[Completion],
     *,
     answer: Sequence[Any] | None = None,
+    closing: str | None = None,
     **_: Any,
 ) -> list[float | None]:
     """1 when the completion's final answer equals `answer`, else 0; None where there is no ground truth.
+
+    With `closing="sentence"` (by name `accuracy:sentence`) the value of a last sentence is an answer, too,
+    where none is stated.
 
     Raises:
         InputError: the data set has no column `answer`.
     """
     answers = _answers(answer, len(completions), "accuracy")
     known = [index for index, truth in enumerate(answers) if truth is not None and str(truth).strip()]
-    verdicts = verify([completion_text(completions[i]) for i in known], [str(answers[i]) for i in known])
+    texts, truths = [completion_text(completions[i]) for i in known], [str(answers[i]) for i in known]
+    verdicts = verify(texts, truths, closing=closing)
     rewards: list[float | None] = [None] * len(completions)
     for index, verdict in zip(known, verdicts, strict=True):
         rewards[index] = float(verdict.correct)
@@ -138,11 +143,8 @@ def _score_entry(task: str, text: str, entry: dict[str, Any]) -> float:
         raise InputError("reasoning_gym is not installed: pip install 'gvpo[reasoning-gym]'.") from error
     score = get_score_answer_fn(task)
     found = extract_answer(text)
-    # Many tasks ask for grids or sequences, which only the scorer can read: it gets the text as well.
-    candidates = [text.strip()] if found is None else [found.text, text.strip()]
-    if found is not None and found.explicit:
-        candidates = [found.text]
-    return max(float(score(answer=candidate, entry=entry)) for candidate in candidates)
+    # Many tasks ask for grids or sequences, which only the scorer can read in a text that states no answer.
+    return float(score(answer=found.text if found else text.strip(), entry=entry))
 
 
 def compute_score(
@@ -150,6 +152,7 @@ def compute_score(
     solution_str: str,
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
+    closing: str | None = None,
     **_: Any,
 ) -> float:
     """verl's custom reward function: 1.0 when `solution_str` arrives at `ground_truth`, else 0.0.
@@ -159,6 +162,7 @@ def compute_score(
         solution_str: the model's text.
         ground_truth: the row's `reward_model.ground_truth`; the full solution of GSM8K or MATH will do.
         extra_info: for reasoning_gym, `entry`.
+        closing: as for `accuracy`; verl passes it from `custom_reward_function.reward_kwargs`.
     """
     from gvpo.rewards.truths import any_answer
 
@@ -170,7 +174,4 @@ def compute_score(
     truth = any_answer(ground_truth)
     if truth is None:
         return 0.0
-    return float(verify([solution_str], [truth])[0].correct)
-
-
-__all__ = ["accuracy", "answers_equal", "compute_score", "exact", "format", "length", "reasoning_gym"]
+    return float(verify([solution_str], [truth], closing=closing)[0].correct)

@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,10 +25,8 @@ from gvpo.rewards import symbolic
 
 Pair = tuple[str, str]
 
-DEFAULT_SECONDS = 1.0
 _CHUNK = 32
 _START_SECONDS = 120.0
-_END_SECONDS = 5.0
 _MEGABYTES = 2048
 _MAX_WORKERS = 8
 _MAX_FAILURES = 3
@@ -53,10 +50,7 @@ class _Worker:
         )
 
     def compare(self, pairs: Sequence[Pair], seconds: float, verdicts: list[bool]) -> bool:
-        """Append verdicts, up to the first pair that a child died on (which counts as unequal).
-
-        Returns:
-            Whether a child died.
+        """Append verdicts, up to the first pair that a child died on (unequal); say whether one did.
 
         Raises:
             OSError: the worker itself is gone.
@@ -65,8 +59,7 @@ class _Worker:
             self._expect(_START_SECONDS)
             self.ready = True
         payload = json.dumps([seconds, pairs]).encode()
-        assert self.process.stdin is not None
-        self.process.stdin.write(struct.pack(">I", len(payload)) + payload)
+        self.process.stdin.write(struct.pack(">I", len(payload)) + payload)  # type: ignore[union-attr]
         for _ in pairs:
             # The worker limits itself; this deadline is for one that was stopped from outside.
             byte = self._expect(40 * seconds + 10)
@@ -76,9 +69,8 @@ class _Worker:
         return False
 
     def _expect(self, seconds: float) -> bytes:
-        assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
-        byte = self.process.stdout.read(1) if readable else b""
+        readable, _, _ = select.select([self.process.stdout.fileno()], [], [], seconds)  # type: ignore[union-attr]
+        byte: bytes = self.process.stdout.read(1) if readable else b""  # type: ignore[union-attr]
         if not byte:
             raise OSError("the worker process is gone")
         return byte
@@ -87,18 +79,13 @@ class _Worker:
         """End the process and its child, whatever they do, and wait for it."""
         self.process.terminate()  # it ends its child first, so that none is left for others to bury
         try:
-            self.process.wait(timeout=_END_SECONDS)
+            self.process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        self.forget()
-
-    def forget(self) -> None:
-        """Close our ends of the pipes only: in a forked copy of the caller the worker is not ours."""
         for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()
+            stream.close()  # type: ignore[union-attr]
 
 
 class VerifierPool:
@@ -114,16 +101,17 @@ class VerifierPool:
         InputError: Math-Verify is not installed.
     """
 
-    def __init__(self, workers: int | None = None, seconds: float = DEFAULT_SECONDS) -> None:
+    def __init__(self, workers: int | None = None, seconds: float = 1.0) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise InputError("Math-Verify is not installed: pip install 'math-verify[antlr4_9_3]'.")
         self.workers = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
         self.seconds = seconds
+        self._owner = os.getpid()
+        self._workers: dict[_Worker, None] = {}
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(self.workers):
             self._idle.put(None)  # a place for a worker that has not been started
-        self._all: set[_Worker] = set()
-        self._lock = threading.Lock()
+        atexit.register(self.close)
 
     def compare(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether the second of each pair, an answer, equals the first, a ground truth.
@@ -133,14 +121,16 @@ class VerifierPool:
         distinct = list(dict.fromkeys(pair for pair in pairs if not any(map(symbolic.too_complex, pair))))
         chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
         deaths: list[Pair] = []
-        run = partial(self._compare_chunk, deaths=deaths, tolerated=max(_MIN_TOLERATED, len(distinct) // 100))
+        compare = partial(
+            self._compare_chunk, deaths=deaths, tolerated=max(_MIN_TOLERATED, len(distinct) // 100)
+        )
         if len(chunks) > 1 and self.workers > 1:
-            with ThreadPoolExecutor(min(self.workers, len(chunks))) as threads:
-                results = list(threads.map(run, chunks))
+            with ThreadPoolExecutor(self.workers) as threads:
+                verdicts = [verdict for chunk in threads.map(compare, chunks) for verdict in chunk]
         else:
-            results = [run(chunk) for chunk in chunks]
-        verdicts = dict(zip(distinct, (v for result in results for v in result), strict=True))
-        return [verdicts.get(pair, False) for pair in pairs]
+            verdicts = [verdict for chunk in chunks for verdict in compare(chunk)]
+        equal = dict(zip(distinct, verdicts, strict=True))
+        return [equal.get(pair, False) for pair in pairs]
 
     def _compare_chunk(self, chunk: Sequence[Pair], deaths: list[Pair], tolerated: int) -> list[bool]:
         verdicts: list[bool] = []
@@ -150,87 +140,54 @@ class VerifierPool:
             try:
                 if worker is None:
                     worker = _Worker()
-                    with self._lock:
-                        self._all.add(worker)
+                    self._workers[worker] = None
                 seconds = self.seconds if len(deaths) <= tolerated else self.seconds / 10
                 if worker.compare(chunk[len(verdicts) :], seconds, verdicts):
                     deaths.append(chunk[len(verdicts) - 1])
-            except OSError as error:
-                self._discard(worker)
+            except BaseException as error:  # Ctrl-C too: the rest would be read as the next pair's answer
+                self._end(worker)
                 worker = None
                 failures += 1
+                if not isinstance(error, OSError):
+                    raise
                 if failures > _MAX_FAILURES:
-                    raise RuntimeError(
-                        "the verification workers keep dying: is the machine out of memory?"
-                    ) from error
-            except BaseException:
-                # Ctrl-C in the middle of an answer: the rest would be read as the next one's.
-                self._discard(worker)
-                worker = None
-                raise
+                    message = "the verification workers keep dying: is the machine out of memory?"
+                    raise RuntimeError(message) from error
             finally:
                 self._idle.put(worker)
         return verdicts
 
-    def _discard(self, worker: _Worker | None) -> None:
-        if worker is not None:
+    def _end(self, worker: _Worker | None) -> None:
+        if worker is not None and self._workers.pop(worker, worker) is None:
             worker.close()
-            with self._lock:
-                self._all.discard(worker)
 
     def process_ids(self) -> list[int]:
         """The worker processes that run now; each leads a process group of its own."""
-        with self._lock:
-            return [worker.process.pid for worker in self._all]
+        return [worker.process.pid for worker in list(self._workers)]
 
     def close(self) -> None:
         """End every worker. The pool may be used again: it starts new ones."""
-        with self._lock:
-            workers, self._all = self._all, set()
-        places = self._idle.qsize()
-        for _ in range(places):
+        if os.getpid() != self._owner:  # in a forked copy of the caller the workers are not ours
+            return
+        for worker in list(self._workers):
+            self._end(worker)
+        for _ in range(self._idle.qsize()):
             with suppress(queue.Empty):
                 self._idle.get_nowait()
                 self._idle.put(None)
-        for worker in workers:
-            worker.close()
-
-    def forget(self) -> None:
-        """Let go of the workers without ending them, after a fork."""
-        for worker in self._all:
-            worker.forget()
 
 
-_shared: VerifierPool | None = None
-_shared_lock = threading.Lock()
+_shared: dict[int, VerifierPool] = {}  # by process: a forked copy starts workers of its own
 
 
 def shared_pool() -> VerifierPool:
     """This process's pool, made when first asked for and closed at exit."""
-    global _shared
-    with _shared_lock:
-        if _shared is None:
-            _shared = VerifierPool()
-        return _shared
+    process = os.getpid()
+    return _shared.get(process) or _shared.setdefault(process, VerifierPool())
 
 
 def close_shared_pool() -> None:
     """End the workers of this process's pool, if it has one."""
-    global _shared
-    with _shared_lock:
-        pool, _shared = _shared, None
+    pool = _shared.pop(os.getpid(), None)
     if pool is not None:
         pool.close()
-
-
-def _after_fork_in_child() -> None:
-    global _shared, _shared_lock
-    _shared_lock = threading.Lock()
-    if _shared is not None:
-        _shared.forget()
-        _shared = None
-
-
-atexit.register(close_shared_pool)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -29,7 +29,8 @@ def load_reward(spec: str) -> RewardFunction:
     """A reward function from its description.
 
     Args:
-        spec: a name (`accuracy`, `exact`, `format`, `length` or `length:512`, `reasoning_gym`), a function of
+        spec: a name (`accuracy` or `accuracy:sentence`, `exact`, `format`, `length` or `length:512`,
+            `reasoning_gym`), a function of
             your own as `module:function`, or a weighted sum of these, `accuracy + 0.2*format`.
 
     Raises:
@@ -88,12 +89,12 @@ def _terms(spec: str) -> list[tuple[float, str]]:
 
 def _load_one(name: str) -> RewardFunction:
     known, _, argument = name.partition(":")
+    if name == "accuracy:sentence":
+        return _with(functions.accuracy, closing="sentence")
     if known == "length" and argument:
         if not argument.isdigit() or int(argument) == 0:
             raise InputError(f"{name!r} has no length: write for example length:512.")
-        limited = functools.partial(functions.length, max_length=int(argument))
-        limited.__name__ = "length"  # type: ignore[attr-defined]
-        return limited
+        return _with(functions.length, max_length=int(argument))
     if not argument:
         if known in REWARDS:
             return REWARDS[known]
@@ -102,6 +103,10 @@ def _load_one(name: str) -> RewardFunction:
             "function as module:function."
         )
     return _import(known, argument, name)
+
+
+def _with(reward: RewardFunction, **settings: Any) -> RewardFunction:
+    return functools.update_wrapper(functools.partial(reward, **settings), reward)
 
 
 def _import(module_name: str, function_name: str, spec: str) -> RewardFunction:

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from gvpo.rewards.statements import boxed_contents
+from gvpo.rewards.extraction import boxed_contents
 
 
 def hash_answer(text: str) -> str | None:

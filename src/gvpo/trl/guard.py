@@ -1,8 +1,8 @@
 """Reward functions that go wrong: what failed is found, counted, kept, and tolerated or not.
 
-A call that fails is made again for each half of its prompts, down to one group and then one
-completion, so that an odd completion costs itself only. Where that loses a worker process, which takes time to
-start again, groups and then completions are tried at once; calls that hang cost a few time limits in all. Where more rows
+A call that fails is made again for each half of its prompts, down to one group and then one completion, so
+that an odd completion costs itself only. Where that loses a worker process, which takes time to start again,
+groups and then completions are tried at once; calls that hang cost a few time limits in all. Where more rows
 have failed than the run tolerates nothing is tried any more. A wrong number of values is a mistake in the
 function, not in a completion, and always stops.
 """
