@@ -1,4 +1,4 @@
-"""How the accuracy reward and Math-Verify alone grade labelled answers: `python -m benchmarks.rewards [DATA]`.
+"""How `accuracy` and Math-Verify alone grade labelled answers: `python -m benchmarks.rewards [DATA]`.
 
 A wrong 1 is a reward for a wrong answer, a missed 1 a right answer without one. With a folder that holds
 copies of `gsm8k/{train,test}.jsonl` and `math_eval/math500.jsonl`, their solutions are graded too, and timed.

@@ -60,7 +60,8 @@ def extract_answer(completion: str, closing: str | None = None) -> Answer | None
     text = _conclusion(completion)
     statements = _statements(text)
     if statements:
-        text = _without_next_problem(text, min(statement.end for statement in statements))
+        next_problem = _NEXT_PROBLEM.search(text, min(statement.end for statement in statements))
+        text = text[: next_problem.start()] if next_problem else text
         statements = [statement for statement in statements if statement.start < len(text)]
         strong = [statement for statement in statements if not statement.weak]
         last = max(strong or statements, key=lambda statement: statement[:2])
@@ -97,7 +98,8 @@ _RETRACTED = re.compile(
     re.IGNORECASE,
 )
 _ONE_VALUE = re.compile(
-    r"\**(?:\(?[A-H](?:[).:](?: [^\n]{1,40})?)?|\$[^$]+\$|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\])\**\.?"
+    r"\**(?:\(?[A-H](?:[).:](?: [^\n]{1,40})?)?"
+    r"|\$[^$]+\$|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\])\**\.?"
 )
 
 
@@ -106,11 +108,6 @@ def _conclusion(completion: str) -> str:
     text = re.sub(r"[ \t]{3,}|\n{3,}", lambda gap: gap.group()[:2], completion[-_TAIL:].replace("\r\n", "\n"))
     text = _END_OF_TURN.split(text, maxsplit=1)[0].rpartition("</think>")[2]
     return "" if "<think>" in text else text.strip()
-
-
-def _without_next_problem(text: str, answered: int) -> str:
-    found = _NEXT_PROBLEM.search(text, answered)
-    return text[: found.start()] if found else text
 
 
 # --- \boxed{}, #### and <answer> ----------------------------------------------------------------------------
@@ -189,7 +186,8 @@ _PHRASE = re.compile(
     r"(?<![A-Za-z])(?:"
     # "the answer (in cm) is", "the answer to the question would be", "**Answer:**"
     r"(?:answers?|ans|(?:option|choice)(?=[ \t]is))(?:\*\*|__|[\"'}])?(?:[ \t]*\([^()\n]{0,60}\))?"
-    r"(?:[ \t,](?:(?!part|first|step)[^\n.:=?!|]){0,70}?)?[ \t*_]*(?:[:：=]|\b(?:is|are|was|equals|becomes|(?:will|would|should|must)[ \t]be)\b"
+    r"(?:[ \t,](?:(?!part|first|step)[^\n.:=?!|]){0,70}?)?[ \t*_]*"
+    r"(?:[:：=]|\b(?:is|are|was|equals|becomes|(?:will|would|should|must)[ \t]be)\b"
     r"(?:[ \t](?:therefore|thus|then|simply|just|indeed|equal[ \t]to|given[ \t]by))?[ \t]*:?)"
     r"|(?<![^\n])[ \t]*A[ \t]*:"  # "A: 5" at the start of a line
     r"|(?<![^\n])[#*\t ]{0,8}(?:final[ \t])?answer[*_# \t]*(?=\n)"  # a heading with the value below it

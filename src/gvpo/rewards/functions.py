@@ -58,13 +58,12 @@ def accuracy(
         InputError: the data set has no column `answer`.
     """
     answers = _answers(answer, len(completions), "accuracy")
-    known = [index for index, truth in enumerate(answers) if truth is not None and str(truth).strip()]
-    texts, truths = [completion_text(completions[i]) for i in known], [str(answers[i]) for i in known]
-    verdicts = verify(texts, truths, closing=closing)
-    rewards: list[float | None] = [None] * len(completions)
-    for index, verdict in zip(known, verdicts, strict=True):
-        rewards[index] = float(verdict.correct)
-    return rewards
+    truths = ["" if truth is None else str(truth) for truth in answers]
+    verdicts = verify([completion_text(completion) for completion in completions], truths, closing=closing)
+    return [
+        float(verdict.correct) if truth.strip() else None
+        for verdict, truth in zip(verdicts, truths, strict=True)
+    ]
 
 
 def exact(

@@ -11,7 +11,6 @@ import os
 import queue
 import select
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,8 +57,7 @@ class _Worker:
         if not self.ready:
             self._expect(_START_SECONDS)
             self.ready = True
-        payload = json.dumps([seconds, pairs]).encode()
-        self.process.stdin.write(struct.pack(">I", len(payload)) + payload)  # type: ignore[union-attr]
+        self.process.stdin.write(json.dumps([seconds, pairs]).encode() + b"\n")  # type: ignore[union-attr]
         for _ in pairs:
             # The worker limits itself; this deadline is for one that was stopped from outside.
             byte = self._expect(40 * seconds + 10)

@@ -4,20 +4,21 @@ Run as a script this file is a worker: it forks a child that answers requests on
 takes too much processor time; the kernel then ends the child, however deep in C it is, and the next child is
 forked in milliseconds because everything is imported already. It imports nothing of gvpo, hence no torch.
 
-Protocol: a request is a 4-byte big-endian length and a JSON list, of the seconds that each comparison may
-take and of [truth, answer] pairs. For each pair, in order, comes one byte: `1` equal, `0` not, `!` the child
-died on it (the rest of the request is then void).
+Protocol: a request is a line with a JSON list, of the seconds that each comparison may take and of [truth,
+answer] pairs. For each pair, in order, comes one byte: `1` equal, `0` not, `!` the child died on it (the rest
+of the request is then void).
 """
 
 import json
 import logging
 import os
 import re
+import resource
 import signal
-import struct
 import sys
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 # Imports Math-Verify and fills its parser's tables, once for all children.
@@ -33,25 +34,19 @@ _REHEARSAL = (
 READY, EQUAL, UNEQUAL, DIED = b"R", b"1", b"0", b"!"
 MAX_LENGTH = 600
 _MAX_DEPTH = 24
-_MAX_DIGITS = 60
 
 
 def too_complex(text: str) -> bool:
     """Whether an expression is beyond what a person writes as an answer: it is not handed to Math-Verify."""
     if len(text) > MAX_LENGTH:
         return True
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if deepest > _MAX_DEPTH or text.count("^") + text.count("**") > 40:
-        return True
-    if re.search(rf"\d{{{_MAX_DIGITS},}}", text):
-        return True
-    return _EXPLOSIVE.search(text) is not None
+    depths = accumulate((character in "([{") - (character in ")]}") for character in text)
+    powers = text.count("^") + text.count("**")
+    return max(depths, default=0) > _MAX_DEPTH or powers > 40 or _EXPLOSIVE.search(text) is not None
 
 
 _EXPLOSIVE = re.compile(
+    r"\d{60,}|"
     r"\d\s*\}?\)?\s*(?:\^|\*\*)\s*[{(]*\s*-?\d+\s*[)}]*\s*(?:\^|\*\*)"  # powers of powers of numbers
     r"|(?:\^|\*\*)\s*[{(\s]*-?[\d,.]{5,}"  # long exponents
     r"|\d{4,}\s*[)}]*\s*!|!\s*[)}]*\s*!"
@@ -167,24 +162,11 @@ def _vacuous(expected: Any, given: Any) -> bool:
 # --- The worker process -------------------------------------------------------------------------------------
 
 
-def _read(stream: int, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        piece = os.read(stream, length - len(data))
-        if not piece:
-            return b""
-        data += piece
-    return data
-
-
 def _serve() -> None:
     """Answer requests until standard input closes."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    while True:
-        header = _read(0, 4)
-        if not header:
-            return
-        seconds, pairs = json.loads(_read(0, struct.unpack(">I", header)[0]))
+    for request in sys.stdin.buffer:
+        seconds, pairs = json.loads(request)
         for truth, answer in pairs:
             # Processor time, so that a busy machine does not turn right answers into wrong ones; wall time
             # in case something sleeps. The default action of both signals ends the process.
@@ -197,14 +179,6 @@ def _serve() -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.write(1, verdict)
-
-
-def _limit_memory(megabytes: int) -> None:
-    import resource
-
-    limit = megabytes * 1024 * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def main(megabytes: int) -> None:
@@ -228,7 +202,8 @@ def main(megabytes: int) -> None:
         child = os.fork()
         if child == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            _limit_memory(megabytes)
+            resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             try:
                 _serve()
             except BaseException:

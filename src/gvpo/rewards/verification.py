@@ -34,7 +34,7 @@ def verify(
 
     Args:
         completions: the model's texts.
-        ground_truths: one for each completion, as the data set writes it; of a JSON list of strings any will do.
+        ground_truths: one for each completion, as the data set writes it; of a JSON list any will do.
         pool: worker processes for the comparisons that need computer algebra. None for the process's own.
         closing: "sentence" to take the value of a last sentence where no answer is stated.
 
