@@ -29,6 +29,8 @@ from gvpo.rewards.comparison import compare
         ("72", "at least 72", None),
         (r"75\%", r"\frac34", True),
         ("52_8", "52", True),
+        ("52", "52_8", False),
+        ("2", "east", False),
         ("(3,4]", "(3,4)", None),
         ("18", "9 * 2 = 18", True),
         ("5", "x = 5", True),

@@ -49,7 +49,9 @@ def _compare(truth: str, answer: str) -> bool | None:
         words, said = _plain_words(truth), _plain_words(answer)
         return said == words or (words in ("yes", "no", "true", "false") and said.startswith(f"{words} "))
     if base := _BASE.fullmatch(truth):
-        return base[1] == answer if answer.isalnum() else False
+        return base[1] == answer
+    if expected and (_BASE.fullmatch(answer) or _WORDS.fullmatch(answer)):
+        return False
     if given and (value := _assigned(truth)) is not None:
         return _compare(value, answer)
     return _lists(truth, answer)
