@@ -46,8 +46,7 @@ def _compare(truth: str, answer: str) -> bool | None:
     if value is not None and _assigned(truth) is None:
         return _compare(truth, value)
     if _WORDS.fullmatch(truth):
-        words, said = _plain_words(truth), _plain_words(answer)
-        return said == words or (words in ("yes", "no", "true", "false") and said.startswith(f"{words} "))
+        return _plain_words(truth) == _plain_words(answer)
     if base := _BASE.fullmatch(truth):
         return base[1] == answer
     if expected and (_BASE.fullmatch(answer) or _WORDS.fullmatch(answer)):

@@ -197,7 +197,7 @@ _PHRASE = re.compile(
 )
 # What somebody else says, or what would be if.
 _NOT_OURS = re.compile(
-    r"\b(?:if|whether|says|said|thinks|claims|suppose|check(?:ing)? (?:that )?)\b[^.\n]*$", re.I
+    r"\b(?:if|whether|says|said|told|thinks|claims|suppose|check(?:ing)? (?:that )?)\b[^.\n]*$", re.I
 )
 _FORMULA = re.compile(r"\$\$[^$]{1,800}\$\$|\$[^$\n]{1,400}\$|\\\[.{1,800}?\\\]|\\\(.{1,800}?\\\)", re.DOTALL)
 _SENTENCE_END = re.compile(r"\n|[.!?](?:[*)\"”’`$]|\\[\])]){0,3}(?=\s|$)|。")
@@ -209,8 +209,8 @@ _DENIED = re.compile(
     r"(?:\w+ly )?(?:not|never|neither|unknown|unclear|undetermined|impossible)\b", re.IGNORECASE
 )
 _DOUBTFUL = re.compile(
-    r"\b(?:not|never|neither|no|or|than|least|most|between|over|under|either|if|unless|guess|maybe|need|let)\b|n't\b"
-    r"|[?=]",
+    r"\b(?:not|never|neither|no|or|than|least|most|between|over|under|either|if|unless|guess|maybe|need|let"
+    r"|wrong|incorrect|one of)\b|n't\b|[?=]",
     re.IGNORECASE,
 )
 
@@ -223,9 +223,11 @@ def _phrased(text: str) -> Iterator[_Statement]:
         end = _SENTENCE_END.search(text, formula.end() if formula else found.end())
         segment = text[found.end() : end.start() if end else len(text)]
         value = _stated(segment)
-        if value is not None and not _BOX.search(segment):
+        asked = end is not None and end.group()[0] == "?"
+        if value is not None and not asked and not _BOX.search(segment):
             weak = bool(value) and not _VALUE.match(segment)
-            yield _Statement(found.start(), found.end() + len(segment), value, "phrase", weak)
+            stop = found.end() + len(value if segment.startswith(value) else segment)
+            yield _Statement(found.start(), stop, value, "phrase", weak)
 
 
 def _stated(segment: str) -> str | None:

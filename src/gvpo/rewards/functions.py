@@ -10,6 +10,7 @@ from typing import Any
 
 from gvpo.errors import InputError
 from gvpo.rewards.extraction import extract_answer
+from gvpo.rewards.truths import any_answer
 from gvpo.rewards.verification import verify
 
 RewardFunction = Callable[..., list[float | None]]
@@ -163,8 +164,6 @@ def compute_score(
         extra_info: for reasoning_gym, `entry`.
         closing: as for `accuracy`; verl passes it from `custom_reward_function.reward_kwargs`.
     """
-    from gvpo.rewards.truths import any_answer
-
     if str(data_source).startswith("reasoning_gym/"):
         entry = (extra_info or {}).get("entry")
         if entry is None:

@@ -108,7 +108,7 @@ NUMBER = re.compile(
 _UNIT = re.compile(r"(?:\s*[-/(]?\s*[A-Za-zµΩ]+\)?\.?(?:\s*\^\s*\{?\s*-?[1-4]\s*\}?)?){1,6}")
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|infinity|infty|plus|minus|times|divided|mod|choose|over|equals?"
-    r"|is|are|was|not|but|than|if|when|remainder|base|root|to)\b",
+    r"|is|are|was|not|but|than|more|less|fewer|if|when|remainder|base|root|to)\b",
     re.IGNORECASE,
 )
 _UNITS = {
