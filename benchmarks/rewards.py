@@ -50,7 +50,7 @@ def labelled() -> dict[str, list[dict[str, Any]]]:
         return [json.loads(line) for line in (FIXTURES / name).read_text(encoding="utf-8").splitlines()]
 
     fresh = read("fresh.jsonl")
-    sets = {split: [row for row in fresh if row["split"] == split] for split in ("dev", "held-out")}
+    sets = {split: [row for row in fresh if row["split"] == split] for split in ("dev", "held-out", "unseen")}
     return sets | {
         "fitted": [row for name in ("endings", "styles", "forms") for row in read(f"{name}.jsonl")]
     }

@@ -54,6 +54,7 @@ def test_answer_and_form(completion, text, form):
         "Is the answer 5? The answer is 5?",
         "I was told that the answer is 5.",
         "The answer is 5, which is wrong.",
+        "The answer is 5. That can't be right, it has to be 6.",
         "The answer is unknown. (A guess: 5.)",
         "If one more came, the answer would be 5.",
         "Tom says the answer is 5.",

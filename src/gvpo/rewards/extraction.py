@@ -93,7 +93,7 @@ _NEXT_PROBLEM = re.compile(
 )
 _RETRACTED = re.compile(
     r"\b(?:wait|oops|actually|hold on|hmm|scratch that|correction|let me re|made an? "
-    r"|should(?: have been| be)\b"
+    r"|should(?: have been| be)\b|(?:can't|cannot|can not) be (?:right|correct)"
     r"|(?:this|that|it|which|answer)(?:'s| is| was)(?: \w+)? (?:wrong|incorrect|not right|not correct))",
     re.IGNORECASE,
 )
