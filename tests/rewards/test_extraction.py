@@ -71,7 +71,7 @@ def test_no_answer(completion):
 @pytest.mark.parametrize(
     ("completion", "text"),
     [
-        ("Altogether, she sold 48 + 24 = 72 clips.", "72 clips"),
+        ("Altogether, she sold 48 + 24 = <<48+24=72>>72 clips in May.", "72"),
         ("Therefore, she makes **$18** every day.", "$18"),
         ("She sold 72 clips of 90.", None),
         ("We need to find x such that x + 3 = 8.", None),

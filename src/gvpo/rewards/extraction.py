@@ -250,8 +250,12 @@ def _only_number(sentence: str) -> str | None:
 
 def _closing(text: str) -> str | None:
     """The right side of the equation that a finished last sentence ends with, or its only number."""
-    sentence = re.split(r"\n|[.!?]\s", text.rstrip(".!* "))[-1]
+    plain = re.sub(r"<<[^<>]{0,200}>>", "", text)  # without GSM8K's calculator annotations
+    sentence = re.split(r"\n|[.!?]\s", plain.rstrip(".!* "))[-1]
     before, equals, value = sentence.rpartition("=")
     if equals and _VALUE.match(value) and not _DOUBTFUL.search(before.replace("=", "")):
+        number = NUMBER.match(value.strip())  # "= 72 clips in May" is 72
+        if number and not re.search(r"[-+*/×^\\]", value.strip()[number.end() :]):
+            return number.group()
         return None if re.search(r"[-+*/×]$", value) else value.strip()
     return _only_number(sentence) if re.search(r"[.!$*%\])]$", text) else None
