@@ -431,3 +431,33 @@ def test_what_does_not_belong_is_refused_and_nothing_lost(tmp_path):
         db.execute("PRAGMA user_version = 3")
     with pytest.raises(InputError, match="no replay buffer of this version"):
         ReplayBuffer(tmp_path, **identity)
+
+
+def test_what_was_saved_or_appended_durably_is_on_the_disk_first(tmp_path, monkeypatch):
+    """SQLite waits for it at a commit if `synchronous` is FULL (2); a state is synced, and then named."""
+    said, events = [], []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("synced"), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append(Path(paths[1]).name), replace(*paths)))
+    for durable in (False, True):
+        with ReplayBuffer(tmp_path / str(durable), durable=durable) as buffer:
+            assert buffer._db.execute("PRAGMA synchronous").fetchone()[0] == 1 + durable
+            buffer.append([group(1)])
+            buffer._db.set_trace_callback(said.append)
+            events.clear()
+            buffer.save(tmp_path / "checkpoint" / f"replay_{durable}")
+            buffer._db.set_trace_callback(None)
+            assert events == ["synced", "state.json"]
+            full, commit = said.index("PRAGMA synchronous = FULL"), said.index("COMMIT")
+            assert full < commit
+            assert buffer._db.execute("PRAGMA synchronous").fetchone()[0] == 1 + durable
+            said.clear()
+
+
+def test_the_oldest_that_may_be_drawn_is_as_old_as_max_age(tmp_path):
+    with ReplayBuffer(tmp_path, max_age=3) as buffer:
+        buffer.append([group(8 * step) for step in range(6)])
+        assert sorted(g.policy_step for g in buffer.sample(9, step=5)) == [2, 3, 4, 5]
+        assert sorted(g.policy_step for g in buffer.sample(9, step=5, before_number=4)) == [2, 3]
+        assert buffer.evict(step=5) == 2
+        assert buffer.index(5).ages.tolist() == [3, 2, 1, 0]
