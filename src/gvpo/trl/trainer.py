@@ -230,7 +230,7 @@ class GVPOTrainer(ResumableTrainer):
         failed = self._failed_rows = self.accelerator.gather(failed.to(self.accelerator.device))
         if failed.any():
             self._metrics[self._mode]["gvpo/reward_incidents"].append(float(failed.sum()))
-        tolerance = 0.0 if self.args.on_reward_error == "error" else self.args.reward_error_tolerance
+        tolerance = self.incidents.tolerated
         check_failures(failed, first, tolerance=tolerance, step=step, folder=path.parent)
         return rewards
 
