@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo.batch import GroupBatch
-from gvpo.replay import ReplayBuffer
+from gvpo.replay import Group, ReplayBuffer
 from gvpo.replay.batches import batch_of, groups_of, rows_of
 
 CPU = torch.device("cpu")
@@ -93,3 +93,13 @@ def test_a_group_truncated_throughout_is_left_out(parts):
     rows = batch([[1, 2]] * 3 + [[1, 2, 3]] * 3, [[0, 0]] * 3 + [[0, 0, 1]] * 3, [*parts, True, True, False])
     (group,) = groups_of(rows, K, reference="initial", policy_step=0, components={"r": np.arange(6)})
     assert group.components["r"].tolist() == [3, 4, 5]
+
+
+def test_a_slot_that_a_group_does_not_have_takes_no_part():
+    groups = [Group.of([1], [[2 + i] for i in range(size)], range(size)) for size in (2, 4, 3)]
+    places = [(group, slot) for group in groups for slot in range(4)]
+    rows = rows_of(*zip(*places, strict=True), CPU)
+    assert rows.valid.tolist() == [slot < len(group) for group, slot in places]
+    there = [i for i, (group, slot) in enumerate(places) if slot < len(group)]
+    assert rows.rewards[there].tolist() == [places[i][1] for i in there]
+    assert rows.input_ids[there, 1].tolist() == [2 + places[i][1] for i in there]

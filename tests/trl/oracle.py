@@ -29,7 +29,8 @@ TOKENS = list[int]
 class Row:
     """A response as the outside saw it, and which of its tokens count."""
 
-    prompt: TOKENS
+    asked: TOKENS  # the prompt of the data set
+    prompt: TOKENS  # what the model was given
     completion: TOKENS
     counts: list[bool]
     demonstration: bool = False
@@ -60,12 +61,13 @@ class Records:
         ends = rng.random() < 0.8
         n = rng.randint(0, LONGEST - 1) if ends else LONGEST
         completion = [rng.randrange(4, VOCAB) for _ in range(n)] + [EOS] * ends
-        counts = [not with_tools or rng.random() < 0.6 or not i for i, _ in enumerate(completion)]
-        self.handed_out.append(Row(prompt, completion, counts))
+        counts = [not with_tools or rng.random() < 0.6 for _ in completion]
+        own = [rng.randrange(4, VOCAB) for _ in range(rng.randint(0, 2))] if with_tools else []
+        self.handed_out.append(Row(prompt, prompt + own, completion, counts))
         return self.handed_out[-1]
 
     def tools(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """TRL's `rollout_func`: completions in which an environment's tokens stand among the model's."""
+        """TRL's `rollout_func`: an environment's tokens stand among the model's, and it prompts each row."""
         rows = [self.hand_out(tokenizer()(text)["input_ids"], with_tools=True) for text in prompts]
         return {
             "prompt_ids": [row.prompt for row in rows],
@@ -94,15 +96,15 @@ class Records:
 
     def recognised(self, text: str, ids: TOKENS, demonstrations: list[str]) -> Row:
         """The row that was handed out, or a demonstration of its prompt; each once."""
-        prompt = tokenizer()(text)["input_ids"]
+        asked = tokenizer()(text)["input_ids"]
         for row in self.handed_out:
-            if row.prompt == prompt and row.completion == ids and not row.rewards:
+            if row.asked == asked and row.completion == ids and not row.rewards:
                 self.handed_out.remove(row)
                 row.demonstrated = bool(demonstrations)
                 return row
         answers = [[*tokenizer()(answer)["input_ids"], EOS] for answer in demonstrations]
         assert ids in answers, f"{text!r} was never answered by {ids}"
-        return Row(prompt, ids, [True] * len(ids), demonstration=True, demonstrated=True)
+        return Row(asked, asked, ids, [True] * len(ids), demonstration=True, demonstrated=True)
 
 
 class CannedModel(LlamaForCausalLM):
@@ -217,7 +219,7 @@ class Oracle:
                 found.setdefault(place // self.args.num_generations, []).append(row)
         for rows in found.values():
             assert len(rows) == self.args.num_generations
-            assert all(row.prompt == rows[0].prompt for row in rows)
+            assert all(row.asked == rows[0].asked for row in rows)
             # The default slot is the last.
             shown = rows[0].demonstrated and self.args.demonstrations_per_group > 0
             assert [row.demonstration for row in rows] == [False] * (len(rows) - 1) + [shown]

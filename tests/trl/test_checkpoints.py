@@ -24,7 +24,7 @@ from rich.console import Console
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory
 from gvpo.trl import GVPOTrainer
-from gvpo.trl.checkpoint import flaw, last_checkpoint
+from gvpo.trl.checkpoint import flaw, last_checkpoint, publish
 from gvpo.trl.watch import RunCallback, StopOnSignal
 from tests.gloo import run_ranks, start_rank
 from tests.trl.common import parameters, trainer
@@ -355,3 +355,33 @@ def _raising_signal_at(made: GVPOTrainer, step: int) -> Any:
         return original(**columns)
 
     return reward
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, final = tmp_path / "aside" / "checkpoint-1", tmp_path / "checkpoint-1"
+    for name in ("a", "part/b", "part/deep/c"):
+        (written / name).parent.mkdir(parents=True, exist_ok=True)
+        (written / name).write_text(name)
+    everything = {written, *written.rglob("*"), written / "gvpo_checkpoint.json"}
+    events: list[Path] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(file: int) -> None:
+        events.append(next(path for path in (tmp_path, *tmp_path.rglob("*")) if same(path, file)))
+        sync(file)
+
+    def same(path: Path, file: int) -> bool:
+        return os.path.samestat(path.stat(), os.fstat(file))
+
+    def named(source: Path, target: Path) -> None:
+        assert set(events) == everything
+        replace(source, target)
+        events.clear()
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    publish(written, final)
+    assert events == [tmp_path]
+    assert flaw(final) is None

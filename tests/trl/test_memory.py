@@ -66,3 +66,18 @@ def test_the_trainer_generates_in_portions_after_resuming_too(
     again = trainer(GVPOTrainer, max_steps=2, **settings)
     again.train(resume_from_checkpoint=True)  # which random numbers are drawn depends on the portions
     assert again._portions.most == pytest.approx(16 * 1.01)
+
+
+def test_the_update_keeps_to_what_memory_allowed_and_creeps_back() -> None:
+    made = trainer(max_steps=3, micro_batch_tokens=200)
+    backward, budgets = made._gvpo_step.backend.backward, []
+
+    def fails_once(loss: torch.Tensor, *, last: bool) -> None:
+        budgets.append(made._gvpo_step.token_budget)
+        if len(budgets) == 1:
+            raise torch.OutOfMemoryError("injected")
+        backward(loss, last=last)
+
+    made._gvpo_step.backend.backward = fails_once  # type: ignore[method-assign]
+    made.train()
+    assert list(dict.fromkeys(budgets)) == [200, 100, 101]  # 100 and then 100 · 1.01

@@ -452,3 +452,22 @@ def test_re_anchoring_is_warned_about():
             train_dataset=dataset(),
             processing_class=tokenizer(),
         )
+
+
+def test_replayed_groups_that_are_owed_come_later():
+    """2.5 for the 8 fresh groups of each step; nothing is there at the first."""
+    trainer = run(dataset(), cls=GVPOTrainer, replay_ratio=0.3125, max_steps=5)
+    trainer.train()
+    assert [entry["replay/groups"] for entry in trainer.state.log_history[:5]] == [0, 3, 2, 3, 2]
+
+
+def test_logged_rows_are_cut_among_processes_at_any_first_row(tmp_path):
+    path = write(tmp_path, logged_rows())
+    offline = run(rewards=None, offline=path, reference="initial").offline
+    inputs = [row for row in offline.dataset(3) for _ in range(4)]
+    whole, _ = offline.batch(inputs, 0, 5, torch.device("cpu"))
+    parts = [offline.batch(inputs[a:b], a, 5, torch.device("cpu"))[0] for a, b in ((0, 2), (2, 7), (7, 12))]
+    for name in ("lengths", "rewards", "group_ids", "valid"):
+        assert torch.cat([getattr(part, name) for part in parts]).equal(getattr(whole, name))
+    assert whole.group_ids.tolist() == [5] * 4 + [6] * 4 + [7] * 4
+    assert whole.valid.tolist() == [j < len(offline.groups[i]) for i in range(3) for j in range(4)]

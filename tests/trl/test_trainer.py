@@ -226,3 +226,10 @@ def test_public_names_and_defaults() -> None:
         "disable_dropout": True,
     }
     assert {name: fields[name].default for name in own} == own
+
+
+def test_a_float32_head_is_asked_for_by_trl_s_option() -> None:
+    made = trainer(cast_lm_head_to_fp32=True, reference="initial")
+    assert made._gvpo_step.scorer.float32_head
+    assert made._reference_scorer is not None
+    assert made._reference_scorer.scorer.float32_head
