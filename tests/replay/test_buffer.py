@@ -461,3 +461,10 @@ def test_the_oldest_that_may_be_drawn_is_as_old_as_max_age(tmp_path):
         assert sorted(g.policy_step for g in buffer.sample(9, step=5, before_number=4)) == [2, 3]
         assert buffer.evict(step=5) == 2
         assert buffer.index(5).ages.tolist() == [3, 2, 1, 0]
+
+
+def test_rewards_that_take_no_part_are_not_in_the_index(tmp_path):
+    with ReplayBuffer(tmp_path) as buffer:
+        buffer.append([Group.of([1], [[2], [3], [4]], [1.0, 0.0, 9.0], valid=[True, True, False])])
+        assert buffer.index().reward_means.tolist() == [0.5]
+        assert buffer.index().reward_variances.tolist() == [0.5]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from gvpo.errors import InputError
 from gvpo.verl.rollouts import Rollouts
 from gvpo.verl.settings import Settings
-from gvpo.verl.updates import Updates, _summarise
+from gvpo.verl.updates import Updates, _summarise, count_updates
 from tests.test_objective import literal_loss
 from tests.verl import records
 
@@ -212,3 +213,12 @@ def test_a_dump_holds_what_an_update_was_made_of(tmp_path):
 def test_a_value_that_an_update_does_not_have_is_left_out_of_the_mean():
     found = _summarise([{"a": 1.0, "actor/lr": 2.0}, {"a": 3.0, "b": math.nan, "actor/lr": 1.0}])
     assert found == {"a": 2.0, "actor/lr": 1.0}
+
+
+def test_verl_s_scheduler_is_told_of_every_update(tmp_path):
+    optim = {"total_training_steps": 7, "lr_warmup_steps": 2}
+    config = OmegaConf.create(
+        {"data": {"train_batch_size": 5}, "actor_rollout_ref": {"actor": {"optim": optim}}}
+    )
+    count_updates(config, settings(tmp_path, mini_batch=2, epochs=2), rollouts=7)  # 3 mini-batches, twice
+    assert config.actor_rollout_ref.actor.optim == {"total_training_steps": 42, "lr_warmup_steps": 12}
