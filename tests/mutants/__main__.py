@@ -57,29 +57,26 @@ def child(tree: Path, mutant: Mutant | None, tests: str) -> None:
 
     import pytest
 
-    words = [
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--hypothesis-seed=0",
-        *shlex.split(tests),
-    ]
+    words = shlex.split(f"-x -q -p no:cacheprovider -p no:xdist --hypothesis-seed=0 {tests}")
     code = pytest.main(words, plugins=[FirstFailure(tree / "failed.txt")])
     os._exit(int(code))
 
 
-class Job:
-    """The tests of one mutant (or of none) in a tree of their own."""
+def copied(source: Path) -> Path:
+    """What tests need of a tree."""
+    target = Path(tempfile.mkdtemp())
+    for name in ("src", "tests"):
+        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(source / "pyproject.toml", target)
+    return target
 
-    def __init__(self, mutant: Mutant | None, tests: str) -> None:
+
+class Job:
+    """The tests of one mutant (or of none) in a tree of their own, a copy of `source`."""
+
+    def __init__(self, source: Path, mutant: Mutant | None, tests: str) -> None:
         self.mutant, self.tests, self.started = mutant, tests, time.monotonic()
-        self.tree = Path(tempfile.mkdtemp())
-        for name in ("src", "tests"):
-            shutil.copytree(ROOT / name, self.tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", self.tree)
+        self.tree = copied(source)
         self.process = FORK.Process(target=child, args=(self.tree, mutant, tests))
         self.process.start()
 
@@ -107,10 +104,11 @@ class Job:
 
 def run_all(work: list[tuple[Mutant | None, str]], workers: int) -> list[dict[str, Any]]:
     """The outcome of each, as many at a time as there are workers."""
+    source = copied(ROOT)  # whoever goes on working meanwhile does not change what is tested
     waiting, running, done = list(work), [], []
     while waiting or running:
         while waiting and len(running) < workers:
-            running.append(Job(*waiting.pop(0)))
+            running.append(Job(source, *waiting.pop(0)))
         time.sleep(0.1)
         for job in list(running):
             if (found := job.outcome()) is None:
