@@ -205,3 +205,12 @@ def test_weights_that_are_not_finite_are_left_to_the_step_to_report():
     step = GVPOStep(model)
     step(batch)
     assert step.scorer.fused
+
+
+def test_a_layer_with_a_forward_of_its_own_is_no_linear_head():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    assert is_linear(nn.Linear(2, 3))
+    assert not is_linear(Doubling(2, 3))

@@ -130,3 +130,14 @@ def test_rows_of_weight_stay_and_the_fewest_others_fill_up(weights, multiple):
     filling = [i for i in chosen if i not in used]
     # Padding rows only where real rows do not suffice.
     assert all(i < real for i in filling) or set(idle) <= set(chosen)
+
+
+def test_a_row_without_a_token_that_counts_has_no_part_in_its_session():
+    rollouts = make(["a"] * 3, [("a", "0"), ("a", "0"), ("a", "1")])
+    rewards = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    valid = torch.tensor([True, False, True])
+    rollouts = Rollouts(**{**rollouts.__dict__, "rewards": rewards, "valid": valid})
+    weights, _ = weigh(rollouts, rollouts.start, 0.3)
+    alone, _ = weigh(rollouts.take([0, 2]), rollouts.start[[0, 2]], 0.3)
+    assert weights.tolist() == [alone[0].item(), 0.0, alone[1].item()]
+    assert alone[0] != 0

@@ -222,3 +222,10 @@ def test_verl_s_scheduler_is_told_of_every_update(tmp_path):
     )
     count_updates(config, settings(tmp_path, mini_batch=2, epochs=2), rollouts=7)  # 3 mini-batches, twice
     assert config.actor_rollout_ref.actor.optim == {"total_training_steps": 42, "lr_warmup_steps": 12}
+
+
+def test_each_epoch_and_each_step_is_shuffled_anew():
+    updates = Updates(settings(Path(), mini_batch=30, epochs=2, shuffle=True))
+    prompts = {f"p{i}": [i] for i in range(30)}
+    orders = [tuple(rows) for step in (1, 2) for rows in updates.mini_batches(prompts, step)]
+    assert len(set(orders)) == 4
