@@ -34,7 +34,7 @@ class Row:
     completion: TOKENS
     counts: list[bool]
     demonstration: bool = False
-    demonstrated: bool = False  # there is a demonstration of its prompt
+    demonstrations: int = 0  # of its prompt
     rewards: list[float | None] = field(default_factory=list)  # one of each reward function
 
     @property
@@ -62,12 +62,13 @@ class Records:
         n = rng.randint(0, LONGEST - 1) if ends else LONGEST
         completion = [rng.randrange(4, VOCAB) for _ in range(n)] + [EOS] * ends
         counts = [not with_tools or rng.random() < 0.6 for _ in completion]
-        own = [rng.randrange(4, VOCAB) for _ in range(rng.randint(0, 2))] if with_tools else []
+        alone = with_tools and prompt[0] % 2  # half of the groups have a prompt in common
+        own = [rng.randrange(4, VOCAB) for _ in range(rng.randint(0, 2))] if alone else []
         self.handed_out.append(Row(prompt, prompt + own, completion, counts))
         return self.handed_out[-1]
 
     def tools(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """TRL's `rollout_func`: an environment's tokens stand among the model's, and it prompts each row."""
+        """TRL's `rollout_func`: an environment's tokens stand among the model's, and before them."""
         rows = [self.hand_out(tokenizer()(text)["input_ids"], with_tools=True) for text in prompts]
         return {
             "prompt_ids": [row.prompt for row in rows],
@@ -100,11 +101,11 @@ class Records:
         for row in self.handed_out:
             if row.asked == asked and row.completion == ids and not row.rewards:
                 self.handed_out.remove(row)
-                row.demonstrated = bool(demonstrations)
+                row.demonstrations = len(demonstrations)
                 return row
         answers = [[*tokenizer()(answer)["input_ids"], EOS] for answer in demonstrations]
         assert ids in answers, f"{text!r} was never answered by {ids}"
-        return Row(asked, asked, ids, [True] * len(ids), demonstration=True, demonstrated=True)
+        return Row(asked, asked, ids, [True] * len(ids), True, len(demonstrations))
 
 
 class CannedModel(LlamaForCausalLM):
@@ -134,9 +135,12 @@ def canned_model(records: Records) -> CannedModel:
 
 
 def demonstrated(n: int = 64) -> Dataset:
-    """Prompts of which most have a demonstration, one that is rewarded."""
+    """Prompts of which most have one or two demonstrations, which are rewarded."""
     prompts = dataset(n)["prompt"]
-    answers = [[] if i % 4 == 0 or "7" in text else [text[::-1]] for i, text in enumerate(prompts)]
+    answers = [
+        [] if i % 4 == 0 or "7" in text else [text[::-1], text[:1] * 3][: 1 + i % 2]
+        for i, text in enumerate(prompts)
+    ]
     return Dataset.from_dict({"prompt": prompts, "demonstrations": answers})
 
 
@@ -220,9 +224,10 @@ class Oracle:
         for rows in found.values():
             assert len(rows) == self.args.num_generations
             assert all(row.asked == rows[0].asked for row in rows)
-            # The default slot is the last.
-            shown = rows[0].demonstrated and self.args.demonstrations_per_group > 0
-            assert [row.demonstration for row in rows] == [False] * (len(rows) - 1) + [shown]
+            # Slots are filled in order, as far as there are demonstrations.
+            k, wanted = len(rows), self.args.demonstrations_per_group
+            slots = (self.args.demonstration_slots or range(k - wanted, k))[: rows[0].demonstrations]
+            assert [row.demonstration for row in rows] == [slot in slots for slot in range(k)]
         return list(found.values())
 
     def replayed(self, step: int, oldest: int, fresh: int) -> list[Group]:

@@ -29,6 +29,11 @@ ROUTES = {
     "truncated rows leave": {"mask_truncated_completions": True, "steps_per_generation": 8},
     "out of memory": {"at_once": 7, "steps_per_generation": 8},
     "demonstrations": {"demonstrations_per_group": 1, "steps_per_generation": 8},
+    "demonstrations in their slots": {
+        "demonstrations_per_group": 2,
+        "demonstration_slots": [2, 0],
+        "steps_per_generation": 8,
+    },
     "demonstrations with their own reward, out of memory": {
         "demonstrations_per_group": 1, "demonstration_reward": 2.0, "reference": "initial", "at_once": 7,
     },
