@@ -18,7 +18,8 @@ ABOUT = (
     "CPU seconds of GVPOStep on a free step, one thread, with one trick taken out at a time. zero rows kept: "
     "rows of weight 0 take part. in order: 8 rows a micro-batch as they come, trimmed to their longest. "
     "embedding by autograd, both by autograd: the gradients of the input embedding (and of the head) are "
-    "added up by autograd in every micro-batch. own logits: the model's logits and log_softmax."
+    "added up by autograd in every micro-batch. own logits: the model's logits and log_softmax. Each row "
+    "with its own prompt (see the prefix benchmark)."
 )
 
 
@@ -30,8 +31,8 @@ def _in_order(lengths: Sequence[int], rows: Sequence[int], token_budget: int) ->
     return [list(rows[i : i + PER_DEVICE]) for i in range(0, len(rows), PER_DEVICE)]
 
 
-def _by_autograd(self: GVPOStep, micro: Any, weights: Any, sums: Any, last: bool) -> Any:
-    return _backward(self, micro, weights, None, last)
+def _by_autograd(self: GVPOStep, piece: Any, weights: Any, sums: Any) -> Any:
+    return _backward(self, piece, weights, None)
 
 
 def _head_only(with_embedding: bool) -> VocabularyGradients:
@@ -41,8 +42,8 @@ def _head_only(with_embedding: bool) -> VocabularyGradients:
 _backward = GVPOStep._backward
 WITHOUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "nothing taken out": nullcontext,
-    "zero rows kept": lambda: mock.patch("gvpo.step.plan_micro_batches", _all_rows),
-    "in order": lambda: mock.patch("gvpo.step.plan_micro_batches", _in_order),
+    "zero rows kept": lambda: mock.patch("gvpo.scoring.plan_micro_batches", _all_rows),
+    "in order": lambda: mock.patch("gvpo.scoring.plan_micro_batches", _in_order),
     "embedding by autograd": lambda: mock.patch("gvpo.step.VocabularyGradients", _head_only),
     "both by autograd": lambda: mock.patch.object(GVPOStep, "_backward", _by_autograd),
     "own logits": nullcontext,
@@ -53,7 +54,8 @@ def compare(name: str, work: Workload, repeats: int) -> list[Row]:
     batch = work.batch()
     jobs, steps = {}, {}
     for kind, patch in WITHOUT.items():
-        step = steps[kind] = GVPOStep(work.model(), token_budget=PER_DEVICE * batch.input_ids.shape[1])
+        budget = PER_DEVICE * batch.input_ids.shape[1]
+        step = steps[kind] = GVPOStep(work.model(), token_budget=budget, share_prompts=False)
         if kind == "own logits":
             step.scorer.fused = False
 

@@ -55,7 +55,7 @@ def make(kind: str, work: Workload) -> tuple[Any, Any]:
             nll = F.cross_entropy(
                 hidden[chosen] @ model.lm_head.weight.t(), micro.input_ids[:, 1:][chosen], reduction="none"
             )
-            policy = policy.index_add(0, torch.tensor(indices), -micro.spread(nll).sum(1))
+            policy = policy.index_add(0, micro.row_of, -nll.to(policy.dtype))
             laps()
         reference = torch.full_like(policy, -500.0)
         gvpo_loss(policy, reference, batch.rewards, batch.group_ids, beta=BETA).loss.backward()

@@ -59,16 +59,25 @@ def tiny_model(kind: str = "llama", **changes: object) -> PreTrainedModel:
 
 
 def random_batch(
-    groups: int = 5, k: int = 4, seed: int = 0, *, reference: bool = False, equal_groups: int = 1
+    groups: int = 5,
+    k: int = 4,
+    seed: int = 0,
+    *,
+    reference: bool = False,
+    equal_groups: int = 1,
+    prompt: tuple[int, int] = (2, 9),
 ) -> GroupBatch:
-    """Groups of ragged rows in random order; `equal_groups` of them have equal rewards."""
+    """Groups of ragged rows in random order; `equal_groups` of them have equal rewards.
+
+    `prompt`: tokens of the prompts, from and below. From about 30 they are worth being shared.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> list[int]:
         n = int(torch.randint(low, high, (), generator=generator))
         return torch.randint(3, VOCAB, (n,), generator=generator).tolist()
 
-    prompts = [prompt for _ in range(groups) for prompt in [tokens(2, 9)] * k]
+    prompts = [shared for _ in range(groups) for shared in [tokens(*prompt)] * k]
     n = groups * k
     order = torch.randperm(n, generator=generator).tolist()
     rewards = torch.rand(n, generator=generator, dtype=torch.float64)

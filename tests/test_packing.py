@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gvpo.packing import START_COST, plan_micro_batches
+from gvpo.batch import Beginnings
+from gvpo.packing import START_COST, padded_cost, plan_blocks, plan_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -48,3 +49,42 @@ def test_no_rows_need_no_micro_batch():
 def test_a_budget_below_one_token_is_an_error():
     with pytest.raises(ValueError, match="token_budget must be at least 1 token"):
         plan_micro_batches([3], [0], 0)
+
+
+# Rows of up to five beginnings (or none), each with its own tokens (or none).
+ROWS = st.lists(
+    st.tuples(st.sampled_from([None, 0, 1, 2, 3, 4]), st.integers(0, 60)), min_size=1, max_size=40
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ROWS, st.lists(st.integers(1, 90), min_size=5, max_size=5), st.integers(1, 600), st.floats(1, 3))
+def test_blocks_hold_every_row_once_after_its_beginning_within_the_budget(rows, lengths, budget, weight):
+    of_row, own = zip(*rows, strict=True)
+    starts = [0 if b is None else lengths[b] for b in of_row]
+    ends = [start + n for start, n in zip(starts, own, strict=True)]
+    beginnings = Beginnings(starts, ends, list(of_row), [], lengths)
+    blocks, _ = plan_blocks(beginnings, range(len(rows)), budget, weight)
+    placed = sorted(row for block in blocks for micro in block.micro_batches for row in micro)
+    assert placed == [row for row, n in enumerate(own) if n]
+    read = [b for block in blocks for b in block.beginnings]
+    assert len(read) == len(set(read))
+    for block in blocks:
+        held = len(block.beginnings) * max((lengths[b] for b in block.beginnings), default=0) * weight
+        for micro in block.micro_batches:
+            assert {of_row[row] for row in micro} <= {*block.beginnings, None}
+            of = [of_row[row] for row in micro]
+            assert len([b for b, after in pairwise([*of, -1]) if b != after]) == len(set(of))  # adjacent
+            alone = len(micro) == 1 or (len(block.beginnings) == 1 and held > budget)
+            assert alone or int(held) + len(micro) * max(own[row] for row in micro) <= budget + 1
+
+
+def test_sharing_costs_less_where_prompts_are_long_and_more_where_they_are_not():
+    for length, cheaper in ((100, True), (2, False)):
+        rows = 32
+        beginnings = Beginnings(
+            [length] * rows, [length + 20] * rows, [r // 8 for r in range(rows)], [], [length] * 4
+        )
+        whole = [length + 20] * rows
+        cost = plan_blocks(beginnings, range(rows), 2000)[1]
+        assert (cost < padded_cost(whole, plan_micro_batches(whole, range(rows), 2000))) is cheaper

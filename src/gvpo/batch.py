@@ -141,39 +141,96 @@ class GroupBatch:
 
 
 @dataclass
+class Beginnings:
+    """What rows begin with and what is their own, found from their tokens.
+
+    A row's prompt is all that comes before its first chosen token. Its last token predicts the completion's
+    first, so it is run with the completion; the tokens before it are the row's *beginning*, which is the same
+    for all rows that begin with the same tokens, of one group or of several. What follows the last chosen
+    token has no influence and is left out.
+
+    Attributes:
+        starts, ends: where each row's own tokens start and end; both 0 for a row without a chosen token.
+        of_row: each row's beginning, None if it has none or no chosen token.
+        rows, lengths: for each beginning a row that has it, and its tokens.
+    """
+
+    starts: list[int]
+    ends: list[int]
+    of_row: list[int | None]
+    rows: list[int]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, batch: GroupBatch, chosen: Bool[Tensor, "batch length"] | None = None) -> Beginnings:
+        """`chosen`: the completion's tokens, where `batch.completion_mask` has fewer (a trust mask)."""
+        if not batch.input_ids.numel():
+            none = [0] * len(batch)
+            return cls(none, none, [None] * len(batch), [], [])
+        kept = batch.completion_mask.clone()
+        kept[:, :1] = False
+        chosen = kept if chosen is None else kept | chosen
+        ends = torch.arange(1, kept.shape[1] + 1, device=kept.device).mul(kept).amax(1).tolist()
+        starts = (chosen.byte().argmax(1) - 1).clamp(min=0).tolist()
+        tokens = batch.input_ids.cpu().numpy()
+        found: dict[bytes, int] = {}
+        of_row: list[int | None] = []
+        rows: list[int] = []
+        for row, start in enumerate(starts):
+            if not start:
+                of_row.append(None)
+                continue
+            of_row.append(found.setdefault(tokens[row, :start].tobytes(), len(rows)))
+            if of_row[-1] == len(rows):
+                rows.append(row)
+        return cls(starts, ends, of_row, rows, [starts[row] for row in rows])
+
+    @property
+    def own(self) -> list[int]:
+        """Each row's own tokens."""
+        return [max(0, end - start) for start, end in zip(self.starts, self.ends, strict=True)]
+
+
+@dataclass
 class MicroBatch:
-    """Some rows of a batch, trimmed to their longest."""
+    """Some rows of a batch, trimmed to their longest.
+
+    Attributes:
+        rows: indices into the batch; none for a filler.
+        input_ids, lengths, chosen: as in `GroupBatch`, from each row's start on.
+        row_of, column_of: where in the batch each chosen token is.
+    """
 
     rows: list[int]
     input_ids: Int[Tensor, "rows width"]
     lengths: Int[Tensor, "rows"]
     chosen: Bool[Tensor, "rows width"]
+    row_of: Int[Tensor, "tokens"]
+    column_of: Int[Tensor, "tokens"]
 
     @classmethod
-    def of(cls, batch: GroupBatch, rows: list[int], lengths: Sequence[int]) -> MicroBatch:
+    def of(
+        cls, batch: GroupBatch, rows: list[int], ends: Sequence[int], starts: Sequence[int] | None = None
+    ) -> MicroBatch:
+        """`rows` from `starts` (by default their first token) to `ends`."""
         device = batch.input_ids.device
         if not rows:  # a filler of two tokens and weight 0, for ranks that have nothing to do
-            two = torch.tensor([2], device=device)
-            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-            return cls([], ids, two, torch.tensor([[False, True]], device=device))
-        index = torch.tensor(rows, device=device)
-        width = max(2, max(lengths[row] for row in rows))
-        missing = max(0, width - batch.input_ids.shape[1])
-        input_ids = nn.functional.pad(batch.input_ids[index, :width], (0, missing))
-        chosen = nn.functional.pad(batch.completion_mask[index, :width], (0, missing)).clone()
-        chosen[:, 0] = False  # nothing comes before the first token to predict it from
-        return cls(rows, input_ids, batch.lengths[index], chosen)
+            two, none = torch.tensor([2], device=device), torch.zeros(1, dtype=torch.long, device=device)
+            ids, chosen = none.expand(1, 2), torch.tensor([[False, True]], device=device)
+            return cls([], ids, two, chosen, none, none)
+        index = torch.tensor(rows, device=device)[:, None]
+        begin = torch.tensor([0 if starts is None else starts[row] for row in rows], device=device)[:, None]
+        end = torch.tensor([ends[row] for row in rows], device=device)[:, None]
+        columns = begin + torch.arange(max(2, int((end - begin).max())), device=device)
+        within = columns.clamp(max=batch.input_ids.shape[1] - 1)
+        # Nothing comes before the first token to predict it from.
+        chosen = batch.completion_mask[index, within] & (columns < end) & (columns > begin)
+        spots = chosen.nonzero()
+        row_of, column_of = index[spots[:, 0], 0], within[spots[:, 0], spots[:, 1]]
+        return cls(rows, batch.input_ids[index, within], (end - begin)[:, 0], chosen, row_of, column_of)
 
     def per_token(self, row_weights: Float[Tensor, "batch"]) -> Float[Tensor, "tokens"]:
-        if not self.rows:
-            return torch.zeros(1, dtype=row_weights.dtype, device=row_weights.device)
-        mine = row_weights[torch.tensor(self.rows, device=row_weights.device)]
-        return mine[:, None].expand(self.chosen.shape)[self.chosen]
-
-    def spread(self, token_values: Float[Tensor, "tokens"]) -> Float[Tensor, "rows width"]:
-        wide = widest_float(token_values.device)
-        zeros = torch.zeros(self.chosen.shape, dtype=wide, device=token_values.device)
-        return zeros.masked_scatter(self.chosen, token_values.to(wide))
+        return row_weights[self.row_of] if self.rows else row_weights.new_zeros(1)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -1,13 +1,30 @@
-"""Micro-batches under a token budget: which rows go together."""
+"""Micro-batches under a token budget: which rows go together, and which prompts are read before them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from gvpo.batch import Beginnings
+
 # What starting one more micro-batch costs, in tokens of work: breaks ties towards fewer, larger ones.
 START_COST = 64
+# What attending to one more prompt in a micro-batch costs, in tokens of work.
+PROMPT_COST = 8
+
+
+@dataclass
+class Block:
+    """A part of a step: beginnings that are read first, and micro-batches of rows that go on after them."""
+
+    beginnings: list[int]
+    micro_batches: list[list[int]]
+
+    def place(self, beginning: int | None) -> int | None:
+        """Where it stands in the block."""
+        return None if beginning is None else self.beginnings.index(beginning)
 
 
 def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -44,3 +61,44 @@ def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], token_budget
         plan.append(ordered[cuts[end] : end])
         end = cuts[end]
     return plan[::-1]
+
+
+def plan_blocks(
+    beginnings: Beginnings, rows: Sequence[int], token_budget: int, weight: float = 1.0
+) -> tuple[list[Block], float]:
+    """Blocks in which `rows` share their beginnings, and what they cost in tokens of work.
+
+    A block's beginnings stay in memory while its micro-batches run: together they stay within `token_budget`
+    (except that one row always fits). Of some ways to divide it between them, the cheapest is taken.
+
+    Args:
+        beginnings: of the batch.
+        rows: the rows to place; those without a chosen token are left out.
+        token_budget: padded tokens in memory at once.
+        weight: memory that a token of a beginning takes, in tokens.
+    """
+    own, of_row = beginnings.own, beginnings.of_row
+    rows = [row for row in rows if own[row]]
+    used = sorted({b for row in rows if (b := of_row[row]) is not None})
+    best: tuple[list[Block], float] = ([], float("inf"))
+    for share in (0.25, 0.5, 0.75):
+        blocks, cost = [], 0.0
+        parts = plan_micro_batches(beginnings.lengths, used, max(1, int(share * token_budget / weight)))
+        for index, part in enumerate(parts or [[]]):
+            members = {*part, None} if index == 0 else set(part)
+            read = len(part) * max((beginnings.lengths[b] for b in part), default=0)
+            room = max(1, token_budget - int(read * weight))
+            plan = plan_micro_batches(own, [row for row in rows if of_row[row] in members], room)
+            # Rows of one beginning go next to each other.
+            plan = [sorted(micro, key=lambda row: (of_row[row] is None, of_row[row], row)) for micro in plan]
+            pairs = sum(len({of_row[row] for row in micro}) for micro in plan)
+            cost += read + START_COST + padded_cost(own, plan) + PROMPT_COST * pairs
+            blocks.append(Block(part, plan))
+        if cost < best[1]:
+            best = blocks, cost
+    return best
+
+
+def padded_cost(lengths: Sequence[int], plan: Sequence[Sequence[int]]) -> float:
+    """What micro-batches cost in tokens of work."""
+    return sum(len(micro) * max(lengths[row] for row in micro) + START_COST for micro in plan)

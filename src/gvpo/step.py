@@ -3,38 +3,30 @@
 With the weights known, the step's loss is linear in the sequence log-probabilities, so its gradient does
 not depend on how rows are cut into micro-batches, put on ranks or ordered (see `gvpo.objective`). The cuts
 here are free to be what is cheapest: rows of like length together, each micro-batch trimmed to its own
-longest row, rows of weight 0 left out.
+longest row, rows of weight 0 left out, a prompt read once for all its rows (`gvpo.model.shared_prompts`).
 """
 
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
-from gvpo.batch import GroupBatch, MicroBatch, widest_float
+from gvpo.batch import GroupBatch, widest_float
 from gvpo.model.determinism import without_noise
-from gvpo.model.logprobs import TokenScorer, TokenScores
+from gvpo.model.logprobs import TokenScores
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.objective import GVPOLoss, gvpo_loss
-from gvpo.packing import plan_micro_batches
+from gvpo.scoring import Backend, Piece, SequenceScorer, is_out_of_memory
 from gvpo.trust import beyond_trust
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
-DEFAULT_TOKEN_BUDGET = 16_384
-Result = TypeVar("Result")
+__all__ = ["Backend", "GVPOStep", "SequenceScorer", "StepReport", "is_out_of_memory"]
 
 
 @dataclass
@@ -48,6 +40,7 @@ class StepReport:
         policy_logps: S of this rank's rows in nats (0 for free rows), or None on a free step.
         tokens_beyond_trust: completion tokens that a trust mask left out of this rank's rows.
         micro_batches: of this rank's gradient pass.
+        shared_prompts: beginnings that its rows shared, each read once; 0 where nothing was shared.
         tokens: of this rank's gradient pass, padding included.
         useful_tokens: the same without padding.
         scored_tokens: completion tokens of this rank that have weight.
@@ -61,188 +54,23 @@ class StepReport:
     policy_logps: Float[Tensor, "batch"] | None
     tokens_beyond_trust: int = 0
     micro_batches: int = 0
+    shared_prompts: int = 0
     tokens: int = 0
     useful_tokens: int = 0
     scored_tokens: int = 0
     entropy: float = float("nan")
     retries: int = 0
 
-
-class Backend:
-    """How gradients are made and shared: plain PyTorch, alone or under DDP or FSDP2.
-
-    Engines override it; `gvpo.trl` does so for accelerate.
-
-    Args:
-        process_group: the ranks that make a step together; None: this process by itself.
-    """
-
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self.process_group = process_group
-
-    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
-        """Accumulate the gradient of a micro-batch's loss; `last`: no other of this step follows."""
-        loss.backward()
-
-    def without_sync(self, model: nn.Module) -> AbstractContextManager:
-        """A context in which a backward does not share gradients among ranks."""
-        if isinstance(model, DistributedDataParallel):
-            return model.no_sync()
-        if isinstance(model, FSDPModule):
-            return _without_fsdp_sync(model)
-        return nullcontext()
-
-    def forward_context(self) -> AbstractContextManager:
-        """A context for forwards, such as autocast."""
-        return nullcontext()
-
-    def averaged_over(self, model: nn.Module) -> int:
-        """Over how many ranks the engine averages gradients: the loss is multiplied by it."""
-        if isinstance(model, DistributedDataParallel) or self.collective_forward(model):
-            return dist.get_world_size(self.process_group)
-        return 1
-
-    def collective_forward(self, model: nn.Module) -> bool:
-        """Whether each forward gathers parameters, so that ranks must run equally many (FSDP, ZeRO-3)."""
-        return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-@contextmanager
-def _without_fsdp_sync(model: FSDPModule) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-class SequenceScorer:
-    """Scores sequences under a model, in micro-batches of a token budget.
-
-    Args:
-        model: a causal language model of transformers (or any module with `.logits`), bare or wrapped in
-            DDP, FSDP2 or PEFT.
-        temperature: sampling temperature at which the policy is the model.
-        token_budget: padded tokens per micro-batch. What it is has no influence on the result. Halved by
-            itself, and the same work done again, when memory runs out.
-        backend: how ranks work together; by default as the model is wrapped, in the default process group.
-        float32_head: compute the head's logits in float32.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        temperature: float = 1.0,
-        token_budget: int = DEFAULT_TOKEN_BUDGET,
-        backend: Backend | None = None,
-        float32_head: bool = False,
-    ) -> None:
-        self.model = model
-        self.token_budget = token_budget
-        self.backend = backend or Backend(dist.group.WORLD if dist.is_initialized() else None)
-        self.scorer = TokenScorer(model, temperature, float32_head)
-        self._retry_is_safe = False
-
-    @property
-    def _bare(self) -> nn.Module:
-        # A forward through DDP would broadcast buffers, which only some ranks might do in a scoring pass.
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-
-    def sequence_logps(self, batch: GroupBatch, rows: Sequence[int] | None = None) -> Float[Tensor, "batch"]:
-        """S in nats of the batch's rows under the model as it is, float64; 0 for rows left out.
-
-        The policy's own scoring pass, and how reference log-probs are made: under the rollout policy before
-        its first update, or under a fixed model.
-        """
-        return self.token_logps(batch, rows).sum(1)
-
-    @torch.no_grad()
-    def token_logps(
-        self, batch: GroupBatch, rows: Sequence[int] | None = None
-    ) -> Float[Tensor, "batch length"]:
-        """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out."""
-        device, lengths = batch.input_ids.device, batch.lengths.tolist()
-        chosen_rows = range(len(batch)) if rows is None else rows
-
-        def score() -> Tensor:
-            out = torch.zeros(batch.input_ids.shape, dtype=widest_float(device), device=device)
-            plan = plan_micro_batches(lengths, chosen_rows, self.token_budget)
-            for index in range(self._equal_count(len(plan))):
-                micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
-                self._retry_is_safe &= not self._shares(last=False)
-                with self.backend.forward_context():
-                    scores = self.scorer(self._bare, micro.input_ids, micro.lengths, micro.chosen)
-                if micro.rows:
-                    spread = micro.spread(scores.logps)[:, : out.shape[1]]
-                    out[torch.tensor(micro.rows, device=device), : spread.shape[1]] = spread
-            return out
-
-        with without_noise(self.model):
-            self._decide_head(batch)
-            return self._retrying(score, lengths)[0]
-
-    def _retrying(
-        self,
-        attempt: Callable[[], Result],
-        lengths: Sequence[int],
-        *,
-        safe: bool = True,
-        clear_gradients: bool = False,
-    ) -> tuple[Result, int]:
-        """Run `attempt`, again with half the token budget whenever it is safe to after running out of memory.
-
-        `attempt` clears `_retry_is_safe` when other ranks may wait for it in a collective.
-        """
-        for retries in count():
-            self._retry_is_safe = safe
-            try:
-                return attempt(), retries
-            except RuntimeError as error:
-                fits_no_more = self.token_budget <= max(lengths)
-                if not is_out_of_memory(error) or not self._retry_is_safe or fits_no_more:
-                    raise
-            # Out of the except block, so that the traceback no longer holds the failed pass's tensors.
-            self.token_budget = max(*lengths, self.token_budget // 2)
-            if clear_gradients:
-                for parameter in self.model.parameters():
-                    parameter.grad = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            warnings.warn(
-                f"Out of memory: made again with micro-batches of {self.token_budget} tokens.", stacklevel=4
-            )
-        raise AssertionError("unreachable")
-
-    def _decide_head(self, batch: GroupBatch) -> None:
-        """Let the scorer check the model once, and all ranks come to the same answer."""
-        if self.scorer.checked:
-            return
-        micro = MicroBatch.of(batch, list(range(len(batch))), batch.lengths.tolist())
-
-        def agree(holds: bool) -> bool:
-            if self.backend.process_group is None:
-                return holds
-            vote = torch.tensor(int(holds), device=batch.input_ids.device)
-            dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.backend.process_group)
-            return bool(vote.item())
-
-        with self.backend.forward_context():
-            self.scorer.check(self._bare, micro.input_ids, micro.lengths, agree)
-
-    def _equal_count(self, count: int) -> int:
-        if self.backend.process_group is None or not self.backend.collective_forward(self.model):
-            return count
-        most = torch.tensor(count, device=next(self.model.parameters()).device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.backend.process_group)
-        return int(most.item())
-
-    def _shares(self, last: bool) -> bool:
-        """Whether other ranks may be waiting in a collective while this micro-batch runs."""
-        group = self.backend.process_group
-        alone = group is None or dist.get_world_size(group) == 1
-        return not alone and (last or self.backend.collective_forward(self.model))
+    def count(self, piece: Piece) -> None:
+        """Add a micro-batch, and with a block's last one the prompts read for it."""
+        self.micro_batches += 1
+        self.tokens += piece.micro.input_ids.numel()
+        self.useful_tokens += int(piece.micro.lengths.sum()) if piece.micro.rows else 0
+        if piece.prompts is not None and piece.prompts.last:
+            lengths = piece.prompts.cache.lengths
+            self.shared_prompts += len(lengths)
+            self.tokens += len(lengths) * max(lengths)
+            self.useful_tokens += sum(lengths)
 
 
 class GVPOStep(SequenceScorer):
@@ -306,15 +134,18 @@ class GVPOStep(SequenceScorer):
         report = StepReport(result.loss.detach(), result.metrics, result.weights, policy_logps)
         if result.metrics["groups"].item() == 0:
             return report
+        chosen = batch.completion_mask
         if self.trust is not None and token_logps is not None:
             batch, report = self._within_trust(batch, report, token_logps)
         # Gradients that others left would be lost in a retry.
         owned = all(p.grad is None for p in self.model.parameters())
-        lengths = batch.lengths.tolist()
         with without_noise(self.model):
-            self._decide_head(batch)
+            self._decide(batch)
             report, retries = self._retrying(
-                lambda: self._accumulate(batch, lengths, report), lengths, safe=owned, clear_gradients=True
+                lambda: self._accumulate(batch, report, chosen),
+                batch.lengths.tolist(),
+                safe=owned,
+                clear_gradients=True,
             )
         return replace(report, retries=retries)
 
@@ -339,36 +170,27 @@ class GVPOStep(SequenceScorer):
             report, weights=weights, tokens_beyond_trust=count
         )
 
-    def _accumulate(self, batch: GroupBatch, lengths: list[int], report: StepReport) -> StepReport:
-        """The gradient pass over the rows that have weight."""
+    def _accumulate(
+        self, batch: GroupBatch, report: StepReport, chosen: Bool[Tensor, "batch length"]
+    ) -> StepReport:
+        """The gradient pass over the rows that have weight; `chosen`: before a trust mask."""
         weights = report.weights * self.backend.averaged_over(self.model)
-        plan = plan_micro_batches(lengths, weights.nonzero()[:, 0].tolist(), self.token_budget)
-        # At least one micro-batch, if of weight 0: ranks share gradients in the last one, and a gradient
-        # of 0 is not the same to an optimizer with momentum as none.
-        n_micro = self._equal_count(max(1, len(plan)))
         sums = VocabularyGradients(with_embedding=not self.backend.collective_forward(self.model))
-        tokens, entropies = 0, []
-        for index in range(n_micro):
-            micro = MicroBatch.of(batch, plan[index] if index < len(plan) else [], lengths)
-            sums.last = last = index == n_micro - 1
-            self._retry_is_safe &= not self._shares(last)
-            with nullcontext() if last else self.backend.without_sync(self.model):
-                scores = self._backward(micro, weights, sums, last)
-            tokens += micro.input_ids.numel()
-            if micro.rows and scores.entropy is not None:
-                entropies.append(scores.entropy)
-        return replace(
-            report,
-            micro_batches=n_micro,
-            tokens=tokens,
-            useful_tokens=sum(lengths[row] for rows in plan for row in rows),
-            scored_tokens=sum(len(e) for e in entropies),
-            entropy=torch.cat(entropies).mean().item() if entropies else float("nan"),
-        )
+        done, entropies = replace(report), []
+        with closing(self._pieces(batch, weights.nonzero()[:, 0].tolist(), sums, chosen)) as pieces:
+            for piece in pieces:
+                sums.last = piece.last
+                with nullcontext() if piece.last else self.backend.without_sync(self.model):
+                    scores = self._backward(piece, weights, sums)
+                done.count(piece)
+                if piece.micro.rows and scores.entropy is not None:
+                    entropies.append(scores.entropy)
+        done.scored_tokens = sum(len(e) for e in entropies)
+        done.entropy = torch.cat(entropies).mean().item() if entropies else float("nan")
+        return done
 
-    def _backward(
-        self, micro: MicroBatch, weights: Tensor, sums: VocabularyGradients, last: bool
-    ) -> TokenScores:
+    def _backward(self, piece: Piece, weights: Tensor, sums: VocabularyGradients) -> TokenScores:
+        micro = piece.micro
         with self.backend.forward_context():
             scores = self.scorer(
                 self.model,
@@ -377,9 +199,16 @@ class GVPOStep(SequenceScorer):
                 micro.chosen,
                 micro.per_token(weights),
                 sums,
+                piece.prompts,
             )
         assert scores.nll is not None
-        self.backend.backward(scores.nll, last=last)
+        loss = scores.nll
+        if piece.prompts is not None and piece.prompts.last and self.backend.collective_forward(self.model):
+            # FSDP gathers a layer's parameters for its backward when a gradient reaches its output.
+            hidden = piece.prompts.cache.hidden
+            assert hidden is not None
+            loss = loss + hidden[..., :0].sum()
+        self.backend.backward(loss, last=piece.last)
         return scores
 
 
@@ -389,7 +218,3 @@ def _rows_to_score(batch: GroupBatch) -> list[int]:
     if batch.free is not None:
         needed = needed & ~batch.free
     return needed.nonzero()[:, 0].tolist()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

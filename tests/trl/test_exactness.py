@@ -124,6 +124,7 @@ def test_parameters_do_not_depend_on_the_micro_batches(reference):
     shapes = [(32, 1), (16, 2), (8, 4), (2, 16), (1, 32)]
     runs = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": a} for n, a in shapes]
     runs += [{"micro_batch_tokens": budget} for budget in (1, 33, 100, 10**6)]
+    runs += [{"share_prompts": False}]
     ends = []
     for run in runs:
         accumulation = run.get("gradient_accumulation_steps", 4)

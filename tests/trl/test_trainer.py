@@ -222,6 +222,7 @@ def test_public_names_and_defaults() -> None:
         "beta": 0.1,
         "reference": "rollout",
         "micro_batch_tokens": None,
+        "share_prompts": True,
         "trust": None,
         "disable_dropout": True,
     }

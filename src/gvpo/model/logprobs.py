@@ -25,6 +25,7 @@ from gvpo.errors import InputError
 from gvpo.model.determinism import apart, random_module
 from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
 from gvpo.model.head import head_parameters, is_linear, probed
+from gvpo.model.shared_prompts import Continuation, PromptCache
 from gvpo.model.vocabulary import VocabularyGradients, embedding_summed
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ScoreRequest:
     float32_head: bool = False
     sums: VocabularyGradients | None = None
     tile_bytes: int = TILE_BYTES
+    shared_prompts: Continuation | None = None
 
     def score(self, hidden: Float[Tensor, "rows length dim"], head: nn.Module) -> TokenScores:
         weight, bias = head_parameters(head)
@@ -98,9 +100,11 @@ def prepare_model(model: nn.Module) -> None:
     base._forward_before_gvpo = model.forward  # an attribute, not a closure, so that deepcopy rebinds it
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: Any, *args: Any, gvpo: ScoreRequest | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, gvpo: ScoreRequest | PromptCache | None = None, **kwargs: Any) -> Any:
         if gvpo is None:
             return self._forward_before_gvpo(*args, **kwargs)
+        if gvpo.shared_prompts is not None:
+            kwargs["shared_prompts"] = gvpo.shared_prompts
         with embedding_summed(self, gvpo.sums):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return gvpo.score(hidden, self.get_output_embeddings())
@@ -148,11 +152,13 @@ class TokenScorer:
         chosen: Bool[Tensor, "rows length"],
         token_weights: Float[Tensor, "tokens"] | None = None,
         sums: VocabularyGradients | None = None,
+        prompts: Continuation | None = None,
     ) -> TokenScores:
         """Score the tokens where `chosen` is True (never in column 0), each given the ones before it.
 
         `model` is this scorer's model or a wrapper of it (DDP, FSDP). Rows are left-aligned: padding
         comes after the first `lengths[i]` tokens, where no causal model can see it, so no mask is needed.
+        With `prompts` the rows go on after those.
 
         Raises:
             InputError: at first use, if scores are random or depend on padding.
@@ -162,7 +168,11 @@ class TokenScorer:
         # An adapter may have been put on the head, or taken off, since the check.
         if not (self.fused and is_linear(unwrap(self.model).get_output_embeddings())):
             return self._from_logits(model, input_ids, lengths, chosen, token_weights)
-        return model(input_ids=input_ids[:, :-1], gvpo=self._request(input_ids, chosen, token_weights, sums))
+        request = self._request(input_ids, chosen, token_weights, sums)
+        request.shared_prompts = prompts
+        inputs = input_ids[:, :-1]
+        where = {} if prompts is None else {"position_ids": prompts.positions(inputs)}
+        return model(input_ids=inputs, gvpo=request, **where)
 
     def _request(
         self,

@@ -29,6 +29,8 @@ class VocabularyGradients:
         with_embedding: whether the input embedding's gradient is summed too.
         head, embedding: the buffers; where `tied`, `head` holds both.
         loss_scale: by what the loss is scaled in the backward (as under float16).
+        pending: lookups of the last backward (of its micro-batch, and of the prompts that it shares) still
+            to come.
     """
 
     last: bool = False
@@ -37,6 +39,7 @@ class VocabularyGradients:
     head: Float[Tensor, "vocab dim"] | None = None
     embedding: Float[Tensor, "vocab dim"] | None = None
     loss_scale: Float[Tensor, ""] | None = None
+    pending: int = 0
 
     def keep_head(self, total: Float[Tensor, "vocab dim"]) -> Float[Tensor, "vocab dim"] | None:
         """Keep the head's sum for the next micro-batch; returns it for autograd if it is complete."""
@@ -83,6 +86,7 @@ class _LookUp(torch.autograd.Function):
     ) -> Float[Tensor, "*tokens dim"]:
         ctx.save_for_backward(weight, ids)
         ctx.padding, ctx.sums, ctx.last = padding, sums, sums.last
+        sums.pending += sums.last
         ctx.mark_dirty(rows)  # not a view, which the model could not scale in place
         return rows
 
@@ -92,7 +96,9 @@ class _LookUp(torch.autograd.Function):
         ids, gradient = ids.flatten(), gradient.flatten(0, -2)
         if ctx.padding is not None:  # `nn.Embedding` makes no gradient there
             gradient = gradient.masked_fill((ids == ctx.padding)[:, None], 0)
-        return ctx.sums.add_embedding(weight, ids, gradient, ctx.last), None, None, None, None
+        ctx.sums.pending -= ctx.last
+        complete = ctx.last and not ctx.sums.pending
+        return ctx.sums.add_embedding(weight, ids, gradient, complete), None, None, None, None
 
 
 @contextmanager

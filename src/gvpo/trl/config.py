@@ -66,6 +66,8 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
             training starts (with LoRA, the base model without adapters: no second copy).
         micro_batch_tokens: padded tokens per micro-batch of the update. Default:
             `per_device_train_batch_size` times the longest row, which is what TRL would run at once.
+        share_prompts: in scoring and update, read what responses begin with once for all of them, where that
+            is less work and the model allows it. It changes memory and speed, never the update.
         trust: for rollouts that are used for several updates: leave out the gradient of tokens whose
             probability has already moved by more than this share since the rollout (0.2, say), in the
             direction of their row's weight. Not part of the published algorithm; off by default.
@@ -78,6 +80,7 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
     beta: float = 0.1
     reference: Literal["rollout", "initial"] = "rollout"
     micro_batch_tokens: int | None = None
+    share_prompts: bool = True
     trust: float | None = None
     # TRL's, at the only values that have a meaning here:
     loss_type: str = "gvpo"

@@ -158,6 +158,7 @@ class GVPOTrainer(ResumableTrainer):
             "temperature": self.temperature,
             "backend": backend,
             "float32_head": self.args.cast_lm_head_to_fp32,
+            "share_prompts": self.args.share_prompts,
         }
         self._gvpo_step = GVPOStep(self.model, beta=self.args.beta, trust=self.args.trust, **common)
         # None where the policy scores for its reference: itself at rollout, or without its adapters.

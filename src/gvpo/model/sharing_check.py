@@ -1,0 +1,147 @@
+"""Whether and how prompts can be shared under a model: by its kind, and by trying."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from gvpo.model.logprobs import TokenScorer, unwrap
+from gvpo.model.shared_prompts import Continuation, PromptCache, attention_shared
+
+if TYPE_CHECKING:
+    from gvpo.scoring import Backend
+
+_ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+
+def obstacle(model: Any) -> str | None:
+    """Why prompts cannot be shared under a transformers model of this kind; None if they may be."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
+    if kinds or getattr(model, "_is_stateful", False):
+        found = ", ".join(sorted(kinds)) or "recurrent"
+        return f"{type(model).__name__} has layers whose state is not keys and values ({found})"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"the attention of {type(model).__name__} cannot be chosen"
+    if config._attn_implementation not in _ATTENTIONS:
+        return f"attn_implementation={config._attn_implementation!r} is not one of {', '.join(_ATTENTIONS)}"
+    if changing := ropes & {"dynamic", "longrope"}:
+        return f"its rotary embedding ({changing.pop()}) depends on the length of what is run"
+    # Under reentrant checkpointing nothing inside of a layer has a graph.
+    if any(
+        getattr(m, "gradient_checkpointing", False)
+        and getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        for m in model.modules()
+    ):
+        return "gradient checkpointing is reentrant (use_reentrant=False shares)"
+    return None
+
+
+def way_to_share(
+    scorer: TokenScorer,
+    model: nn.Module,
+    device: torch.device,
+    backend: Backend,
+    agree: Callable[[bool], bool],
+) -> str:
+    """ "merged" or "copied" keys (see `PromptCache`), or "whole" rows where neither gives the model's scores.
+
+    A few made-up rows are scored both ways, and their gradients compared. Warns if nothing is shared.
+
+    Args:
+        agree: whether something holds on all ranks.
+    """
+    if not scorer.fused:  # which has been warned of
+        return "whole"
+    why = obstacle(unwrap(model))
+    if backend.collective_forward(model) and not any(isinstance(m, FSDPModule) for m in model.modules()):
+        why = "its parameters are sharded by something else than FSDP2"
+    if why is None:
+        for way in ("merged", "copied"):
+            why = _difference(scorer, model, device, backend, way == "merged")
+            if agree(why is None):
+                return way
+            why = why or "another rank found a difference"
+    warnings.warn(f"Prompts are not shared, each row is run with its own: {why}.", stacklevel=5)
+    return "whole"
+
+
+def _difference(
+    scorer: TokenScorer, model: nn.Module, device: torch.device, backend: Backend, merged: bool
+) -> str | None:
+    """What is not the same when made-up rows share their prompts."""
+    collective = backend.collective_forward(model)  # where gradients of single parameters cannot be asked for
+    trained = [p for p in model.parameters() if p.requires_grad and not collective]
+    trained = sorted(trained, key=lambda p: p.numel())[:8]
+    rows = _Rows(scorer, model, device, backend, trained)
+    try:
+        with torch.set_grad_enabled(bool(trained)):
+            expected, got = rows.whole(), rows.shared(merged)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:
+        return f"{type(failure).__name__}: {failure}"
+    finite = expected[0].isfinite()
+    apart = (expected[0] - got[0])[finite].abs().max().item() if finite.any() else 0.0
+    with backend.forward_context():
+        autocast = torch.is_autocast_enabled(device.type)
+    narrow = autocast or next(model.parameters()).dtype.itemsize < 4
+    if apart > (0.25 if narrow else 2e-3):
+        return f"log-probabilities differ by up to {apart:.2g} nats"
+    size, error = expected[1].norm(), (expected[1] - got[1]).norm()
+    if size.isfinite() and error > (0.25 if narrow else 1e-3) * size:
+        return f"gradients differ by {error / size:.2g}"
+    return None
+
+
+class _Rows:
+    """Three rows, two of which begin alike; from their logits on the same whatever is shared."""
+
+    def __init__(
+        self, scorer: TokenScorer, model: nn.Module, device: torch.device, backend: Backend, trained: list
+    ) -> None:
+        self.scorer, self.model, self.backend, self.trained = scorer, model, backend, trained
+        vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
+        self.ids = ids[[0, 0, 1]]
+        self.ids[1, 7:] = self.ids[2, 7:]
+        self.begin = [6, 4]
+
+    def _score(self, ids: Tensor, start: int, prompts: Continuation | None = None) -> tuple[Tensor, Tensor]:
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        chosen = (torch.arange(ids.shape[1], device=ids.device) > start)[None]
+        weights = torch.linspace(-1, 1, int(chosen.sum()), device=ids.device)
+        with self.backend.forward_context():
+            scores = self.scorer(self.model, ids, lengths, chosen, weights, None, prompts)
+        if not self.trained:
+            return scores.logps.double(), torch.zeros(1)
+        assert scores.nll is not None
+        gradients = torch.autograd.grad(scores.nll, self.trained, allow_unused=True)
+        return scores.logps.double(), torch.cat([g.flatten().double() for g in gradients if g is not None])
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """A row at a time, as the sharing rows are run."""
+        return _joined([self._score(self.ids[i : i + 1], self.begin[i // 2]) for i in (0, 1, 2)])
+
+    def shared(self, merged: bool) -> tuple[Tensor, Tensor]:
+        with attention_shared(unwrap(self.model)) as original:
+            cache = PromptCache(self.begin, original, merged)
+            with self.backend.forward_context():
+                self.model(input_ids=self.ids[[0, 2], : max(self.begin)], gvpo=cache)
+            parts = []
+            for i in (0, 1, 2):
+                prompts = Continuation(cache, [i // 2], last=i == 2)
+                parts.append(self._score(self.ids[i : i + 1, self.begin[i // 2] :], 0, prompts))
+        return _joined(parts)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all rows, and the sum of their gradients."""
+    return torch.cat([p[0] for p in parts]), torch.stack([p[1] for p in parts]).sum(0)

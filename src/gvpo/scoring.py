@@ -1,0 +1,304 @@
+"""Scores of sequences under a model, in micro-batches of any cut that share what rows begin with.
+
+Results do not depend on the cuts, so these are free to be what is cheapest: rows of like length together,
+each micro-batch trimmed to its longest row, a prompt read once for its rows (`gvpo.model.shared_prompts`).
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from itertools import count
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from gvpo.batch import Beginnings, GroupBatch, MicroBatch, widest_float
+from gvpo.model.determinism import without_noise
+from gvpo.model.logprobs import TokenScorer, unwrap
+from gvpo.model.shared_prompts import Continuation, PromptCache, attention_shared, token_weight
+from gvpo.model.sharing_check import way_to_share
+from gvpo.model.vocabulary import VocabularyGradients
+from gvpo.packing import Block, padded_cost, plan_blocks, plan_micro_batches
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+DEFAULT_TOKEN_BUDGET = 16_384
+Result = TypeVar("Result")
+
+
+class Backend:
+    """How gradients are made and shared: plain PyTorch, alone or under DDP or FSDP2.
+
+    Engines override it; `gvpo.trl` does so for accelerate.
+
+    Args:
+        process_group: the ranks that make a step together; None: this process by itself.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        """Accumulate the gradient of a micro-batch's loss; `last`: no other of this step follows."""
+        loss.backward()
+
+    def without_sync(self, model: nn.Module) -> AbstractContextManager:
+        """A context in which a backward does not share gradients among ranks."""
+        if isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        if isinstance(model, FSDPModule):
+            return _without_fsdp_sync(model)
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager:
+        """A context for forwards, such as autocast."""
+        return nullcontext()
+
+    def averaged_over(self, model: nn.Module) -> int:
+        """Over how many ranks the engine averages gradients: the loss is multiplied by it."""
+        if isinstance(model, DistributedDataParallel) or self.collective_forward(model):
+            return dist.get_world_size(self.process_group)
+        return 1
+
+    def collective_forward(self, model: nn.Module) -> bool:
+        """Whether each forward gathers parameters, so that ranks must run equally many (FSDP, ZeRO-3)."""
+        return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def _without_fsdp_sync(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+class Piece(NamedTuple):
+    """A micro-batch, the prompts after which its rows go on (None: whole rows), whether it is the last."""
+
+    micro: MicroBatch
+    prompts: Continuation | None
+    last: bool
+
+
+class SequenceScorer:
+    """Scores sequences under a model, in micro-batches of a token budget.
+
+    Args:
+        model: a causal language model of transformers (or any module with `.logits`), bare or wrapped in
+            DDP, FSDP2 or PEFT.
+        temperature: sampling temperature at which the policy is the model.
+        token_budget: padded tokens per micro-batch. What it is has no influence on the result. Halved by
+            itself, and the same work done again, when memory runs out.
+        backend: how ranks work together; by default as the model is wrapped, in the default process group.
+        float32_head: compute the head's logits in float32.
+        share_prompts: read what rows begin with once for all of them, where that is less work and the model
+            allows it (found out at first use, with a warning if not). No influence on the result.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float = 1.0,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        backend: Backend | None = None,
+        float32_head: bool = False,
+        share_prompts: bool = True,
+    ) -> None:
+        self.model = model
+        self.token_budget = token_budget
+        self.backend = backend or Backend(dist.group.WORLD if dist.is_initialized() else None)
+        self.scorer = TokenScorer(model, temperature, float32_head)
+        self._way: str | None = None if share_prompts else "whole"  # None: not decided yet
+        self._retry_is_safe = False
+
+    @property
+    def _bare(self) -> nn.Module:
+        # A forward through DDP would broadcast buffers, which only some ranks might do in a scoring pass.
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def sequence_logps(self, batch: GroupBatch, rows: Sequence[int] | None = None) -> Float[Tensor, "batch"]:
+        """S in nats of the batch's rows under the model as it is, float64; 0 for rows left out.
+
+        The policy's own scoring pass, and how reference log-probs are made: under the rollout policy before
+        its first update, or under a fixed model.
+        """
+        return self.token_logps(batch, rows).sum(1)
+
+    @torch.no_grad()
+    def token_logps(
+        self, batch: GroupBatch, rows: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch length"]:
+        """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out."""
+        device = batch.input_ids.device
+        chosen_rows = range(len(batch)) if rows is None else rows
+
+        def score() -> Tensor:
+            out = torch.zeros(batch.input_ids.shape, dtype=widest_float(device), device=device)
+            with closing(self._pieces(batch, chosen_rows)) as pieces:
+                for micro, prompts, _ in pieces:
+                    with self.backend.forward_context():
+                        scores = self.scorer(
+                            self._bare, micro.input_ids, micro.lengths, micro.chosen, prompts=prompts
+                        )
+                    if micro.rows:
+                        out[micro.row_of, micro.column_of] = scores.logps.to(out.dtype)
+            return out
+
+        with without_noise(self.model):
+            self._decide(batch)
+            return self._retrying(score, batch.lengths.tolist())[0]
+
+    def _pieces(
+        self,
+        batch: GroupBatch,
+        rows: Sequence[int],
+        sums: VocabularyGradients | None = None,
+        chosen: Bool[Tensor, "batch length"] | None = None,
+    ) -> Generator[Piece]:
+        """The micro-batches of `rows` in turn. To be closed: attention is another one while it runs.
+
+        With `sums`, for a gradient pass: at least one, if of weight 0, since ranks share gradients in the
+        last one, and a gradient of 0 is not the same to an optimizer with momentum as none.
+        """
+        lengths = batch.lengths.tolist()
+        beginnings, blocks = self._plan(batch, lengths, rows, chosen)
+        if sums is not None and not any(block.micro_batches for block in blocks):
+            blocks[-1].micro_batches.append([])
+        for block in blocks:
+            if sums is not None:
+                sums.last = block is blocks[-1]
+            with nullcontext() if beginnings is None else self._read(batch, beginnings, block, sums) as cache:
+                for members in block.micro_batches:
+                    ends_block = members is block.micro_batches[-1]
+                    last = ends_block and block is blocks[-1]
+                    self._retry_is_safe &= not self._shares(last and sums is not None)
+                    if beginnings is None:
+                        yield Piece(MicroBatch.of(batch, members, lengths), None, last)
+                        continue
+                    assert cache is not None
+                    where = [block.place(beginnings.of_row[row]) for row in members] or [None]
+                    micro = MicroBatch.of(batch, members, beginnings.ends, beginnings.starts)
+                    yield Piece(micro, Continuation(cache, where, ends_block), last)
+
+    def _plan(
+        self, batch: GroupBatch, lengths: list[int], rows: Sequence[int], chosen: Tensor | None
+    ) -> tuple[Beginnings | None, list[Block]]:
+        """Blocks of micro-batches, and the beginnings that they share if that costs less than whole rows.
+
+        Ranks whose forwards are collective come to equally many.
+        """
+        beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget)
+        blocks = [Block([], plan)]
+        if self._way != "whole":
+            found = Beginnings.of(batch, chosen)
+            weight = token_weight(unwrap(self.model))
+            shared, cost = plan_blocks(found, rows, self.token_budget, weight)
+            costs = self._over_ranks([padded_cost(lengths, plan), cost], dist.ReduceOp.SUM)
+            if costs[1] < costs[0]:
+                beginnings, blocks = found, shared
+        most = int(self._over_ranks([len(blocks)])[0])
+        blocks += [Block([], []) for _ in range(most - len(blocks))]
+        for block, n in zip(blocks, self._over_ranks([len(b.micro_batches) for b in blocks]), strict=True):
+            block.micro_batches += [[] for _ in range(int(n) - len(block.micro_batches))]
+        return beginnings, blocks
+
+    @contextmanager
+    def _read(
+        self, batch: GroupBatch, beginnings: Beginnings, block: Block, sums: VocabularyGradients | None
+    ) -> Iterator[PromptCache]:
+        """Read a block's beginnings; while it is open, its rows can go on after them."""
+        model = self._bare
+        with attention_shared(unwrap(model)) as original:
+            lengths = [beginnings.lengths[b] for b in block.beginnings]
+            ids = batch.input_ids[[beginnings.rows[b] for b in block.beginnings], : max(lengths, default=1)]
+            if not lengths:  # a filler, for ranks that have nothing to do
+                lengths, ids = [1], ids.new_zeros(1, 1)
+            cache = PromptCache(lengths, original, self._way == "merged", sums)
+            self._retry_is_safe &= not self._shares(last=False)
+            with self.backend.forward_context():
+                cache.hidden = model(input_ids=ids, gvpo=cache)
+            yield cache
+
+    def _retrying(
+        self,
+        attempt: Callable[[], Result],
+        lengths: Sequence[int],
+        *,
+        safe: bool = True,
+        clear_gradients: bool = False,
+    ) -> tuple[Result, int]:
+        """Run `attempt`, again with half the token budget whenever it is safe to after running out of memory.
+
+        `attempt` clears `_retry_is_safe` when other ranks may wait for it in a collective.
+        """
+        for retries in count():
+            self._retry_is_safe = safe
+            try:
+                return attempt(), retries
+            except RuntimeError as error:
+                fits_no_more = self.token_budget <= max(lengths)
+                if not is_out_of_memory(error) or not self._retry_is_safe or fits_no_more:
+                    raise
+            # Out of the except block, so that the traceback no longer holds the failed pass's tensors.
+            self.token_budget = max(*lengths, self.token_budget // 2)
+            if clear_gradients:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"Out of memory: made again with micro-batches of {self.token_budget} tokens.", stacklevel=4
+            )
+        raise AssertionError("unreachable")
+
+    def _decide(self, batch: GroupBatch) -> None:
+        """Let the scorer check the model, and how prompts can be shared, once; all ranks alike."""
+        if not self.scorer.checked:
+            micro = MicroBatch.of(batch, list(range(len(batch))), batch.lengths.tolist())
+            with self.backend.forward_context():
+                self.scorer.check(self._bare, micro.input_ids, micro.lengths, self._agree)
+        if self._way is None:
+            self._way = way_to_share(
+                self.scorer, self._bare, batch.input_ids.device, self.backend, self._agree
+            )
+
+    def _agree(self, holds: bool) -> bool:
+        """Whether something holds on all ranks."""
+        if self.backend.process_group is None:
+            return holds
+        vote = torch.tensor(int(holds), device=next(self.model.parameters()).device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.backend.process_group)
+        return bool(vote.item())
+
+    def _over_ranks(
+        self, values: list[float], op: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX
+    ) -> list[float]:
+        """The values' maxima (or sums) over ranks whose forwards are collective."""
+        if self.backend.process_group is None or not self.backend.collective_forward(self.model):
+            return values
+        device = next(self.model.parameters()).device
+        numbers = torch.tensor(values, dtype=widest_float(device), device=device)
+        dist.all_reduce(numbers, op=op, group=self.backend.process_group)
+        return numbers.tolist()
+
+    def _shares(self, last: bool) -> bool:
+        """Whether other ranks may be waiting in a collective while this micro-batch runs."""
+        group = self.backend.process_group
+        alone = group is None or dist.get_world_size(group) == 1
+        return not alone and (last or self.backend.collective_forward(self.model))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
