@@ -271,7 +271,12 @@ class SequenceScorer:
                 self.scorer.check(self._bare, micro.input_ids, micro.lengths, self._agree)
         if self._way is None:
             self._way = way_to_share(
-                self.scorer, self._bare, batch.input_ids.device, self.backend, self._agree
+                self.scorer,
+                self._bare,
+                batch.input_ids.device,
+                self.backend.forward_context,
+                self.backend.collective_forward(self.model),
+                self._agree,
             )
 
     def _agree(self, holds: bool) -> bool:

@@ -14,8 +14,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from gvpo.model.shared_prompts import Continuation
-
 _aten = torch.ops.aten
 
 
@@ -34,7 +32,7 @@ class MergedAttention(torch.autograd.Function):
         v: Float[Tensor, "rows kv_heads width dim"],
         keys: Float[Tensor, "prompts kv_heads length dim"],
         values: Float[Tensor, "prompts kv_heads length dim"],
-        rows: Continuation,
+        rows: Any,  # the `gvpo.model.shared_prompts.Continuation`
         layer: int,
         scale: float,
     ) -> Float[Tensor, "rows heads width dim"]:

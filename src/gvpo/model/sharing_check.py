@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from gvpo.model.logprobs import TokenScorer, unwrap
 from gvpo.model.shared_prompts import Continuation, PromptCache, attention_shared
 
-if TYPE_CHECKING:
-    from gvpo.scoring import Backend
-
+Context = Callable[[], AbstractContextManager]
 _ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
@@ -48,7 +47,8 @@ def way_to_share(
     scorer: TokenScorer,
     model: nn.Module,
     device: torch.device,
-    backend: Backend,
+    context: Context,
+    collective: bool,
     agree: Callable[[bool], bool],
 ) -> str:
     """ "merged" or "copied" keys (see `PromptCache`), or "whole" rows where neither gives the model's scores.
@@ -56,16 +56,18 @@ def way_to_share(
     A few made-up rows are scored both ways, and their gradients compared. Warns if nothing is shared.
 
     Args:
+        context: for forwards, such as autocast.
+        collective: whether each forward gathers parameters from other ranks.
         agree: whether something holds on all ranks.
     """
     if not scorer.fused:  # which has been warned of
         return "whole"
     why = obstacle(unwrap(model))
-    if backend.collective_forward(model) and not any(isinstance(m, FSDPModule) for m in model.modules()):
+    if collective and not any(isinstance(m, FSDPModule) for m in model.modules()):
         why = "its parameters are sharded by something else than FSDP2"
     if why is None:
         for way in ("merged", "copied"):
-            why = _difference(scorer, model, device, backend, way == "merged")
+            why = _difference(scorer, model, device, context, collective, way == "merged")
             if agree(why is None):
                 return way
             why = why or "another rank found a difference"
@@ -74,13 +76,18 @@ def way_to_share(
 
 
 def _difference(
-    scorer: TokenScorer, model: nn.Module, device: torch.device, backend: Backend, merged: bool
+    scorer: TokenScorer,
+    model: nn.Module,
+    device: torch.device,
+    context: Context,
+    collective: bool,
+    merged: bool,
 ) -> str | None:
     """What is not the same when made-up rows share their prompts."""
-    collective = backend.collective_forward(model)  # where gradients of single parameters cannot be asked for
+    # Gradients of single parameters cannot be asked for where they are sharded.
     trained = [p for p in model.parameters() if p.requires_grad and not collective]
     trained = sorted(trained, key=lambda p: p.numel())[:8]
-    rows = _Rows(scorer, model, device, backend, trained)
+    rows = _Rows(scorer, model, device, context, trained)
     try:
         with torch.set_grad_enabled(bool(trained)):
             expected, got = rows.whole(), rows.shared(merged)
@@ -90,7 +97,7 @@ def _difference(
         return f"{type(failure).__name__}: {failure}"
     finite = expected[0].isfinite()
     apart = (expected[0] - got[0])[finite].abs().max().item() if finite.any() else 0.0
-    with backend.forward_context():
+    with context():
         autocast = torch.is_autocast_enabled(device.type)
     narrow = autocast or next(model.parameters()).dtype.itemsize < 4
     if apart > (0.25 if narrow else 2e-3):
@@ -105,9 +112,9 @@ class _Rows:
     """Three rows, two of which begin alike; from their logits on the same whatever is shared."""
 
     def __init__(
-        self, scorer: TokenScorer, model: nn.Module, device: torch.device, backend: Backend, trained: list
+        self, scorer: TokenScorer, model: nn.Module, device: torch.device, context: Context, trained: list
     ) -> None:
-        self.scorer, self.model, self.backend, self.trained = scorer, model, backend, trained
+        self.scorer, self.model, self.context, self.trained = scorer, model, context, trained
         vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
         ids = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
         self.ids = ids[[0, 0, 1]]
@@ -118,7 +125,7 @@ class _Rows:
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
         chosen = (torch.arange(ids.shape[1], device=ids.device) > start)[None]
         weights = torch.linspace(-1, 1, int(chosen.sum()), device=ids.device)
-        with self.backend.forward_context():
+        with self.context():
             scores = self.scorer(self.model, ids, lengths, chosen, weights, None, prompts)
         if not self.trained:
             return scores.logps.double(), torch.zeros(1)
@@ -133,7 +140,7 @@ class _Rows:
     def shared(self, merged: bool) -> tuple[Tensor, Tensor]:
         with attention_shared(unwrap(self.model)) as original:
             cache = PromptCache(self.begin, original, merged)
-            with self.backend.forward_context():
+            with self.context():
                 self.model(input_ids=self.ids[[0, 2], : max(self.begin)], gvpo=cache)
             parts = []
             for i in (0, 1, 2):
