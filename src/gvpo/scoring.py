@@ -228,7 +228,10 @@ class SequenceScorer:
             self._retry_is_safe &= not self._shares(last=False)
             with self.backend.forward_context():
                 cache.hidden = model(input_ids=ids, gvpo=cache)
-            yield cache
+            try:
+                yield cache
+            finally:
+                cache.clear()
 
     def _retrying(
         self,

@@ -70,6 +70,12 @@ class PromptCache:
     def score(self, hidden: Tensor, head: nn.Module) -> Tensor:
         return hidden
 
+    def clear(self) -> None:
+        """Let go of the memory, whoever still holds the cache."""
+        self.kept.clear()
+        self.gradients.clear()
+        self.hidden = None
+
     def keys_and_values(self, layer: int, last: bool) -> tuple[Tensor, Tensor]:
         """With their graph for the last micro-batch, else without."""
         keys, values = self.kept[layer]
