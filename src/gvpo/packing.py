@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from gvpo.batch import Beginnings
 
 # What starting one more micro-batch costs, in tokens of work: breaks ties towards fewer, larger ones.
 START_COST = 64
-# What attending to one more prompt in a micro-batch costs, in tokens of work.
-PROMPT_COST = 8
 
 
 @dataclass
@@ -44,17 +42,17 @@ def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], token_budget
     # The index breaks ties, so that the plan depends on nothing but the lengths.
     ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     n = len(ordered)
-    best = torch.full((n + 1,), torch.inf, dtype=torch.float64)  # best[j]: least cost of the first j rows
+    best = np.full(n + 1, np.inf)  # best[j]: least cost of the first j rows
     best[0] = 0
-    cut = torch.zeros(n + 1, dtype=torch.long)  # the micro-batch that ends before j starts at cut[j]
-    counts = torch.arange(1, n + 1, dtype=torch.float64)
+    cut = np.zeros(n + 1, dtype=np.int64)  # the micro-batch that ends before j starts at cut[j]
+    counts = np.arange(1, n + 1)
     for start, row in enumerate(ordered):
         width = max(lengths[row], 1)
         most = min(n - start, max(1, token_budget // width))
         cost = best[start] + counts[:most] * width + START_COST
         ends = slice(start + 1, start + 1 + most)
-        cut[ends].masked_fill_(cost < best[ends], start)
-        best[ends] = torch.minimum(best[ends], cost)
+        cut[ends] = np.where(cost < best[ends], start, cut[ends])
+        best[ends] = np.minimum(best[ends], cost)
     plan = []
     cuts, end = cut.tolist(), n
     while end:
@@ -64,7 +62,12 @@ def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], token_budget
 
 
 def plan_blocks(
-    beginnings: Beginnings, rows: Sequence[int], token_budget: int, weight: float = 1.0
+    beginnings: Beginnings,
+    rows: Sequence[int],
+    token_budget: int,
+    weight: float = 1.0,
+    prompt_cost: float = 0.0,
+    limit: float = float("inf"),
 ) -> tuple[list[Block], float]:
     """Blocks in which `rows` share their beginnings, and what they cost in tokens of work.
 
@@ -76,11 +79,16 @@ def plan_blocks(
         rows: the rows to place; those without a chosen token are left out.
         token_budget: padded tokens in memory at once.
         weight: memory that a token of a beginning takes, in tokens.
+        prompt_cost: what attending to one more beginning costs a micro-batch, in tokens of work.
+        limit: no plan is sought, and the cost is infinite, where none can cost less.
     """
     own, of_row = beginnings.own, beginnings.of_row
     rows = [row for row in rows if own[row]]
     used = sorted({b for row in rows if (b := of_row[row]) is not None})
     best: tuple[list[Block], float] = ([], float("inf"))
+    least = sum(own[row] for row in rows) + sum(beginnings.lengths[b] + prompt_cost for b in used)
+    if least >= limit:
+        return best
     for share in (0.25, 0.5, 0.75):
         blocks, cost = [], 0.0
         parts = plan_micro_batches(beginnings.lengths, used, max(1, int(share * token_budget / weight)))
@@ -92,10 +100,12 @@ def plan_blocks(
             # Rows of one beginning go next to each other.
             plan = [sorted(micro, key=lambda row: (of_row[row] is None, of_row[row], row)) for micro in plan]
             pairs = sum(len({of_row[row] for row in micro}) for micro in plan)
-            cost += read + START_COST + padded_cost(own, plan) + PROMPT_COST * pairs
+            cost += read + START_COST + padded_cost(own, plan) + prompt_cost * pairs
             blocks.append(Block(part, plan))
         if cost < best[1]:
             best = blocks, cost
+        if len(blocks) == 1:  # a larger share would be the same
+            break
     return best
 
 

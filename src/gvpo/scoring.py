@@ -22,7 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from gvpo.batch import Beginnings, GroupBatch, MicroBatch, widest_float
 from gvpo.model.determinism import without_noise
 from gvpo.model.logprobs import TokenScorer, unwrap
-from gvpo.model.shared_prompts import Continuation, PromptCache, attention_shared, token_weight
+from gvpo.model.shared_prompts import (
+    Continuation,
+    PromptCache,
+    attention_shared,
+    prompt_cost,
+    token_weight,
+)
 from gvpo.model.sharing_check import way_to_share
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.packing import Block, padded_cost, plan_blocks, plan_micro_batches
@@ -202,9 +208,11 @@ class SequenceScorer:
         blocks = [Block([], plan)]
         if self._way != "whole":
             found = Beginnings.of(batch, chosen)
-            weight = token_weight(unwrap(self.model))
-            shared, cost = plan_blocks(found, rows, self.token_budget, weight)
-            costs = self._over_ranks([padded_cost(lengths, plan), cost], dist.ReduceOp.SUM)
+            model, whole = unwrap(self.model), padded_cost(lengths, plan)
+            shared, cost = plan_blocks(
+                found, rows, self.token_budget, token_weight(model), prompt_cost(model), whole
+            )
+            costs = self._over_ranks([whole, cost], dist.ReduceOp.SUM)
             if costs[1] < costs[0]:
                 beginnings, blocks = found, shared
         most = int(self._over_ranks([len(blocks)])[0])

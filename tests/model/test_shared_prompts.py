@@ -36,6 +36,14 @@ from tests.models import (
 )
 
 BETA = 0.4
+
+
+@pytest.fixture(autouse=True)
+def worth_it(monkeypatch):
+    """As under a large model: calls cost nothing against work."""
+    monkeypatch.setattr("gvpo.scoring.prompt_cost", lambda model: 0.0)
+
+
 LONG = (30, 50)
 
 
