@@ -7,6 +7,7 @@ each micro-batch trimmed to its longest row, a prompt read once for its rows (`g
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -209,8 +210,10 @@ class SequenceScorer:
         if self._way != "whole":
             found = Beginnings.of(batch, chosen)
             model, whole = unwrap(self.model), padded_cost(lengths, plan)
+            # Ranks that go together must all plan: one's rows may gain nothing where another's gain much.
+            limit = math.inf if self.backend.collective_forward(self.model) else whole
             shared, cost = plan_blocks(
-                found, rows, self.token_budget, token_weight(model), prompt_cost(model), whole
+                found, rows, self.token_budget, token_weight(model), prompt_cost(model), limit
             )
             costs = self._over_ranks([whole, cost], dist.ReduceOp.SUM)
             if costs[1] < costs[0]:
