@@ -1,7 +1,7 @@
 """Do the tests notice mistakes? Makes each one of `list.toml` in a copy of the tree and runs its tests.
 
     python -m tests.mutants                   all of them: results/mutants.json
-    python -m tests.mutants --only trust      those whose file or name has "trust" in it
+    python -m tests.mutants --only trust      those with "trust" in file or name; other results stay
 
 Each runs in a process of its own, forked from one that has the libraries already. A mutant is killed when a
 test fails; tests that end otherwise, or that fail without any mistake, are an error of the list.
@@ -123,7 +123,14 @@ def run_all(work: list[tuple[Mutant | None, str]], workers: int) -> list[dict[st
             if found[0] == "error":
                 print(found[1])
             done.append(
-                {"file": file, "mutant": name, "outcome": found[0], "by": found[1], "seconds": seconds}
+                {
+                    "file": file,
+                    "mutant": name,
+                    "outcome": found[0],
+                    "by": found[1],
+                    "seconds": seconds,
+                    "equivalent": job.mutant.equivalent if job.mutant else "",
+                }
             )
     return done
 
@@ -134,7 +141,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="a part of the file or the name of the wanted mutants")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
-    parser.add_argument("--output", type=Path, help="default: results/mutants.json, if it is all of them")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "mutants.json", help="the results")
     arguments = parser.parse_args()
     # Their libraries; `child` imports all that is ours again.
     import tests.test_objective
@@ -146,20 +153,27 @@ def main() -> int:
         print("Some tests do not pass without any mistake: nothing can be told from them.")
         return 1
     done = run_all([(m, m.tests) for m in chosen], arguments.workers)
-    reasons = {m.name: m.equivalent for m in chosen if m.equivalent}
-    for entry in done:
-        if entry["mutant"] in reasons:
-            entry["equivalent"] = reasons[entry["mutant"]]
-    alive = [e for e in done if e["outcome"] in ("survived", "error") and "equivalent" not in e]
-    killed = sum(e["outcome"] in ("killed", "time limit") for e in done)
-    print(f"{killed} of {len(done)} killed; {len(alive)} survived that should not have.")
-    output = arguments.output or (None if arguments.only else ROOT / "results" / "mutants.json")
-    if output is not None:
-        order = {m.name: i for i, m in enumerate(chosen)}
-        done.sort(key=lambda entry: order[entry["mutant"]])
-        summary = {"mutants": len(done), "killed": killed, "equivalent": len(reasons)}
-        output.write_text(json.dumps({**summary, "each": done}, indent=1, ensure_ascii=False) + "\n")
+    alive = [entry for entry in done if entry["outcome"] in ("survived", "error") and not entry["equivalent"]]
+    print(f"{len(done) - len(alive)} of {len(done)} as they should be.")
+    write(arguments.output, done)
     return int(bool(alive))
+
+
+def write(path: Path, done: list[dict[str, Any]]) -> None:
+    """Put outcomes into the results, beside those of mutants that were not run."""
+    known = json.loads(path.read_text(encoding="utf-8"))["each"] if path.exists() else []
+    entries = {entry["mutant"]: entry for entry in [*known, *done]}
+    each = [entries[mutant.name] for mutant in listed() if mutant.name in entries]
+    files = {}
+    for entry in each:
+        counts = files.setdefault(entry["file"], {"mutants": 0, "killed": 0, "equivalent": 0})
+        counts["mutants"] += 1
+        counts["killed"] += entry["outcome"] in ("killed", "time limit")
+        counts["equivalent"] += entry["outcome"] == "survived" and bool(entry["equivalent"])
+    total = {
+        name: sum(counts[name] for counts in files.values()) for name in ("mutants", "killed", "equivalent")
+    }
+    path.write_text(json.dumps({**total, "files": files, "each": each}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

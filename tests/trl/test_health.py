@@ -220,3 +220,11 @@ def test_when_all_are_truncated_and_masked_there_is_no_update() -> None:
     with pytest.warns(UserWarning, match="makes no update"):
         made.train()
     assert all(value.equal(before[name]) for name, value in parameters(made).items())
+
+
+def test_bad_steps_with_good_ones_between_do_not_stop_a_run(tmp_path: Path) -> None:
+    made = trainer(output_dir=str(tmp_path), max_steps=4, max_bad_steps=2)
+    poison(made, {0, 2})
+    with pytest.warns(UserWarning, match="Step 2 is skipped"):
+        made.train()
+    assert made.state.global_step == 4
