@@ -139,7 +139,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="a part of the file or the name of the wanted mutants")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts of files or names of the wanted mutants"
+    )
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "mutants.json", help="the results")
     arguments = parser.parse_args()
@@ -147,7 +149,7 @@ def main() -> int:
     import tests.test_objective
     import tests.trl.oracle  # noqa: F401
 
-    chosen = [m for m in listed() if arguments.only in m.file or arguments.only in m.name]
+    chosen = [m for m in listed() if any(part in m.file or part in m.name for part in arguments.only)]
     plain = run_all([(None, tests) for tests in dict.fromkeys(m.tests for m in chosen)], arguments.workers)
     if any(entry["outcome"] != "survived" for entry in plain):
         print("Some tests do not pass without any mistake: nothing can be told from them.")
