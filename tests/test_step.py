@@ -390,3 +390,27 @@ def test_a_float32_head_multiplies_in_float32():
         step = GVPOStep(model, token_budget=1, float32_head=precise)
         errors[precise] = (step.sequence_logps(batch) - torch.stack(expected)).abs().max().item()
     assert errors[True] < 1e-4 < 1e-2 < errors[False]
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_equal_responses_are_run_once(reference, share_prompts):
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.randint(3, 60, (3, 6), generator=generator).tolist()
+    completions = [answers[i % 3] for i in range(16)]  # three answers of eight, with noisy rewards
+    batch = GroupBatch.from_tokens(
+        [[5, 6, 7]] * 8 + [[8, 9]] * 8,
+        completions,
+        torch.rand(16, generator=generator, dtype=torch.float64),
+        [0] * 8 + [1] * 8,
+    )
+    batch.completion_mask[3, -2] = False  # equal tokens, another mask: another row
+    if reference:
+        batch.reference_logps = literal_logps(model, batch).detach() + torch.rand(16, generator=generator)
+    expected, loss = double_gradient(model, batch)
+    report = GVPOStep(model, beta=BETA, share_prompts=share_prompts)(batch)
+    assert relative_error(gradients(model), expected) < 1e-5
+    assert report.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert report.useful_tokens <= 4 * 9 + 3 * 8
+    assert report.scored_tokens == int(batch.completion_mask.sum())

@@ -92,6 +92,16 @@ class GroupBatch:
         chosen = (completion_mask.bool() & seen).gather(1, order)
         return cls(token_ids.gather(1, order), lengths, chosen, rewards, group_ids, **others)
 
+    def first_equal(self) -> Int[Tensor, "batch"]:
+        """For each row the first of the same tokens, the same of them chosen: it has the same score."""
+        ids, chosen = self.input_ids.cpu().numpy(), self.completion_mask.cpu().numpy()
+        found: dict[bytes, int] = {}
+        first = [
+            found.setdefault(ids[row, :n].tobytes() + chosen[row, :n].tobytes(), row)
+            for row, n in enumerate(self.lengths.tolist())
+        ]
+        return torch.tensor(first, dtype=torch.long, device=self.input_ids.device)
+
     def freed(self) -> GroupBatch:
         """The same rows measured against the policy, to stand beside others that have reference log-probs."""
         n, device = len(self), self.input_ids.device

@@ -147,12 +147,14 @@ class SequenceScorer:
         self, batch: GroupBatch, rows: Sequence[int] | None = None
     ) -> Float[Tensor, "batch length"]:
         """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out."""
-        device = batch.input_ids.device
-        chosen_rows = range(len(batch)) if rows is None else rows
+        device, first = batch.input_ids.device, batch.first_equal()
+        asked = torch.arange(len(batch)) if rows is None else torch.tensor(rows, dtype=torch.long)
+        asked = asked.to(device)
+        distinct = first[asked].unique().tolist()
 
         def score() -> Tensor:
             out = torch.zeros(batch.input_ids.shape, dtype=widest_float(device), device=device)
-            with closing(self._pieces(batch, chosen_rows)) as pieces:
+            with closing(self._pieces(batch, distinct)) as pieces:
                 for micro, prompts, _ in pieces:
                     with self.backend.forward_context():
                         scores = self.scorer(
@@ -164,7 +166,10 @@ class SequenceScorer:
 
         with without_noise(self.model):
             self._decide(batch)
-            return self._retrying(score, batch.lengths.tolist())[0]
+            scores = self._retrying(score, batch.lengths.tolist())[0]
+        out = torch.zeros_like(scores)
+        out[asked] = scores[first[asked]]
+        return out
 
     def _pieces(
         self,

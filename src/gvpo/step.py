@@ -3,7 +3,8 @@
 With the weights known, the step's loss is linear in the sequence log-probabilities, so its gradient does
 not depend on how rows are cut into micro-batches, put on ranks or ordered (see `gvpo.objective`). The cuts
 here are free to be what is cheapest: rows of like length together, each micro-batch trimmed to its own
-longest row, rows of weight 0 left out, a prompt read once for all its rows (`gvpo.model.shared_prompts`).
+longest row, rows of weight 0 left out, equal rows run once, a prompt read once for all its rows
+(`gvpo.model.shared_prompts`).
 """
 
 from __future__ import annotations
@@ -174,9 +175,13 @@ class GVPOStep(SequenceScorer):
         self, batch: GroupBatch, report: StepReport, chosen: Bool[Tensor, "batch length"]
     ) -> StepReport:
         """The gradient pass over the rows that have weight; `chosen`: before a trust mask."""
-        weights = report.weights * self.backend.averaged_over(self.model)
+        each = report.weights * self.backend.averaged_over(self.model)
+        # Equal responses are run once, with the sum of their weights.
+        first = batch.first_equal()
+        weights = torch.zeros_like(each).index_add_(0, first, each)
+        times = torch.zeros_like(each).index_add_(0, first, (each != 0).to(each))
         sums = VocabularyGradients(with_embedding=not self.backend.collective_forward(self.model))
-        done, entropies = replace(report), []
+        done, entropy, scored = replace(report), each.new_zeros(()), each.new_zeros(())
         with closing(self._pieces(batch, weights.nonzero()[:, 0].tolist(), sums, chosen)) as pieces:
             for piece in pieces:
                 sums.last = piece.last
@@ -184,9 +189,11 @@ class GVPOStep(SequenceScorer):
                     scores = self._backward(piece, weights, sums)
                 done.count(piece)
                 if piece.micro.rows and scores.entropy is not None:
-                    entropies.append(scores.entropy)
-        done.scored_tokens = sum(len(e) for e in entropies)
-        done.entropy = torch.cat(entropies).mean().item() if entropies else float("nan")
+                    tokens = piece.micro.per_token(times)
+                    entropy += (scores.entropy * tokens).sum()
+                    scored += tokens.sum()
+        done.scored_tokens = int(scored)
+        done.entropy = float(entropy / scored)  # NaN if there are none
         return done
 
     def _backward(self, piece: Piece, weights: Tensor, sums: VocabularyGradients) -> TokenScores:
