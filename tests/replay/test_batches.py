@@ -103,3 +103,20 @@ def test_a_slot_that_a_group_does_not_have_takes_no_part():
     there = [i for i, (group, slot) in enumerate(places) if slot < len(group)]
     assert rows.rewards[there].tolist() == [places[i][1] for i in there]
     assert rows.input_ids[there, 1].tolist() == [2 + places[i][1] for i in there]
+
+
+def test_groups_that_cannot_be_kept_are_left_out():
+    """Numbers that are not finite, whose step is skipped; and no answer to a prompt of one token."""
+    good = GroupBatch.from_tokens(
+        [[5, 6]] * 4, [[7], [8], [9], [7]], [0.0, 1.0, 0.0, 1.0], [0, 0, 1, 1], reference_logps=-torch.ones(4)
+    )
+    settings = {"reference": "initial", "policy_step": 0, "components": {}}
+    assert len(groups_of(good, 2, **settings)) == 2
+    good.reference_logps[0] = torch.nan
+    assert len(groups_of(good, 2, **settings)) == 1
+    good.rewards[2] = torch.inf
+    assert len(groups_of(good, 2, **settings)) == 0
+    bare = GroupBatch.from_tokens(
+        [[5]] * 4, [[], [8], [9], [7, 8]], [0.0, 1.0] * 2, [0, 0, 1, 1], reference_logps=-torch.ones(4)
+    )
+    assert len(groups_of(bare, 2, **settings)) == 1

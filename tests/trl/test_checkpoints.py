@@ -385,3 +385,49 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     publish(written, final)
     assert events == [tmp_path]
     assert flaw(final) is None
+
+
+def test_what_was_written_last_is_kept_and_taken(tmp_path: Path) -> None:
+    """Of a run that went back to an earlier checkpoint the later steps are of the past."""
+    settings: dict[str, Any] = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    trainer(**settings, max_steps=5).train()
+    again = trainer(**settings, max_steps=4, save_total_limit=2)
+    again.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    trainer(**settings, max_steps=5).train(resume_from_checkpoint=True)
+    trainer(**settings, max_steps=4).train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_trainer_interrupted_within_a_step_can_train_again(tmp_path: Path) -> None:
+    """As in a notebook: nothing of the step that was begun gets into the next."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2}
+    settings |= {"steps_per_generation": 8, "output_dir": str(tmp_path / "again")}
+    whole = trainer(**{**settings, "output_dir": str(tmp_path / "whole")})
+    whole.train()
+    again = trainer(**settings)
+    prepare, calls = again._prepare_inputs, iter(range(100))
+
+    def interrupted(inputs: Any) -> Any:
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return prepare(inputs)
+
+    again._prepare_inputs = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    again.train(resume_from_checkpoint=True)
+    assert all(value.equal(parameters(again)[name]) for name, value in parameters(whole).items())
+    for name in ("reward", "gvpo/groups", "entropy"):
+        assert again.state.log_history[0][name] == whole.state.log_history[0][name]
+
+
+def test_a_second_run_samples_anew(tmp_path: Path) -> None:
+    """The rest of a generation was sampled by another policy than that of the second run's first step."""
+    made = trainer(output_dir=str(tmp_path), max_steps=1, steps_per_generation=8)
+    made.train()
+    left = made._buffered_inputs
+    assert left is not None
+    made.train()
+    assert made._buffered_inputs is not None
+    assert made._buffered_inputs[0] is not left[0]

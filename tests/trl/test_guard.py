@@ -1,5 +1,6 @@
 """Reward functions that raise, hang, die or return nonsense."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,27 @@ def test_failures_beyond_tolerance_stop_with_the_first_traceback(
 def test_settings_that_cannot_be(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         trainer(**changes)
+
+
+def test_failures_that_cannot_be_kept_are_told(tmp_path: Path) -> None:
+    _, incidents = score(raises_on_bad)
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        rows, _ = incidents.drain(tmp_path / "file" / "rewards.jsonl", step=0)
+    assert rows == {2}
+
+
+class Server:
+    async def __call__(self, completions: list[str], scale: float = 1.0, **_: Any) -> list[float]:
+        return [scale * len(c) for c in completions]
+
+
+async def server(completions: list[str], scale: float = 1.0, **_: Any) -> list[float]:
+    return [scale * len(c) for c in completions]
+
+
+def test_async_functions_in_any_form() -> None:
+    made = trainer(rewards=[functools.partial(server, scale=2.0), Server(), digit_reward], max_steps=1)
+    made.train()
+    means = [made.state.log_history[0][f"rewards/{name}/mean"] for name in ("server", "Server")]
+    assert means[0] == 2 * means[1] > 0

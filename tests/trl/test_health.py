@@ -1,5 +1,7 @@
 """Numbers that go wrong do not reach the parameters, and do not go on for ever."""
 
+import resource
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
 from gvpo.trl import GVPOTrainer
+from gvpo.trl.health import Health
 from gvpo.trl.health_config import Rule
 from gvpo.trl.rollouts import load_rollouts
 from tests.gloo import run_ranks
@@ -228,3 +231,46 @@ def test_bad_steps_with_good_ones_between_do_not_stop_a_run(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match="Step 2 is skipped"):
         made.train()
     assert made.state.global_step == 4
+
+
+def test_a_bad_step_goes_by_though_the_disk_is_full(tmp_path: Path) -> None:
+    batch = GroupBatch.from_tokens([[5]] * 4, [[6] * 999] * 4, [0.0] * 4, [0] * 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="cannot be kept"):
+            Health(2).bad_step(batch, "nan", step=0, path=tmp_path / "step.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_numbers_are_skipped_with_replay_too() -> None:
+    made = trainer(replay_ratio=1.0, max_steps=2, max_bad_steps=2)
+    with torch.no_grad():
+        next(made.model.parameters()).fill_(torch.nan)
+    with pytest.warns(UserWarning, match="Step 0 is skipped"), pytest.raises(InputError, match="2 steps in"):
+        made.train()
+    assert made.replay is not None
+    assert len(made.replay.buffer) == 0
+
+
+def test_a_rollout_function_may_give_nothing() -> None:
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = [[7] * (i % 4) for i in range(len(prompts))]
+        masks = [[1] * len(row) for row in ids]
+        return {
+            "prompt_ids": [[5, 6]] * len(ids),
+            "completion_ids": ids,
+            "logprobs": None,
+            "env_mask": masks,
+        }
+
+    made = trainer(GVPOTrainer, rollout_func=rollout, max_steps=1)
+    seen: list[GroupBatch] = []
+    weigh = made._gvpo_step.weigh
+    made._gvpo_step.weigh = lambda batch: (seen.append(batch), weigh(batch))[1]  # type: ignore[assignment]
+    made.train()
+    assert seen[0].completion_mask.sum(1).tolist() == [0, 1, 2, 3] * 8

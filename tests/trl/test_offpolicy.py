@@ -389,3 +389,65 @@ def test_logged_rows_are_cut_among_processes_at_any_first_row(tmp_path):
         assert torch.cat([getattr(part, name) for part in parts]).equal(getattr(whole, name))
     assert whole.group_ids.tolist() == [5] * 4 + [6] * 4 + [7] * 4
     assert whole.valid.tolist() == [j < len(offline.groups[i]) for i in range(3) for j in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("policy", ["drop_group", "drop_row"])
+@pytest.mark.parametrize("given", [None, 2.0])
+def test_failed_rewards_cost_what_they_should_beside_demonstrations(policy, given):
+    """Where a demonstration has a reward of its own, a failure on it costs nothing but its group, if that."""
+
+    def fails(completions, **_):
+        if any(c.startswith(tuple("abcdefgh")) for c in completions):
+            raise RuntimeError("no such letter")
+        return digit_reward(completions)
+
+    trainer = run(
+        demonstrated(),
+        fails,
+        demonstrations_per_group=2,
+        demonstration_reward=given,
+        on_reward_error=policy,
+        reward_error_tolerance=1.0,
+        max_steps=1,
+    )
+    trainer.train()
+    shown = torch.tensor([ids is not None for ids in trainer._given])
+    failed = trainer._failed_rows
+    assert (failed & shown).any()
+    assert (failed & ~shown).any()
+    if policy == "drop_group":
+        lost = failed.view(-1, 4).any(1).repeat_interleave(4)
+    else:
+        lost = failed if given is None else failed & ~shown
+    assert trainer.batch.valid.equal(~lost)
+
+
+def test_ages_go_on_over_the_runs_that_share_a_directory(tmp_path):
+    """Steps of a new run count from 0 again; its groups are the youngest all the same."""
+    home = {"replay_ratio": 1.0, "replay_directory": str(tmp_path / "shared"), "replay_sampling": "recent"}
+    folder = tmp_path / "shared" / "rank-00000"
+    old = [
+        Group.of(
+            [5], [[7, 8], [9]] * 2, [1.0, 0] * 2, reference="a", reference_logps=[-9.0] * 4, policy_step=s
+        )
+        for s in (10**5 - 1, 10**5)
+    ] * 4
+    with ReplayBuffer(folder, tokenizer=fingerprint(tokenizer())) as buffer:
+        buffer.append(old)
+    trainer = run(
+        dataset(),
+        cls=GVPOTrainer,
+        **home,
+        replay_max_age=2,
+        max_steps=3,
+        output_dir=str(tmp_path / "run"),
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    assert [entry["replay/age_max"] for entry in trainer.state.log_history[:2]] == [1, 2]
+    assert trainer.replay.buffer.index(10**5 + 2).ages.tolist() == [2] * 12 + [1] * 8 + [0] * 8
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert trainer.replay.buffer.index(10**5 + 2).ages.tolist() == [2] * 12 + [1] * 8 + [0] * 8
+    trainer.replay.buffer.close()

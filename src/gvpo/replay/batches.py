@@ -23,7 +23,9 @@ def groups_of(
 ) -> list[Group]:
     """The groups of a batch that has reference log-probs, all under `reference`, and rows group after group.
 
-    A group of which fewer than two responses take part teaches nothing and is left out.
+    Left out are groups of which fewer than two responses take part, for they teach nothing; with a reward or
+    log-probability that is not finite, whose step is skipped; and with a row of a single token (a prompt of
+    one that nothing was answered to), which has no place for a completion.
 
     Args:
         components: rewards by reward function, one a row.
@@ -38,7 +40,9 @@ def groups_of(
     groups = []
     for first in range(0, len(batch), k):
         rows = slice(first, first + k)
-        if sum(valid[rows]) < 2:
+        numbers = [*logps[rows], *(r for r, part in zip(rewards[rows], valid[rows], strict=True) if part)]
+        bare = any(part and n < 2 for n, part in zip(lengths[rows], valid[rows], strict=True))
+        if sum(valid[rows]) < 2 or bare or not np.isfinite(numbers).all():
             continue
         whole = [row[:n] for row, n in zip(ids[rows], lengths[rows], strict=True)]
         masks = [row[:n] for row, n in zip(chosen[rows], lengths[rows], strict=True)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +44,7 @@ def publish(written: Path, final: Path) -> None:
     """List a finished checkpoint's files with their sizes, bring all of it to the disk, and rename it."""
     files = sorted(path for path in written.rglob("*") if path.is_file() and path.name != _LIST)
     sizes = {str(path.relative_to(written)): path.stat().st_size for path in files}
-    (written / _LIST).write_text(json.dumps({"files": sizes}, indent=1))
+    (written / _LIST).write_text(json.dumps({"written": time.time(), "files": sizes}, indent=1))
     for path in (*files, written / _LIST, *(p for p in written.rglob("*") if p.is_dir()), written):
         _sync(path)
     if final.exists():  # the same step again, of a run that was resumed from an earlier one
@@ -83,14 +85,36 @@ def flaw(folder: Path) -> str | None:
     return None
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint in a run's directory, with a warning for each torn one that is newer."""
+def _oldest_first(output_dir: str | Path) -> list[Path]:
+    """A run's checkpoints as they were written: one that was resumed from an earlier one leaves later steps.
+
+    Those of which that is not known (of TRL, say) come before, by their steps.
+    """
     found = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if step.isdigit() and folder.is_dir():
-            found.append((int(step), folder))
-    for _, folder in sorted(found, reverse=True):
+            written = 0.0
+            with suppress(OSError, ValueError, KeyError):
+                written = float(json.loads((folder / _LIST).read_text())["written"])
+            found.append((written, int(step), folder))
+    return [folder for _, _, folder in sorted(found)]
+
+
+def rotate(output_dir: str | Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but neither the newest nor the `best`."""
+    folders = _oldest_first(output_dir)
+    if not limit or limit < 0 or not folders:
+        return
+    deletable = [folder for folder in folders[:-1] if best is None or folder != Path(best)]
+    least = len(folders) - len(deletable)
+    for folder in deletable[: len(folders) - max(limit, least)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The whole checkpoint written last in a run's directory; a warning for each torn one that is newer."""
+    for folder in reversed(_oldest_first(output_dir)):
         why = flaw(folder)
         if why is None:
             return str(folder)

@@ -15,6 +15,7 @@ import json
 import math
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -64,11 +65,14 @@ class Incidents:
 
     def drain(self, path: Path, step: int) -> tuple[set[int], tuple[str, str]]:
         """Append the records to a file; return the rows and the first failure, and start anew."""
-        if self.entries:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                for entry in self.entries:
-                    file.write(json.dumps({"step": step, **entry}, default=str) + "\n")
+        lines = [json.dumps({"step": step, **entry}, default=str) + "\n" for entry in self.entries]
+        if lines:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as error:  # of two evils the smaller
+                warnings.warn(f"Failures of reward functions cannot be kept ({error}).", stacklevel=2)
         rows, first = self.rows, self.first
         self.rows, self.first, self.entries = set(), ("", ""), []
         return rows, first
@@ -88,8 +92,11 @@ def guard(
     """
     if isinstance(reward, str | nn.Module) or not callable(reward):
         return reward
-    name = getattr(reward, "__name__", type(reward).__name__)
-    if inspect.iscoroutinefunction(reward if inspect.isroutine(reward) else type(reward).__call__):
+    inner = reward
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", type(inner).__name__)
+    if inspect.iscoroutinefunction(inner if inspect.isroutine(inner) else type(inner).__call__):
         if worker or timeout:
             raise InputError(
                 f"Reward function {name} is async, which a worker process cannot run: take one away."
@@ -228,4 +235,5 @@ def _guard_async(reward: Callable[..., Any], name: str, incidents: Incidents) ->
             return [None] * count
         return [guarded._number(i, value, columns) for i, value in enumerate(counted(returned, count, name))]
 
+    wrapped.__name__ = name
     return wrapped

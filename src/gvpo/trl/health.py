@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gvpo.batch import GroupBatch
@@ -80,17 +81,18 @@ class Health:
             InputError: it was one too many in a row.
         """
         self.bad_steps += 1
+        kept = f"its inputs are kept in {path}"
         try:
             save_rollouts(path, [Slice(batch, step)], {"why": why})
-        except OSError as error:  # of two evils the smaller
-            warnings.warn(f"The inputs of a bad step cannot be kept ({error}).", stacklevel=3)
+        except (OSError, SafetensorError) as error:  # of two evils the smaller
+            kept = f"its inputs cannot be kept ({error})"
         if self.bad_steps >= self.max_bad_steps:
             raise InputError(
                 f"{self.bad_steps} steps in a row, the last at step {step}, had numbers that are not finite "
                 f"({why}): lower learning_rate or raise beta, and look at gvpo/kl and entropy before that; "
-                f"inputs are kept in {path.parent}."
+                f"{kept}."
             )
-        warnings.warn(f"Step {step} is skipped: {why} Its inputs are kept in {path}.", stacklevel=3)
+        warnings.warn(f"Step {step} is skipped: {why} ({kept}).", stacklevel=3)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         return {"bad_steps": self.bad_steps}

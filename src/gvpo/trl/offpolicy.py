@@ -107,22 +107,30 @@ def complete(
 
 
 def reward_demonstrations(
-    rewards: Float[Tensor, "rows"], valid: Bool[Tensor, "rows"], given: Given, reward: float | None
+    rewards: Float[Tensor, "rows"],
+    valid: Bool[Tensor, "rows"],
+    failed: Bool[Tensor, "rows"],
+    given: Given,
+    reward: float | None,
 ) -> dict[str, Share]:
     """Give demonstrations their reward, in place; the metrics tell what sampled rows got without them.
 
+    With a `reward` of its own a demonstration takes part where a reward function `failed` on it, too.
+
     Raises:
-        InputError: there is no `reward` for them, and a reward function gave none.
+        InputError: there is no `reward` for them, and the reward functions, without failing, gave none.
     """
     shown = torch.tensor([ids is not None for ids in given], device=rewards.device)
     if reward is not None:
         rewards[shown] = reward
         valid[shown] = True
-    elif (shown & ~valid).any():
+        failed[shown] = False
+    elif (shown & ~valid & ~failed).any():
         raise InputError(
             "The reward functions gave a demonstration no reward (None or NaN): set "
             "demonstration_reward, or leave it out."
         )
+    valid &= ~failed
     sampled, shown = ~shown & valid, shown & valid
     count = float(shown.sum())
     return {
@@ -234,15 +242,21 @@ class Replay:
             seed=args.seed + rank,
             checkpoints=args.output_dir,
         )
-        self._run = uuid.uuid4().hex[:8]  # steps of two runs are not the same policy
         self._due = 0.0  # replayed groups owed, as a ratio need not come out even
         self._first_numbers: dict[int, int] = {}  # policy step → number of its first group in the buffer
+        self._new_run()
 
     def begin(self) -> None:
         """A new run: groups of an earlier one leave its own folder."""
         self._due, self._first_numbers = 0.0, {}
         if self.args.replay_directory is None:
             self.buffer.clear()
+        self._new_run()
+
+    def _new_run(self) -> None:
+        self._run = uuid.uuid4().hex[:8]  # steps of two runs are not the same policy
+        # Steps count on from the newest group of an earlier run, so that ages are steps over both.
+        self._earlier = int(self.buffer.records["policy_step"].max(initial=0))
 
     def store(
         self, batch: GroupBatch, step: int, components: dict[str, Float[Tensor, "rows"]], given: Given
@@ -262,12 +276,12 @@ class Replay:
                 batch,
                 self.k,
                 reference=f"{name} of run {self._run}",
-                policy_step=step,
+                policy_step=self._earlier + step,
                 components={name: values.tolist() for name, values in components.items()},
                 demonstrations=[i for i, ids in enumerate(given) if ids is not None],
             )
         )
-        self.buffer.evict(step)
+        self.buffer.evict(self._earlier + step)
 
     def draw(
         self, step: int, fresh: int, oldest: int, device: torch.device
@@ -285,7 +299,8 @@ class Replay:
         # Groups that are among the fresh ones are not replayed beside them.
         self._first_numbers = {s: n for s, n in self._first_numbers.items() if s >= oldest}
         mark = min(self._first_numbers.values(), default=self.buffer.next_number)
-        groups = self.buffer.sample(count, sampling=self.sampling, step=step, before_number=mark)
+        now = self._earlier + step
+        groups = self.buffer.sample(count, sampling=self.sampling, step=now, before_number=mark)
         ids = [-1 - self.rank - self.world * i for i in range(len(groups))]  # fresh groups count from 0
         stored = self.args.replay_reference == "stored"
         batch = batch_of(groups, ids, device, stored=stored)
@@ -294,7 +309,7 @@ class Replay:
                 f"A group in {self.folder} was stored without reference log-probabilities: use "
                 "replay_reference='current'."
             )
-        return batch, self._shares(groups, step)
+        return batch, self._shares(groups, now)
 
     def _shares(self, groups: Sequence[Group], step: int) -> dict[str, Share]:
         stored = self.buffer.index(step).ages.clip(min=0)
@@ -313,11 +328,12 @@ class Replay:
         """Put this process's buffer into a checkpoint; and what it keeps besides."""
         self.buffer.save(folder / f"gvpo_replay_{self.rank}")
         first = {str(step): number for step, number in self._first_numbers.items()}
-        return {"run": self._run, "due": self._due, "first_numbers": first}
+        return {"run": self._run, "earlier": self._earlier, "due": self._due, "first_numbers": first}
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Go on with what was in the buffer then."""
         self._run, self._due = state.get("run", self._run), state.get("due", 0.0)
+        self._earlier = state.get("earlier", 0)
         self._first_numbers = {int(step): number for step, number in state.get("first_numbers", {}).items()}
         saved = sorted(folder.glob("gvpo_replay_*"), key=lambda path: int(path.name.split("_")[-1]))
         self.buffer.restore(*saved[self.rank :: self.world])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import GRPOTrainer
 
 from gvpo.errors import InputError
@@ -45,12 +45,20 @@ class ResumableTrainer(GRPOTrainer):
         self._aside: Path | None = None
         super().__init__(*args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As `transformers.Trainer.train`; True resumes from the newest whole checkpoint in `output_dir`.
 
         Raises:
             InputError: there is none, or the one that was named is torn.
         """
+        # Nothing of an earlier call, which may have been interrupted, belongs to this run.
+        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        self._metrics["train"].clear()
+        self._last_loaded_step = -1  # vLLM has the weights of that call's last generation
+        if isinstance(resume_from_checkpoint, Path):
+            resume_from_checkpoint = str(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint.last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -102,8 +110,7 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if main:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(home), self.args.save_total_limit, best, use_mtime=False)
+            checkpoint.rotate(home, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _together(self, home: Path, work: Callable[[], None]) -> None:
         """Do `work`; if it fails on one process, all of them stop."""

@@ -69,8 +69,11 @@ def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> Non
     state = {**state, "policy_steps": [item.policy_step for item in slices]}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
-    save_file(tensors, aside, metadata={"state": json.dumps(state)})
-    os.replace(aside, path)
+    try:
+        save_file(tensors, aside, metadata={"state": json.dumps(state)})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[str, Any]]:

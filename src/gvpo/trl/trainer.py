@@ -131,6 +131,8 @@ class GVPOTrainer(ResumableTrainer):
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
         if twin is not None:
             self.ref_model = self._prepare_reference(twin)
+        if getattr(self, "rollout_func", None) is not None:
+            self.rollout_func = functools.partial(self._roll_out, self.rollout_func)
         self._make_step()
         self._make_off_policy()
         self.checkpointed |= {
@@ -213,11 +215,22 @@ class GVPOTrainer(ResumableTrainer):
                 ids, logps = sample(prompt_ids, *others, **kwargs)
         if self._without_tokens is not None:  # a later turn of a conversation with tools
             return ids, logps
+        return self._ended(ids), None if logps is None else [row or [0.0] for row in logps]
+
+    def _ended(self, ids: list[list[int]]) -> list[list[int]]:
+        """Completions with a token each, as TRL looks at the last one; notes which were without."""
         self._without_tokens = [i for i, row in enumerate(ids) if not row]
-        # TRL looks at each completion's last token.
         processor: Any = self.processing_class
         end = getattr(processor, "tokenizer", processor).eos_token_id
-        return [row or [end] for row in ids], None if logps is None else [row or [0.0] for row in logps]
+        return [row or [end] for row in ids]
+
+    def _roll_out(self, function: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """What a `rollout_func` returned."""
+        out = dict(function(prompts, trainer))
+        if "completion_ids" in out:
+            out["completion_ids"] = self._ended(out["completion_ids"])
+        fill = {"logprobs": [0.0], "env_mask": [1]}
+        return out | {name: [row or fill[name] for row in out[name]] for name in fill if out.get(name)}
 
     # ------------------------------------------------------------------------------------------- rewards
 
@@ -264,13 +277,14 @@ class GVPOTrainer(ResumableTrainer):
         )
         if training:
             warn_of_small_beta(self.args, rewards[valid])
-        failed = self._failed_rows
-        if self.args.on_reward_error == "drop_group":
-            failed = failed.view(-1, k).any(1).repeat_interleave(k)
-        rewards, valid = rewards[mine], (valid & ~failed)[mine]
-        if shown is not None:
+        rewards, valid, failed = rewards[mine], valid[mine], self._failed_rows[mine].clone()
+        if shown is None:
+            valid &= ~failed
+        else:
             reward = self.args.demonstration_reward
-            self._log(offpolicy.reward_demonstrations(rewards, valid, self._given, reward))
+            self._log(offpolicy.reward_demonstrations(rewards, valid, failed, self._given, reward))
+        if self.args.on_reward_error == "drop_group":
+            valid &= ~self._failed_rows.view(-1, k).any(1).repeat_interleave(k)[mine]
         completion_mask = out["completion_mask"]
         if self.mask_truncated_completions:
             valid = valid & completion_mask.any(1)
@@ -363,7 +377,10 @@ class GVPOTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------- update
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._window, self._awaits_optimizer = [], None  # of an earlier call that was interrupted
         if not resume_from_checkpoint and self.replay is not None:
             self.replay.begin()
         return super().train(resume_from_checkpoint, *args, **kwargs)
