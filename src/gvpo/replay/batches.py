@@ -40,9 +40,11 @@ def groups_of(
     groups = []
     for first in range(0, len(batch), k):
         rows = slice(first, first + k)
+        if sum(valid[rows]) < 2:
+            continue
         numbers = [*logps[rows], *(r for r, part in zip(rewards[rows], valid[rows], strict=True) if part)]
         bare = any(part and n < 2 for n, part in zip(lengths[rows], valid[rows], strict=True))
-        if sum(valid[rows]) < 2 or bare or not np.isfinite(numbers).all():
+        if bare or not np.isfinite(numbers).all():
             continue
         whole = [row[:n] for row, n in zip(ids[rows], lengths[rows], strict=True)]
         masks = [row[:n] for row, n in zip(chosen[rows], lengths[rows], strict=True)]
