@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer import grpo_trainer
 
 from gvpo.errors import InputError
 from gvpo.rewards.worker import RewardTimeout, RewardWorker
+from gvpo.trl import GVPOTrainer
 from gvpo.trl.guard import Incidents, guard
 from tests.rewards.hanging import hangs, hangs_on_7
-from tests.trl.common import digit_reward, trainer
+from tests.trl.chat_model import save_chat_model
+from tests.trl.common import config, digit_reward, trainer
 
 ROWS = ["a", "b", "BAD", "d", "e", "f"]
 
@@ -197,3 +202,41 @@ def test_async_functions_in_any_form() -> None:
     made.train()
     means = [made.state.log_history[0][f"rewards/{name}/mean"] for name in ("server", "Server")]
     assert means[0] == 2 * means[1] > 0
+
+
+class Environment:
+    """Its third instance has lost its server."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        Environment.made += 1
+        self.number = Environment.made
+
+    def reset(self, **_: Any) -> str:
+        return ""
+
+    def get_reward(self) -> float:
+        if self.number == 3:
+            raise ConnectionError("no server")
+        return float(self.number)
+
+
+@pytest.mark.filterwarnings("ignore:beta=.* cannot be felt")
+@pytest.mark.skipif(not hasattr(grpo_trainer, "supports_tool_calling"), reason="TRL of before")
+def test_an_environment_s_reward_is_guarded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What TRL needs for tool calls, of which there are none here.
+    monkeypatch.setattr(grpo_trainer, "is_jmespath_available", lambda: True)
+    monkeypatch.setattr(grpo_trainer, "supports_tool_calling", lambda _: True)
+    folder = save_chat_model(tmp_path / "model")
+    Environment.made = 0
+    made = GVPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder),
+        args=config(output_dir=str(tmp_path), max_steps=1, reward_error_tolerance=0.1),
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]] * 8}),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        environment_factory=Environment,
+    )
+    made.train()
+    assert made.state.log_history[0]["gvpo/reward_incidents"] == 1
+    assert made._failed_rows.nonzero().tolist() == [[2]]

@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 
 from gvpo.errors import InputError
 from gvpo.trl import checkpoint
-from gvpo.trl.rollouts import load_rollouts, save_rollouts
+from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts
 
 
 @contextmanager
@@ -38,6 +38,8 @@ class ResumableTrainer(GRPOTrainer):
         checkpointed: what else has a state to keep, by name; the trainer's own counters and the slices in
             `_buffered_inputs` are kept anyhow.
     """
+
+    _buffered_inputs: list[Slice] | None  # TRL's own, of no declared type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.checkpointed: dict[str, checkpoint.Stateful] = {}

@@ -65,7 +65,6 @@ class GVPOTrainer(ResumableTrainer):
     """
 
     # TRL's own, of no declared type.
-    _buffered_inputs: list[Slice] | None
     _current_train_step_time: float
 
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 (as in the parent)
@@ -124,15 +123,20 @@ class GVPOTrainer(ResumableTrainer):
                 )
             # Until TRL has the tokenizer that logged completions are read with.
             kwargs["train_dataset"] = offpolicy.Offline.dataset(args.prompts_per_generation)
-            reward_funcs = reward_funcs or offpolicy.unrewarded
+            reward_funcs = reward_funcs or [offpolicy.unrewarded]
+        own = len(reward_funcs or [])
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
         with temporarily(args, beta=args.beta if initial and twin is None else 0.0):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
         if twin is not None:
             self.ref_model = self._prepare_reference(twin)
-        if getattr(self, "rollout_func", None) is not None:
-            self.rollout_func = functools.partial(self._roll_out, self.rollout_func)
+        # An environment's own reward, which TRL has added.
+        k = args.num_generations or 1
+        self.reward_funcs[own:] = [guard(f, self.incidents, group=k) for f in self.reward_funcs[own:]]
+        rollout: Any = getattr(self, "rollout_func", None)
+        if rollout is not None:
+            self.rollout_func = functools.partial(self._roll_out, rollout)
         self._make_step()
         self._make_off_policy()
         self.checkpointed |= {
