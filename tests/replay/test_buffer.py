@@ -239,7 +239,10 @@ def test_ranks_are_seen_together_while_they_write(tmp_path):
     assert view.index(5).ages.tolist() == [5, 5, 5, 5, 4, 4, 4, 4]
     with pytest.raises(InputError, match="in use by another process"):
         ReplayBuffer(rank_folder(tmp_path, 1))
+    held = ReplayView(tmp_path, hold=True)
     buffers[1].clear()
+    assert all(same(a, group(n)) for a, n in zip(held.read([4, 7]), (10, 13), strict=True))
+    held.close()
     with pytest.raises(InputError, match=r"Group 0 has left .*: open it again"):
         view.read([4])
     view.close()

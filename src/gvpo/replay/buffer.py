@@ -96,7 +96,7 @@ class ReplayBuffer(GroupStore):
                 if not (folder / FILE).exists():
                     create(folder, identity)
                 self._open(folder, memory, "mode=rw")
-                _check_identity(folder, self.identity, identity)
+                check_identity(folder, self.identity, identity)
                 self.identity |= {key: value for key, value in identity.items() if value is not None}
                 self._begin("FULL" if durable else "NORMAL")
         except InputError:
@@ -287,7 +287,7 @@ class ReplayBuffer(GroupStore):
     def _copy(self, folder: Path, *, replace: bool) -> None:
         """Take over the groups of another buffer's checkpoint."""
         with GroupStore(folder, memory=0) as source:
-            _check_identity(source.folder, source.identity, self.identity)
+            check_identity(source.folder, source.identity, self.identity)
             if replace:
                 self.clear()
             numbers = source.records["number"] if replace else self.next_number + np.arange(len(source))
@@ -322,14 +322,15 @@ class ReplayBuffer(GroupStore):
             self._lock = -1
 
 
-def _check_identity(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_identity(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise an InputError if the buffer in `folder` is of something else than is `wanted`."""
     reasons = {
         "tokenizer": "was filled with another tokenizer: its token ids mean something else here",
         "vocabulary_size": "has a vocabulary of {0}, not {1}",
         "group_size": "holds groups of {0} responses, not of {1}",
     }
     for key, reason in reasons.items():
-        have, want = stored[key], wanted[key]
+        have, want = stored[key], wanted.get(key)
         if have is not None and want is not None and have != want:
             raise InputError(
                 f"The replay buffer in {folder} {reason.format(have, want)}. Use another folder; nothing was "

@@ -23,7 +23,7 @@ def export(folder: str | Path, output: str | Path) -> int:
     """
     output = Path(output)
     aside = output.with_name(f".{output.name}.partial")
-    with ReplayView(folder, memory=0) as view:
+    with ReplayView(folder, memory=0, hold=True) as view:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             with pq.ParquetWriter(aside, FIELDS) as writer:

@@ -23,8 +23,8 @@ from typing import Any
 
 from gvpo.data.sources import read_file
 from gvpo.errors import InputError
+from gvpo.replay.buffer import check_identity
 from gvpo.replay.group import Group, Response
-from gvpo.replay.store import FILE
 from gvpo.replay.tokens import Encoder, check_ids, fingerprint
 from gvpo.replay.view import ReplayView
 
@@ -187,14 +187,9 @@ def _number(value: Any, name: str) -> float:
 
 
 def _from_replay(folder: Path, encoder: Encoder, longest: int | None) -> Logged:
-    with ReplayView(folder) as view:
-        ours = fingerprint(encoder.tokenizer)
+    with ReplayView(folder, hold=True) as view:
         for store in view.stores:
-            if store.identity["tokenizer"] not in (None, ours):
-                raise InputError(
-                    f"The replay buffer {store.folder / FILE} was filled with another tokenizer: its "
-                    "token ids mean something else here."
-                )
+            check_identity(store.folder, store.identity, {"tokenizer": fingerprint(encoder.tokenizer)})
         groups = view.read(range(len(view)))
     for number, group in enumerate(groups):
         check_ids(

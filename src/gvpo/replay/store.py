@@ -62,6 +62,7 @@ class GroupStore:
     Args:
         folder: where `groups.sqlite` is, or what `ReplayBuffer.save` wrote.
         memory: bytes of the file to keep in memory. The index takes 52 bytes a group besides.
+        hold: keep all of it readable, whatever a writer drops meanwhile. Its log grows until this is closed.
 
     Attributes:
         records: the index, a `RECORD` a group, oldest first.
@@ -71,11 +72,13 @@ class GroupStore:
             of the checkpoint any more.
     """
 
-    def __init__(self, folder: str | Path, *, memory: int = 2**28) -> None:
+    def __init__(self, folder: str | Path, *, memory: int = 2**28, hold: bool = False) -> None:
         folder = Path(folder)
         state = read_state(folder) if (folder / STATE).exists() else None
         self._open(folder if state is None else locate(folder, state), memory, "mode=ro")
         with told(self.path):
+            if hold:
+                self._db.execute("BEGIN")
             self.records = self._select("live") if state is None else self._saved(folder, state)
 
     def _open(self, folder: Path, memory: int, mode: str) -> None:

@@ -22,18 +22,19 @@ class ReplayView:
     """All groups under `folder`: of every `rank-…` in it, or of the one buffer, or saved buffer, that it is.
 
     It shows what was committed when it was opened or last refreshed. What a writer evicts meanwhile cannot be
-    read any more: refresh before reading.
+    read any more: refresh before reading, or `hold` it.
 
     Args:
         folder: as given to the trainer (`replay_directory`), or a folder of one process.
         memory: bytes of groups to keep in memory, over all processes.
+        hold: keep all of it readable until this is closed; the writers' logs grow as long.
 
     Raises:
         InputError: there is no replay buffer.
     """
 
-    def __init__(self, folder: str | Path, *, memory: int = 2**28) -> None:
-        self.folder, self.memory = Path(folder), memory
+    def __init__(self, folder: str | Path, *, memory: int = 2**28, hold: bool = False) -> None:
+        self.folder, self.memory, self.hold = Path(folder), memory, hold
         self.stores: list[GroupStore] = []
         self.refresh()
 
@@ -45,7 +46,7 @@ class ReplayView:
         folders = [self.folder] if alone else ranks
         self.stores = []
         for folder in folders:
-            self.stores.append(GroupStore(folder, memory=self.memory // len(folders)))
+            self.stores.append(GroupStore(folder, memory=self.memory // len(folders), hold=self.hold))
 
     def __len__(self) -> int:
         return sum(len(store) for store in self.stores)
