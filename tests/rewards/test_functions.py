@@ -88,8 +88,8 @@ def test_own_function(tmp_path, monkeypatch):
     [
         ("acuracy", "accuracy, exact, format, length, reasoning_gym"),
         ("no_such_module:f", "cannot be imported"),
-        ("json:no_such_function", "no function"),
-        ("json:JSONDecoder", "is a class"),
+        ("json:no_such_function", "no attribute 'no_such_function'"),
+        ("json:JSONDecoder", "is no function"),
         ("length:0", "length:512"),
         ("", "describes no reward"),
         ("accuracy format", "describes no reward"),
