@@ -112,10 +112,7 @@ app.add_typer(verl, name="verl")
 def lab(context: typer.Context) -> None:
     checkout = Path(__file__).parents[2]
     if not (checkout / "experiments" / "command.py").is_file():
-        raise InputError(
-            "gvpo lab comes with the repository, not with the package: clone it and install it there with "
-            "pip install -e '.[trl]'."
-        )
+        raise InputError("gvpo lab comes with the repository: clone it, and pip install -e '.[trl]' there.")
     sys.path.insert(0, str(checkout))
     from experiments.command import lab as run
 

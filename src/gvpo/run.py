@@ -6,8 +6,9 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -28,13 +29,21 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
     if not nearest.is_dir():
-        raise InputError(
-            f"The output directory {path} cannot be made, since {nearest} is a file: choose another."
-        )
+        raise _unwritable(path, f"{nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(
-            f"The output directory {path} cannot be written to (Permission denied): choose another."
-        )
+        raise _unwritable(path, "Permission denied")
+
+
+def _unwritable(path: Path, why: str | None) -> InputError:
+    return InputError(f"The output directory {path} cannot be written to ({why}): choose another.")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes that place once all went well."""
+    aside = path.with_name(f".{path.name}.partial")
+    yield aside
+    os.replace(aside, path)
 
 
 class RunDirectory:
@@ -48,13 +57,9 @@ class RunDirectory:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".write-test-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            TemporaryFile(dir=self.path).close()
         except OSError as error:
-            raise InputError(
-                f"The output directory {self.path} cannot be written to ({error.strerror}): choose another."
-            ) from error
+            raise _unwritable(self.path, error.strerror) from error
 
     def start(self, config: Mapping[str, Any], *, resumed_at: int | None = None) -> None:
         """Write `config.yaml` and drop earlier records; of a run that goes on, those after its step."""
@@ -71,9 +76,11 @@ class RunDirectory:
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(entry)) + "\n")
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, whole or not at all."""
-        self._write("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
+    def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `summary.json`, whole or not at all; what it holds."""
+        plain: dict[str, Any] = _plain(summary)
+        self._write("summary.json", json.dumps(plain, indent=2) + "\n")
+        return plain
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; see `read_metrics`."""
@@ -88,9 +95,8 @@ class RunDirectory:
         self._write(name, "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows))
 
     def _write(self, name: str, text: str) -> None:
-        aside = self.path / f".{name}.partial"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, self.path / name)
+        with replaced(self.path / name) as aside:
+            aside.write_text(text, encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -134,9 +140,7 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return str(value) if isinstance(value, str) else value
-    return str(value)
+    return value if value is None or isinstance(value, bool | int) else str(value)
 
 
 class Ticker:
@@ -144,31 +148,25 @@ class Ticker:
 
     def __init__(self, console: Console, label: str, total: int) -> None:
         self.console, self.label, self.total, self.done = console, label, total, 0
-        self._bar: Progress | None = None
-        self._task: Any = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-            )
-            self._task = self._bar.add_task(label, total=total, note="")
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=total, note="")
 
-    @contextmanager
-    def running(self) -> Iterator[Ticker]:
-        if self._bar is None:
-            yield self
-            return
-        with self._bar:
-            yield self
+    def running(self) -> AbstractContextManager[Any]:
+        """Shows the bar while the work is done."""
+        return self._bar
 
     def advance(self, to: int, note: str = "") -> None:
         """Tell that `to` of the total is done."""
         before, self.done = self.done, to
-        if self._bar is not None:
+        if self.console.is_terminal:
             fields: dict[str, Any] = {"note": note} if note else {}
             self._bar.update(self._task, completed=to, **fields)
         elif note or (to > before and to >= self.total) or to * 4 // self.total > before * 4 // self.total:
@@ -195,9 +193,8 @@ def new_figure(panels: int = 1, width: float = 6.4, height: float = 3.8) -> tupl
 
 def save_figure(figure: Any, path: Path, **metadata: str) -> None:
     """Write a PNG, whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png", metadata=metadata)
-    os.replace(aside, path)
+    with replaced(path) as aside:
+        figure.savefig(aside, format="png", metadata=metadata)
 
 
 def plot_curves(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], *, title: str, x: str) -> None:

@@ -18,9 +18,7 @@ def parse_columns(mappings: list[str]) -> dict[str, str]:
     for mapping in mappings:
         ours, equals, theirs = mapping.partition("=")
         if not equals or not ours or not theirs:
-            raise InputError(
-                f"the column mapping {mapping!r} is not NAME=COLUMN: write for example prompt=question."
-            )
+            raise InputError(f"the column mapping {mapping!r} is not NAME=COLUMN, as is prompt=question.")
         columns[ours] = theirs
     return columns
 

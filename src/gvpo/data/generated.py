@@ -35,10 +35,7 @@ def arithmetic_rows(
     chosen = pairs[:held_out] if split == "test" else pairs[held_out:]
     random.Random(seed).shuffle(chosen)
     if size is not None and size > len(chosen):
-        raise InputError(
-            f"arithmetic with {digits} digits has {len(chosen)} problems for {split}, not {size}: ask for "
-            "fewer."
-        )
+        raise InputError(f"arithmetic has {len(chosen)} problems for {split}, not {size}: ask for fewer.")
     for pair in chosen[:size]:
         left, right = divmod(pair, 10**digits)
         if reverse:

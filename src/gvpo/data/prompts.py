@@ -48,22 +48,25 @@ class Prompts:
 
     def convert(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The prompts, one at a time; counts as it goes."""
-        ids: dict[Any, int] = {}
-        question_column = answer_column = ""
+        first: dict[Any, int] = {}  # where an id was seen
+        columns: tuple[str, str] | None = None
         for index, row in enumerate(rows):
+            where = f"{self.where}, row {index + 1}"
             self.seen += 1
-            if index == 0:
-                question_column = self._column(row, "prompt", self.recipe.question_columns)
-                answer_column = self._column(row, "answer", self.recipe.answer_columns)
-            for column in (question_column, answer_column, *self.keep):
+            columns = columns or (
+                self._column(row, "prompt", self.recipe.question_columns),
+                self._column(row, "answer", self.recipe.answer_columns),
+            )
+            for column in (*columns, *self.keep):
                 if column not in row:
-                    raise InputError(
-                        f"{self.where}, row {index + 1} has no column {column!r}: give every row the same "
-                        "columns."
-                    )
-            _refuse_duplicate_id(row, index, ids, self.where)
-            question, truth = row[question_column], row[answer_column]
-            prompt = self._messages(question, f"{self.where}, row {index + 1}")
+                    raise InputError(f"{where} has no column {column!r}: give every row the same columns.")
+            same = row.get("id", row.get("unique_id"))
+            if isinstance(same, str | int) and first.setdefault(same, index) != index:
+                raise InputError(
+                    f"{where} repeats the id {same!r} of row {first[same] + 1}: remove one of them."
+                )
+            question, truth = (row[column] for column in columns)
+            prompt = self._messages(question, where)
             truth = truth if self.generated else self.recipe.ground_truth(truth)
             if prompt is None or truth is None:
                 what = "the question is empty" if prompt is None else "the ground truth cannot be parsed"
@@ -80,9 +83,6 @@ class Prompts:
             }
 
     def _column(self, row: Row, ours: str, recognised: tuple[str, ...]) -> str:
-        unknown = sorted(set(self.columns) - {"prompt", "answer"})
-        if unknown:
-            raise InputError(f"the column mapping names {unknown[0]!r}: it maps prompt and answer only.")
         candidates = (self.columns[ours],) if ours in self.columns else recognised
         for candidate in candidates:
             if candidate in row:
@@ -97,10 +97,7 @@ class Prompts:
         if isinstance(question, list):
             messages = [dict(message) for message in question if isinstance(message, Mapping)]
             if len(messages) != len(question) or any({"role", "content"} - set(m) for m in messages):
-                raise InputError(
-                    f"{where}: the prompt is a list but not of messages: give each message a role and a "
-                    "content."
-                )
+                raise InputError(f"{where}: the prompt is a list but not of messages: give role and content.")
             if not messages:
                 return None
             return messages if messages[0]["role"] == "system" else [*system, *messages]
@@ -114,17 +111,6 @@ class Prompts:
     def describe_dropped(self) -> str:
         """How many rows were dropped and why, in words."""
         return ", ".join(f"{count} rows: {reason}" for reason, count in sorted(self.dropped.items()))
-
-
-def _refuse_duplicate_id(row: Row, index: int, ids: dict[Any, int], where: str) -> None:
-    identifier = row.get("id", row.get("unique_id"))
-    if not isinstance(identifier, str | int):
-        return
-    first = ids.setdefault(identifier, index + 1)
-    if first != index + 1:
-        raise InputError(
-            f"{where}, row {index + 1} repeats the id {identifier!r} of row {first}: remove one of them."
-        )
 
 
 def load_prompts(
@@ -224,23 +210,23 @@ def iterate_prompts(
         The tally, filled while the rows are consumed, and the rows: `prompt`, `answer`, `question`, `index`
         (the row's number in the source, from 0), `data_source` and, for reasoning_gym, `task` and `entry`.
     """
+    columns = columns or {}
+    if unknown := sorted(set(columns) - {"prompt", "answer"}):
+        raise InputError(f"the column mapping names {unknown[0]!r}: it maps prompt and answer only.")
     generated = name.startswith(_REASONING_GYM)
     if generated:
         task = name.removeprefix(_REASONING_GYM)
         recipe = Recipe(name, data_source=f"reasoning_gym/{task}", ability="reasoning", instruction="")
-        rows: Iterable[Row] = reasoning_gym_rows(task, split=split, seed=seed, size=size)
+        rows = reasoning_gym_rows(task, split=split, seed=seed, size=size)
     else:
-        recipe, rows = open_source(name, split=split, source=source, revision=revision)
+        recipe, rows = _open(name, split, source, revision)
     if instruction is None:
         instruction = recipe.instruction if chat else ""
-    where = source or name
-    prompts = Prompts(recipe, where, columns or {}, system_prompt, instruction, chat, keep, generated)
+    prompts = Prompts(recipe, source or name, columns, system_prompt, instruction, chat, keep, generated)
     return prompts, prompts.convert(rows)
 
 
-def open_source(
-    name: str, *, split: str, source: str | None, revision: str | None
-) -> tuple[Recipe, Iterator[Row]]:
+def _open(name: str, split: str, source: str | None, revision: str | None) -> tuple[Recipe, Iterator[Row]]:
     """The recipe that a name stands for and its rows, from `source` where given."""
     known, _, attached = name.partition(":")
     if known in RECIPES:
@@ -251,11 +237,8 @@ def open_source(
         recipe = Recipe(name, data_source=Path(name).stem if looks_like_file(name) else name)
         origin = source or name
     else:
-        names = [*RECIPES, *_ARITHMETIC, f"{_REASONING_GYM}<task>"]
-        raise InputError(
-            f"there is no data set {name!r}: choose one of {', '.join(names)}, a .jsonl or .parquet file, or "
-            "a Hub id such as openai/gsm8k."
-        )
+        names = ", ".join([*RECIPES, *_ARITHMETIC, f"{_REASONING_GYM}<task>"])
+        raise InputError(f"there is no data set {name!r}: choose one of {names}, a file or a Hub id.")
     if looks_like_file(origin):
         return recipe, read_file(origin)
     if split not in recipe.splits:

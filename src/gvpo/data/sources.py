@@ -33,12 +33,11 @@ def read_file(path: str | Path) -> Iterator[Row]:
     if not path.is_file():
         raise InputError(f"{path} is not a file: give a .jsonl or .parquet file that exists.")
     rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
+    first = next(rows, None)
+    if first is None:
         raise InputError(f"{path} has no rows: give a file with at least one.")
+    yield first
+    yield from rows
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -52,14 +51,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 # A byte-order mark is what editors on Windows leave; everything else must be plain UTF-8.
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
+                byte = f"{error.object[error.start]:#04x}"
                 raise InputError(
-                    f"{path}, row {number}: byte {error.object[error.start]:#04x} is not UTF-8; "
-                    "save the file as UTF-8."
+                    f"{path}, row {number}: byte {byte} is not UTF-8; save it as UTF-8."
                 ) from error
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
                 raise InputError(
-                    f"{path}, row {number} is not JSON ({reason}): write one JSON object a line."
+                    f"{path}, row {number} is not JSON ({reason}): write one object a line."
                 ) from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}, row {number} is not a JSON object: write one object a line.")
@@ -110,6 +109,5 @@ def hub_revision(dataset: str, revision: str | None) -> str:
 
 def _not_there(what: str, error: Exception) -> InputError:
     return InputError(
-        f"{what} ({first_line(error)}): check its name and the network, or give a local .jsonl or .parquet "
-        "file."
+        f"{what} ({first_line(error)}): check its name and the network, or give a local file instead."
     )

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,9 @@ def write_dataset(
             path = aside / f"{split}.parquet"
             written = _write_parquet(path, _verl_rows(rows, prompts.recipe.ability, split), split, progress)
             if not written:
+                dropped = prompts.describe_dropped()
                 raise InputError(
-                    f"{origin or name} has no usable row for {split}: of {prompts.seen} rows "
-                    f"{sum(prompts.dropped.values())} were dropped ({', '.join(prompts.dropped)})."
+                    f"{origin or name}: no usable row of {prompts.seen} for {split} ({dropped})."
                 )
             manifest["splits"][split] = {
                 **_provenance(origin, commit, seed),
@@ -92,9 +92,7 @@ def _aside(output: Path) -> Iterator[Path]:
         output.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
     except OSError as error:
-        raise InputError(
-            f"the folder {output} cannot be written to ({error.strerror}): choose another."
-        ) from error
+        raise InputError(f"{output} cannot be written to ({error.strerror}): choose another.") from error
     try:
         yield aside
         for file in sorted(aside.iterdir()):
@@ -125,9 +123,7 @@ def _origins(name: str, sources: Sequence[str]) -> dict[str, str | None]:
         alone = "train" if "train" in splits else "test"
         split = next((split for split in SPLITS if split in file.stem), alone)
         if split in origins:
-            raise InputError(
-                f"both {origins[split]} and {file} are for {split}: name one of them for the other split."
-            )
+            raise InputError(f"both {origins[split]} and {file} are for {split}: rename one of them.")
         origins[split] = str(file)
     return {split: origins[split] for split in SPLITS if split in origins}
 
@@ -139,7 +135,7 @@ def _files(source: str) -> list[Path]:
         found = [file for file in files if file.is_file()]
         if not found:
             raise InputError(
-                f"{path} has no train or test file: it needs for example train.jsonl and test.jsonl."
+                f"{path} has no train or test file, such as train.jsonl: give a file, or add it."
             )
         return found
     return [path] if looks_like_file(source) else []
@@ -196,10 +192,9 @@ def _write_parquet(path: Path, rows: Iterator[Row], split: str, progress: Callab
     )
     written = 0
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as file:
-        group = [first, *islice(rows, _ROWS_PER_GROUP - 1)]
-        while group:
+        rows = chain([first], rows)
+        while group := list(islice(rows, _ROWS_PER_GROUP)):
             file.write_table(pyarrow.Table.from_pylist(group, schema=schema))
             written += len(group)
             progress(split, written)
-            group = list(islice(rows, _ROWS_PER_GROUP))
     return written

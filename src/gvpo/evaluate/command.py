@@ -71,8 +71,7 @@ def evaluate(
         temperature = 0.0 if number == 1 else 1.0
     if number > 1 and temperature == 0:
         raise InputError(
-            f"{number} greedy samples of a prompt are all alike: give --temperature (0.6 or 1.0 are usual), "
-            "or --samples 1."
+            f"{number} greedy samples are all alike: give --temperature (say, 1), or one sample."
         )
     settings = Settings(
         model=model,

@@ -2,21 +2,23 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from gvpo.errors import InputError
 from gvpo.evaluate.sampling import Completion, Sampler, SamplingOptions
 from gvpo.evaluate.statistics import bootstrap, majority_correct, paired_test, pass_at_k
 from gvpo.rewards.functions import RewardFunction
-from gvpo.run import RunDirectory, new_figure, save_figure
+from gvpo.run import RunDirectory, new_figure, replaced, save_figure
 
 if TYPE_CHECKING:
     import datasets
@@ -136,9 +138,8 @@ def _write(rows: Sequence[Row], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    aside = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), aside, compression="zstd")
-    os.replace(aside, path)
+    with replaced(path) as aside:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), aside, compression="zstd")
 
 
 def _read(path: Path) -> list[Row]:
@@ -164,10 +165,8 @@ def grade(rows: list[Row], run: RunDirectory, reward_name: str, reward: RewardFu
     )
     for row, score in zip(rows, rewards, strict=True):
         if score is None:
-            raise InputError(
-                f"the reward {reward_name} cannot score prompt {row['prompt_index']} (counted from 0): "
-                "remove it from the data."
-            )
+            index = row["prompt_index"]
+            raise InputError(f"the reward {reward_name} cannot score prompt {index} (from 0): remove it.")
         found = extract_answer(row["completion"])
         whole = row["completion"].strip() or None
         row["extracted"] = whole if reward_name == "exact" else found and found.text
@@ -197,7 +196,7 @@ def summarise(rows: Iterable[Row], samples: int, seed: int) -> dict[str, dict[st
         k = 2, 4, 8, … up to n, `truncated` and `unparsable` (shares of samples) and `tokens` (mean length),
         each with `mean`, `low` and `high`.
     """
-    groups = list(_by_prompt(rows, "prompt_index").values())
+    groups = [list(group) for _, group in groupby(rows, itemgetter("prompt_index"))]
     scores = [[row["reward"] for row in group] for group in groups]
     right = [sum(score >= 1.0 for score in group) for group in scores]
     values: dict[str, list[float]] = {"pass@1": [fmean(group) for group in scores]}
@@ -214,13 +213,6 @@ def summarise(rows: Iterable[Row], samples: int, seed: int) -> dict[str, dict[st
     return {name: asdict(bootstrap(value, seed)) for name, value in values.items()}
 
 
-def _by_prompt(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    prompts: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        prompts.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return prompts
-
-
 def compare(run: Path, other: Path, seed: int) -> dict[str, Any]:
     """The paired test between two finished evaluations of the same prompts.
 
@@ -229,9 +221,7 @@ def compare(run: Path, other: Path, seed: int) -> dict[str, Any]:
     """
     these, others = (_means(path) for path in (run, other))
     if list(these) != list(others):
-        raise InputError(
-            f"{run} and {other} evaluated different prompts: compare runs on the same data and size."
-        )
+        raise InputError(f"{run} and {other} evaluated different prompts: compare runs on the same ones.")
     result = asdict(paired_test(list(these.values()), list(others.values()), seed))
     return {"run": run.name, "other": other.name, "prompts": len(these), **result}
 
@@ -240,8 +230,8 @@ def _means(path: Path) -> dict[tuple[Any, ...], float]:
     """Mean reward for each prompt, told apart by its place and its answer."""
     if not (path / SAMPLES).is_file() or not (path / "summary.json").is_file():
         raise InputError(f"{path} holds no finished evaluation: run gvpo eval --output {path} first.")
-    prompts = _by_prompt(_read(path / SAMPLES), "prompt_index", "answer")
-    return {prompt: fmean(row["reward"] for row in rows) for prompt, rows in prompts.items()}
+    prompts = groupby(_read(path / SAMPLES), itemgetter("prompt_index", "answer"))
+    return {prompt: fmean(row["reward"] for row in rows) for prompt, rows in prompts}
 
 
 def finish(run: RunDirectory, settings: Settings, rows: list[Row]) -> dict[str, Any]:
@@ -255,18 +245,15 @@ def finish(run: RunDirectory, settings: Settings, rows: list[Row]) -> dict[str, 
         "metrics": figures,
     }
     draw(figures, f"{settings.model} on {settings.data}", run.path / "summary.png")
-    run.finish(summary)
-    return json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
+    return run.finish(summary)
 
 
 def draw(figures: dict[str, dict[str, float]], title: str, path: Path) -> None:
     """The accuracies and rates with their intervals, as a PNG."""
     names = [name for name in figures if name != "tokens"][::-1]
-    means = [figures[name]["mean"] for name in names]
-    below = [figures[name]["mean"] - figures[name]["low"] for name in names]
-    above = [figures[name]["high"] - figures[name]["mean"] for name in names]
+    means, low, high = (np.array([figures[name][key] for name in names]) for key in ("mean", "low", "high"))
     figure, (axis,) = new_figure(width=7, height=1.2 + 0.36 * len(names))
-    axis.errorbar(means, names, xerr=[below, above], fmt="o", capsize=3, color="#1f5fa8")
+    axis.errorbar(means, names, xerr=[means - low, high - means], fmt="o", capsize=3, color="#1f5fa8")
     for name, mean in zip(names, means, strict=True):
         axis.annotate(
             f"{mean:.1%}", (mean, name), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8

@@ -6,8 +6,7 @@ The page is the Jinja template `report.html.jinja`.
 
 import io
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from gvpo.errors import InputError
-from gvpo.run import METRICS, new_figure, points, read_metrics
+from gvpo.run import METRICS, new_figure, points, read_metrics, replaced
 
 # Title, the metric's names (the first that a run has counts), and the unit of the vertical axis.
 PANELS = (
@@ -32,7 +31,6 @@ PANELS = (
 )
 _COLOURS = ("#1f5fa8", "#c8553d", "#2f8f5b", "#8a5bb0", "#b8860b", "#3f8c9b", "#a3485e", "#5a6570")
 _SAMPLES_SHOWN = 20
-Row = tuple[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,12 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "GVPO runs
         for path, name in zip(paths, names, strict=True)
     ]
     page = render(runs, title).encode("utf-8")
-    aside = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(page)
-        os.replace(aside, output)
+        with replaced(output) as aside:
+            aside.write_bytes(page)
     except OSError as error:
-        raise InputError(
-            f"{output} cannot be written ({error.strerror}): choose another --output."
-        ) from error
+        raise InputError(f"{output} cannot be written ({error.strerror}): choose another.") from error
     return len(page)
 
 
@@ -142,52 +137,42 @@ def render(runs: Sequence[Run], title: str) -> str:
     environment = Environment(
         loader=PackageLoader("gvpo.evaluate", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["cell"] = _cell
     evaluated = [run for run in runs if isinstance(run.summary.get("metrics"), dict)]
-    plain = [{k: v for k, v in run.summary.items() if not isinstance(v, dict | list)} for run in runs]
-    flat = [_flat(run.config) for run in runs]
+    settings = [_flat(run.config) for run in runs]
+    if len(runs) > 1:  # those in which they differ
+        keys = {
+            key for one in settings for key in one if len({str(other.get(key, "")) for other in settings}) > 1
+        }
+        settings = [{key: value for key, value in one.items() if key in keys} for one in settings]
     return environment.get_template("report.html.jinja").render(
         title=title,
         runs=runs,
-        colour=_colour,
+        colours=_COLOURS,
         panels=_panels(runs),
-        evaluated=[run.name for run in evaluated],
-        figures=_rows([run.summary["metrics"] for run in evaluated], _figure),
-        summaries=[
-            (name.replace("_", " "), cells)
-            for name, cells in _rows(plain, lambda name, value: _number(value))
-        ],
-        # Of several runs, the settings in which they differ.
-        settings=[
-            (name, cells)
-            for name, cells in _rows(flat, lambda name, value: _number(value))
-            if len(runs) == 1 or len({str(config.get(name, "")) for config in flat}) > 1
-        ],
-        columns_of=_columns,
+        evaluated=[(run.name, run.summary["metrics"]) for run in evaluated],
+        summaries=[(run.name, _plain(run.summary)) for run in runs],
+        settings=[(run.name, one) for run, one in zip(runs, settings, strict=True)],
+        shown=("prompt", "before", "after", "completion", "answer"),
         mark=_mark,
     )
 
 
-def _rows(columns: Sequence[dict[str, Any]], cell: Callable[[str, Any], str]) -> list[Row]:
-    """One row for each key that any of the runs has."""
-    keys = dict.fromkeys(key for column in columns for key in column)
-    return [(key, [cell(key, column[key]) if key in column else "" for column in columns]) for key in keys]
+def _plain(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace("_", " "): v for key, v in summary.items() if not isinstance(v, dict | list)}
 
 
-def _number(value: Any) -> str:
+def _cell(value: Any, name: str) -> str:
+    """A number, a text, or a figure of an evaluation with its interval."""
+    from markupsafe import Markup
+
+    if isinstance(value, dict):
+        style = "{:.1f}" if name == "tokens" else "{:.1%}"
+        parts = [style.format(value[key]) for key in ("mean", "low", "high") if key in value]
+        return Markup('{} <span class="muted">{} – {}</span>').format(*parts) if len(parts) == 3 else ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _figure(name: str, value: Any) -> str:
-    """A figure of an evaluation with its interval."""
-    from markupsafe import Markup
-
-    if not isinstance(value, dict) or not {"mean", "low", "high"} <= set(value):
-        return ""
-    style = "{:.1f}" if name == "tokens" else "{:.1%}"
-    mean, low, high = (style.format(value[key]) for key in ("mean", "low", "high"))
-    return Markup('{} <span class="muted">{} – {}</span>').format(mean, low, high)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -196,11 +181,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         flat |= inner
     return flat
-
-
-def _columns(run: Run) -> list[str]:
-    known = ("prompt", "before", "after", "completion", "answer")
-    return [key for key in known if any(key in row for row in run.samples)]
 
 
 def _mark(row: dict[str, Any], key: str) -> str:
@@ -219,10 +199,6 @@ def _mark(row: dict[str, Any], key: str) -> str:
 
 
 # --- Curves -------------------------------------------------------------------------------------------------
-
-
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
 
 
 def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -247,7 +223,7 @@ def _drawing(title: str, unit: str, curves: Sequence[tuple[int, list[float], lis
         figure, (axis,) = new_figure(width=4.6, height=3.0)
         for index, steps, values in curves:
             marker = "o" if len(steps) < 40 else None
-            axis.plot(steps, values, color=_colour(index), lw=1.6, marker=marker, ms=3)
+            axis.plot(steps, values, color=_COLOURS[index % len(_COLOURS)], lw=1.6, marker=marker, ms=3)
         axis.set_xlabel("optimizer step", fontsize=9)
         axis.set_ylabel(unit, fontsize=9)
         axis.tick_params(labelsize=8)

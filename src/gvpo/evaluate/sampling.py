@@ -122,7 +122,7 @@ class VLLMSampler(Sampler):
             from vllm import LLM  # type: ignore[import-not-found]
         except ImportError as error:
             raise InputError(
-                "vLLM is not installed: pip install 'gvpo[vllm]', or use --backend transformers."
+                "vLLM is not installed: pip install 'gvpo[vllm]', or use transformers."
             ) from error
         self.engine = LLM(model=model)
 

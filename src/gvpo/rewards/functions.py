@@ -32,13 +32,9 @@ def completion_text(completion: Completion) -> str:
 
 def _answers(answer: Sequence[Any] | None, count: int, name: str) -> Sequence[Any]:
     if answer is None:
-        raise InputError(
-            f"the {name} reward needs the column 'answer': add the ground truths to the data set."
-        )
+        raise InputError(f"the {name} reward needs the column 'answer': add the ground truths.")
     if len(answer) != count:
-        raise InputError(
-            f"the {name} reward got {count} completions and {len(answer)} answers: give one each."
-        )
+        raise InputError(f"the {name} reward got {count} completions, {len(answer)} answers: give one each.")
     return answer
 
 
@@ -127,8 +123,7 @@ def reasoning_gym(
     """
     if entry is None or task is None:
         raise InputError(
-            "the reasoning_gym reward needs the columns 'task' and 'entry': load the data set as "
-            "reasoning_gym:<task>."
+            "the reasoning_gym reward needs columns 'task' and 'entry': load reasoning_gym:<task>."
         )
     return [
         _score_entry(name, completion_text(completion), json.loads(text))

@@ -33,9 +33,7 @@ def load_reward(spec: str) -> RewardFunction:
         InputError: there is no such name, module or function.
     """
     if not _SUM.fullmatch(spec):
-        raise InputError(
-            f"{spec!r} describes no reward: write a name, or a sum such as 'accuracy + 0.2*format'."
-        )
+        raise InputError(f"{spec!r} describes no reward: write a name, or a sum: 'accuracy + 0.2*format'.")
     signs, weights, names = zip(*_TERM.findall(spec), strict=True)
     factors = [float(sign + (weight or "1")) for sign, weight in zip(signs, weights, strict=True)]
     rewards = [_load_one(name) for name in names]
@@ -49,9 +47,7 @@ def combine(rewards: Sequence[RewardFunction], weights: Sequence[float]) -> Rewa
         InputError: the numbers of functions and weights differ, or there are none.
     """
     if not rewards or len(rewards) != len(weights):
-        raise InputError(
-            f"there are {len(rewards)} rewards and {len(weights)} weights: give one weight each."
-        )
+        raise InputError(f"there are {len(rewards)} rewards and {len(weights)} weights: give one each.")
 
     def weighted(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         scores = [reward(prompts=prompts, completions=completions, **columns) for reward in rewards]
@@ -76,10 +72,8 @@ def _load_one(name: str) -> RewardFunction:
     if argument:
         return _import(name)
     if known not in REWARDS:
-        raise InputError(
-            f"there is no reward {name!r}: choose one of {', '.join(sorted(REWARDS))}, or give your own "
-            "function as module:function."
-        )
+        names = ", ".join(sorted(REWARDS))
+        raise InputError(f"there is no reward {name!r}: choose one of {names}, or your own module:function.")
     return REWARDS[known]
 
 
@@ -93,9 +87,7 @@ def _import(spec: str) -> RewardFunction:
     try:
         function = pkgutil.resolve_name(spec)
     except Exception as error:
-        raise InputError(
-            f"the reward {spec!r} cannot be imported ({error}): check the names of module and function."
-        ) from error
+        raise InputError(f"the reward {spec!r} cannot be imported ({error}): check its names.") from error
     finally:
         sys.path.remove(here)
     if inspect.isclass(function) or not callable(function):
