@@ -12,37 +12,32 @@ DEFAULT_SIZE = 1000
 
 
 def arithmetic_rows(
-    *, split: str, seed: int, size: int | None = None, digits: int = 2, reverse: bool = False
+    *, split: str, seed: int, size: int | None = None, reverse: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Additions of two numbers of up to `digits` digits, as plain-text prompts.
+    """Additions of two numbers below 100, as plain-text prompts.
 
-    The 10**(2·digits) pairs are divided once and for all: train and test never share a pair, whatever the
-    seed. With 2 digits, 1,000 pairs are for test and 9,000 for training.
+    The 10,000 pairs are divided once and for all, 9,000 for training and 1,000 for test: the two never share
+    a pair, whatever the seed.
 
     Args:
         split: "train" or "test".
         seed: order in which the pairs come.
         size: how many; None for every pair of the split.
-        digits: 1 to 3.
         reverse: numbers padded with zeros and the sum written least significant digit first, which is the
             form that a small model learns (`07+95=` → `201`).
     """
-    if digits not in (1, 2, 3):
-        raise InputError(f"arithmetic has 1, 2 or 3 digits, not {digits}: choose one of these.")
-    pairs = list(range(10 ** (2 * digits)))
+    pairs = list(range(10_000))
     random.Random(0).shuffle(pairs)
-    held_out = min(_ARITHMETIC_TEST, len(pairs) // 5)
-    chosen = pairs[:held_out] if split == "test" else pairs[held_out:]
+    chosen = pairs[:_ARITHMETIC_TEST] if split == "test" else pairs[_ARITHMETIC_TEST:]
     random.Random(seed).shuffle(chosen)
     if size is not None and size > len(chosen):
         raise InputError(f"arithmetic has {len(chosen)} problems for {split}, not {size}: ask for fewer.")
     for pair in chosen[:size]:
-        left, right = divmod(pair, 10**digits)
+        left, right = divmod(pair, 100)
         if reverse:
-            prompt, answer = f"{left:0{digits}d}+{right:0{digits}d}=", f"{left + right:0{digits + 1}d}"[::-1]
+            yield {"prompt": f"{left:02d}+{right:02d}=", "answer": f"{left + right:03d}"[::-1]}
         else:
-            prompt, answer = f"{left}+{right}=", str(left + right)
-        yield {"prompt": prompt, "answer": answer}
+            yield {"prompt": f"{left}+{right}=", "answer": str(left + right)}
 
 
 def reasoning_gym_rows(task: str, *, split: str, seed: int, size: int | None) -> Iterator[dict[str, Any]]:

@@ -25,8 +25,8 @@ class Recipe:
     Attributes:
         name: what the user calls it.
         hub_id: the Hub data set; None when there is none to load by default.
-        hub_config: its configuration.
         data_source: what verl's reward function is told.
+        hub_config: configuration of the Hub data set.
         ability: verl's `ability` column.
         instruction: appended to the question, after a space; empty for none.
         question_columns, answer_columns: the recognised names, the first that a row has counts.
@@ -36,8 +36,8 @@ class Recipe:
 
     name: str
     hub_id: str | None = None
-    hub_config: str | None = None
     data_source: str = ""
+    hub_config: str | None = None
     ability: str = "math"
     instruction: str = BOXED_INSTRUCTION
     question_columns: tuple[str, ...] = QUESTION_COLUMNS
@@ -59,40 +59,30 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            name="gsm8k",
-            hub_id="openai/gsm8k",
+            "gsm8k",
+            "openai/gsm8k",
+            "openai/gsm8k",
             hub_config="main",
-            data_source="openai/gsm8k",
             instruction=HASH_INSTRUCTION,
             question_columns=("question", "prompt"),
             answer_columns=("answer",),
             ground_truth=_gsm8k_truth,
         ),
         Recipe(
-            name="math",
-            hub_id="DigitalLearningGmbH/MATH-lighteval",
-            data_source="DigitalLearningGmbH/MATH-lighteval",
+            "math",
+            "DigitalLearningGmbH/MATH-lighteval",
+            "DigitalLearningGmbH/MATH-lighteval",
             question_columns=("problem", "question", "prompt"),
             answer_columns=("answer", "solution"),
         ),
+        Recipe("math500", "HuggingFaceH4/MATH-500", "HuggingFaceH4/MATH-500", splits=_TEST_ONLY),
+        Recipe("aime24", "HuggingFaceH4/aime_2024", "aime24", splits={"test": "train"}),
+        Recipe("amc", "AI-MO/aimo-validation-amc", "amc", splits={"test": "train"}),
+        Recipe("minerva", "math-ai/minervamath", "minerva", splits=_TEST_ONLY),
         Recipe(
-            name="math500",
-            hub_id="HuggingFaceH4/MATH-500",
-            data_source="HuggingFaceH4/MATH-500",
-            splits=_TEST_ONLY,
-        ),
-        Recipe(
-            name="aime24",
-            hub_id="HuggingFaceH4/aime_2024",
-            data_source="aime24",
-            splits={"test": "train"},
-        ),
-        Recipe(name="amc", hub_id="AI-MO/aimo-validation-amc", data_source="amc", splits={"test": "train"}),
-        Recipe(name="minerva", hub_id="math-ai/minervamath", data_source="minerva", splits=_TEST_ONLY),
-        Recipe(
-            name="olympiadbench",
-            hub_id="math-ai/olympiadbench",
-            data_source="olympiadbench",
+            "olympiadbench",
+            "math-ai/olympiadbench",
+            "olympiadbench",
             answer_columns=("answer", "final_answer"),
             splits=_TEST_ONLY,
         ),

@@ -13,8 +13,11 @@ from gvpo.rewards.extraction import extract_answer
 from gvpo.rewards.truths import any_answer
 from gvpo.rewards.verification import verify
 
-RewardFunction = Callable[..., list[float | None]]
+Rewards = list[float | None]
+RewardFunction = Callable[..., Rewards]
 Completion = str | Sequence[Mapping[str, Any]]
+Completions = Sequence[Completion]
+Column = Sequence[Any]
 
 
 def completion_text(completion: Completion) -> str:
@@ -30,7 +33,7 @@ def completion_text(completion: Completion) -> str:
     return ""
 
 
-def _answers(answer: Sequence[Any] | None, count: int, name: str) -> Sequence[Any]:
+def _answers(answer: Column | None, count: int, name: str) -> Column:
     if answer is None:
         raise InputError(f"the {name} reward needs the column 'answer': add the ground truths.")
     if len(answer) != count:
@@ -39,13 +42,13 @@ def _answers(answer: Sequence[Any] | None, count: int, name: str) -> Sequence[An
 
 
 def accuracy(
-    prompts: Sequence[Any],
-    completions: Sequence[Completion],
+    prompts: Column,
+    completions: Completions,
     *,
-    answer: Sequence[Any] | None = None,
+    answer: Column | None = None,
     closing: str | None = None,
     **_: Any,
-) -> list[float | None]:
+) -> Rewards:
     """1 when the completion's final answer equals `answer`, else 0; None where there is no ground truth.
 
     With `closing="sentence"` (by name `accuracy:sentence`) the value of a last sentence is an answer, too,
@@ -63,13 +66,7 @@ def accuracy(
     ]
 
 
-def exact(
-    prompts: Sequence[Any],
-    completions: Sequence[Completion],
-    *,
-    answer: Sequence[Any] | None = None,
-    **_: Any,
-) -> list[float | None]:
+def exact(prompts: Column, completions: Completions, *, answer: Column | None = None, **_: Any) -> Rewards:
     """1 when the completion is `answer` to the letter, apart from white space around it, else 0.
 
     Raises:
@@ -82,40 +79,38 @@ def exact(
     ]
 
 
-def format(prompts: Sequence[Any], completions: Sequence[Completion], **_: Any) -> list[float | None]:
+def format(prompts: Column, completions: Completions, **_: Any) -> Rewards:
     """1 when the completion says which its final answer is (`\\boxed{}`, `####`, "the answer is"), else 0."""
     found = (extract_answer(completion_text(completion)) for completion in completions)
     return [float(answer is not None and answer.explicit) for answer in found]
 
 
 def length(
-    prompts: Sequence[Any],
-    completions: Sequence[Completion],
+    prompts: Column,
+    completions: Completions,
     *,
-    completion_ids: Sequence[Sequence[int]] | None = None,
+    completion_ids: Column | None = None,
     max_length: int = 1024,
     **_: Any,
-) -> list[float | None]:
+) -> Rewards:
     """0 up to 80 % of `max_length`, from there down in a straight line to −1 at `max_length` and beyond.
 
     Lengths are in tokens where the trainer passes `completion_ids`, as TRL does, else in words.
     """
-    if completion_ids is not None:
-        sizes = [len(ids) for ids in completion_ids]
-    else:
-        sizes = [len(completion_text(completion).split()) for completion in completions]
+    words = (completion_text(completion).split() for completion in completions)
+    sizes = map(len, words if completion_ids is None else completion_ids)
     free = 0.8 * max_length
     return [-min(1.0, max(0.0, size - free) / (max_length - free)) for size in sizes]
 
 
 def reasoning_gym(
-    prompts: Sequence[Any],
-    completions: Sequence[Completion],
+    prompts: Column,
+    completions: Completions,
     *,
-    entry: Sequence[str] | None = None,
-    task: Sequence[str] | None = None,
+    entry: Column | None = None,
+    task: Column | None = None,
     **_: Any,
-) -> list[float | None]:
+) -> Rewards:
     """The task's own score of the completion's final answer, 0 to 1.
 
     Raises:

@@ -111,17 +111,13 @@ def equal(truth: str, answer: str) -> bool:
     from sympy import MatrixBase, Tuple  # type: ignore[import-untyped]
 
     expected, given = list(parse(truth)), list(parse(answer))
-    if (
-        not expected
-        or not given
-        or _vacuous(expected[0], given[0])
-        or _differ_somewhere(expected[0], given[0])
-    ):
+    if not expected or not given:
         return False
-    if isinstance(expected[0], MatrixBase) and isinstance(given[0], Tuple) and 1 in expected[0].shape:
-        return list(expected[0].flat()) == list(
-            given[0]
-        )  # a column vector against the same numbers as a tuple
+    first, other = expected[0], given[0]
+    if _vacuous(first, other) or _differ_somewhere(first, other):
+        return False
+    if isinstance(first, MatrixBase) and isinstance(other, Tuple) and 1 in first.shape:
+        return list(first.flat()) == list(other)  # a column vector, and the same numbers as a tuple
     return bool(verify(expected, given, timeout_seconds=None, allow_set_relation_comp=True))
 
 
