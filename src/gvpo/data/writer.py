@@ -6,13 +6,12 @@ The same input gives byte-identical files: no times, no paths, a fixed schema an
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gvpo import __version__
@@ -90,15 +89,15 @@ def _aside(output: Path) -> Iterator[Path]:
     new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
+        folder = TemporaryDirectory(prefix=".partial-", dir=output)
     except OSError as error:
         raise InputError(f"{output} cannot be written to ({error.strerror}): choose another.") from error
     try:
-        yield aside
-        for file in sorted(aside.iterdir()):
-            os.replace(file, output / file.name)
+        with folder as aside:
+            yield Path(aside)
+            for file in sorted(Path(aside).iterdir()):
+                os.replace(file, output / file.name)
     finally:
-        shutil.rmtree(aside)
         if new:
             with suppress(OSError):  # not empty: all went well
                 output.rmdir()

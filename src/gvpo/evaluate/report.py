@@ -8,11 +8,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gvpo.data.sources import read_file
 from gvpo.errors import InputError
 from gvpo.run import METRICS, new_figure, points, read_metrics, replaced
 
@@ -114,17 +116,8 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     rows = _load(path / "samples.json", list)
     if rows is not None:
         return [row for row in rows if isinstance(row, dict)][:_SAMPLES_SHOWN]
-    if not (path / "samples.parquet").is_file():
-        return []
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path / "samples.parquet") as file:
-            batch = next(file.iter_batches(batch_size=_SAMPLES_SHOWN), None)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path / 'samples.parquet'} cannot be read: remove or repair it.") from error
-    return [] if batch is None else batch.to_pylist()
+    samples = path / "samples.parquet"
+    return list(islice(read_file(samples), _SAMPLES_SHOWN)) if samples.is_file() else []
 
 
 # --- The page -----------------------------------------------------------------------------------------------
