@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -51,22 +50,14 @@ def quickstart(
     beta: Annotated[float, typer.Option(help="Temperature of the implicit reward, above 0.")] = 0.2,
 ) -> None:
     """Watch a tiny language model learn by GVPO, in a minute, on a CPU."""
-    started = _process_start()
+    import psutil
     import torch
 
     from gvpo.quickstart import quickstart as run
 
     # More threads cost a model of this size more than they bring.
     torch.set_num_threads(1)
-    run(task, seed, output, steps=steps, beta=beta, started=started)
-
-
-def _process_start() -> float:
-    try:
-        import psutil
-    except ImportError:
-        return time.time()
-    return psutil.Process().create_time()
+    run(task, seed, output, steps=steps, beta=beta, started=psutil.Process().create_time())
 
 
 @app.command(

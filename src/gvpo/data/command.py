@@ -23,35 +23,24 @@ def parse_columns(mappings: list[str]) -> dict[str, str]:
     return columns
 
 
+FILE = ".jsonl or .parquet file"
+KNOWN = "gsm8k, math, math500, aime24, amc, minerva, olympiadbench"
 Column = Annotated[
     list[str] | None, typer.Option(help="Other column names: prompt=THEIRS and answer=THEIRS.")
 ]
 SystemPrompt = Annotated[str | None, typer.Option(help="First message of each conversation.")]
 Instruction = Annotated[
-    str | None,
-    typer.Option(
-        help="Text after each question; '' for none. "
-        "[default: the data set's own, the published recipe's for gsm8k and math]"
-    ),
+    str | None, typer.Option(help="Text after each question; '' for none.  [default: the data set's own]")
 ]
 
 
 def data(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="gsm8k, math, math500, aime24, amc, minerva, olympiadbench, reasoning_gym:TASK, "
-            "a .jsonl or .parquet file, or a Hub id."
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the parquet files and the manifest.")
-    ],
+    name: Annotated[str, typer.Argument(help=f"{KNOWN}, reasoning_gym:TASK, a {FILE} or a Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for parquet files and a manifest.")],
     source: Annotated[
         list[str] | None,
         typer.Option(
-            help="Where to read instead: a file, a folder with train and test files, or a Hub id. "
-            "May be given twice, for train and test."
+            help="A file (twice: train and test), a folder with both, or a Hub id, to read instead."
         ),
     ] = None,
     column: Column = None,
@@ -68,10 +57,6 @@ def data(
 
     console = Console(highlight=False)
     with console.status("reading") as status:
-
-        def progress(split: str, rows: int) -> None:
-            status.update(f"{split}: {rows} rows")
-
         manifest = write_dataset(
             name,
             output,
@@ -82,7 +67,7 @@ def data(
             instruction=instruction,
             size=size,
             seed=seed,
-            progress=progress,
+            progress=lambda split, rows: status.update(f"{split}: {rows} rows"),
         )
     for split, facts in manifest["splits"].items():
         dropped = "".join(f", {count} dropped: {why}" for why, count in facts["rows_dropped"].items())

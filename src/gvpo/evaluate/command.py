@@ -1,11 +1,12 @@
 """`gvpo eval` and `gvpo report`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from gvpo.data.command import Column, Instruction, SystemPrompt, parse_columns
+from gvpo.data.command import FILE, KNOWN, Column, Instruction, SystemPrompt, parse_columns
 from gvpo.errors import InputError
 
 
@@ -16,8 +17,7 @@ def evaluate(
         typer.Option(
             "--data",
             "-d",
-            help="gsm8k, math, math500, aime24, amc, minerva, olympiadbench (each also as NAME:FILE), "
-            "arithmetic, reasoning_gym:TASK, a .jsonl or .parquet file, or a Hub id.",
+            help=f"{KNOWN} (also as NAME:FILE), arithmetic, reasoning_gym:TASK, a {FILE} or a Hub id.",
         ),
     ],
     output: Annotated[
@@ -39,22 +39,18 @@ def evaluate(
         Literal["transformers", "vllm"], typer.Option(help="What samples; vllm needs the extra gvpo[vllm].")
     ] = "transformers",
     reward: Annotated[
-        str, typer.Option(help="What is right, as in training: accuracy, exact, …")
+        str, typer.Option(help="What is right, as in training: accuracy, exact …")
     ] = "accuracy",
     split: Annotated[str, typer.Option(help="train or test; files are taken as they are.")] = "test",
     size: Annotated[int | None, typer.Option(min=1, help="So many prompts, drawn at random.")] = None,
     column: Column = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Questions as plain text, without chat template and instruction.")
-    ] = False,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="File with a Jinja chat template instead of the tokenizer's.")
-    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="No chat template and no instruction.")] = False,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, for the tokenizer's own.")] = None,
     system_prompt: SystemPrompt = None,
     instruction: Instruction = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions sampled at a time.")] = 32,
     compare: Annotated[
-        Path | None, typer.Option(help="Run directory of an earlier evaluation, for a paired test.")
+        Path | None, typer.Option(help="An earlier run, for a paired test against it.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling and of the intervals.")] = 0,
 ) -> None:
@@ -98,7 +94,7 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
 
     from gvpo.data import load_prompts
     from gvpo.evaluate.evaluation import compare, finish, grade, sample_all
-    from gvpo.evaluate.sampling import Sampler, TransformersSampler, VLLMSampler
+    from gvpo.evaluate.sampling import TransformersSampler, VLLMSampler
     from gvpo.model.tokenizer import load_tokenizer
     from gvpo.rewards import load_reward
     from gvpo.run import RunDirectory, Ticker
@@ -124,10 +120,8 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
         advice="--chat-template FILE, or --plain",
     )
 
-    def make_sampler() -> Sampler:
-        kind = VLLMSampler if settings.backend == "vllm" else TransformersSampler
-        return kind(settings.model, tokenizer, settings.sampling, chat=chat)
-
+    kind = VLLMSampler if settings.backend == "vllm" else TransformersSampler
+    make_sampler = partial(kind, settings.model, tokenizer, settings.sampling, chat=chat)
     run = RunDirectory(output)
     ticker = Ticker(console, "sampling", len(prompts) * settings.samples)
     with ticker.running():
