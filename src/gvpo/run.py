@@ -178,11 +178,9 @@ Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 
 def new_figure(panels: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Any, Sequence[Any]]:
     """A matplotlib figure and its axes, side by side, without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.25)

@@ -154,6 +154,7 @@ def load_prompts(
     Raises:
         InputError: unknown name, unreadable or empty source, missing columns, or no usable row.
     """
+    arguments = dict(locals())
     import datasets
 
     if split not in SPLITS:
@@ -164,19 +165,7 @@ def load_prompts(
         rows = arithmetic_rows(split=split, seed=seed, size=size, reverse=_ARITHMETIC[name])
         return datasets.Dataset.from_list([row | {"data_source": "arithmetic"} for row in rows])
 
-    prompts, converted = iterate_prompts(
-        name,
-        split=split,
-        seed=seed,
-        size=size,
-        columns=columns,
-        revision=revision,
-        source=source,
-        system_prompt=system_prompt,
-        instruction=instruction,
-        chat=chat,
-        keep=keep,
-    )
+    prompts, converted = iterate_prompts(**arguments)
     kept = ("prompt", "answer", "data_source", "task", "entry", *keep)
     loaded = [{key: row[key] for key in kept if key in row} for row in converted]
     if prompts.dropped:

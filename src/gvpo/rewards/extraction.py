@@ -1,13 +1,14 @@
 """The final answer that a completion states: `\\boxed{}`, `####`, `<answer>`, "the answer is".
 
 The last statement counts, and none that is retracted, denied or breaks off. What is not stated is not guessed
-at, since a policy learns whatever a wrong reward pays for.
+at, since a policy learns whatever a wrong reward pays for. Ground truths are read in any form of these.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gvpo.errors import InputError
 from gvpo.rewards.normalization import NUMBER, clean, quantity
@@ -120,11 +121,6 @@ _HASH = re.compile(r"####(?!#)[ \t]*(?:\n[ \t]*)?((?:(?!####)[^\n])*)")
 _HEADING = re.compile(r"\d{1,3}[.):]\s+[A-Za-z]|[*_$(\[]*(?:[A-Za-z]+[ *]+){3}")
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
 _TAG_END = re.compile(r"</answer>", re.IGNORECASE)
-
-
-def boxed_contents(text: str) -> list[str]:
-    """The content of each `\\boxed{}`, in order, braces balanced; unfinished ones are left out."""
-    return [box.text for box in _boxes(text) if box.text]
 
 
 def _boxes(text: str) -> Iterator[_Statement]:
@@ -259,3 +255,45 @@ def _closing(text: str) -> str | None:
             return number.group()
         return None if re.search(r"[-+*/×]$", value) else value.strip()
     return _only_number(sentence) if re.search(r"[.!$*%\])]$", text) else None
+
+
+# --- Ground truths ------------------------------------------------------------------------------------------
+
+
+def hash_answer(text: str) -> str | None:
+    """The number after `####` in a GSM8K solution, without thousands separators; None when there is none."""
+    found = re.search(r"####\s*(-?[\d.,]*\d)\s*$", text.strip())
+    return found.group(1).replace(",", "") if found else None
+
+
+def boxed_answer(text: str) -> str | None:
+    """The content of the last `\\boxed{}` of a MATH solution, braces balanced; None when there is none."""
+    boxes = [box.text.strip() for box in _boxes(text) if box.text]
+    return boxes[-1] or None if boxes else None
+
+
+def any_answer(value: Any) -> str | None:
+    """A ground truth in whichever form it is written.
+
+    `#### 72` and `\\boxed{72}` are reduced to `72`, a whole float to an integer, `$72$` to `72`. A list
+    stands for answers each of which is right: one is taken as it is, several are kept as a JSON list.
+    """
+    if isinstance(value, list):
+        parts = list(dict.fromkeys(part for part in map(any_answer, value) if part))
+        if len(parts) > 1:
+            return json.dumps(parts, ensure_ascii=False)
+        return parts[0] if parts else None
+    if value is None or isinstance(value, bool | dict):
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    text = str(value).strip()
+    if "####" in text:
+        return hash_answer(text)
+    if "\\boxed" in text:
+        return boxed_answer(text)
+    single_formula = re.fullmatch(r"\$([^$]+)\$\.?", text)
+    text = single_formula.group(1).strip() if single_formula else text
+    balanced = re.sub(r"\\[{}]", "", text)
+    # A formula cut in the middle cannot be parsed, and is not guessed at.
+    return text if text and balanced.count("{") == balanced.count("}") else None

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gvpo.errors import InputError
-from gvpo.rewards.extraction import extract_answer
-from gvpo.rewards.truths import any_answer
+from gvpo.rewards.extraction import any_answer, extract_answer
 from gvpo.rewards.verification import verify
 
 Rewards = list[float | None]
