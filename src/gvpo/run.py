@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -155,13 +155,12 @@ class Ticker:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(label, total=total, note="")
 
     def running(self) -> AbstractContextManager[Any]:
         """Shows the bar while the work is done."""
-        return self._bar
+        return self._bar if self.console.is_terminal else nullcontext()
 
     def advance(self, to: int, note: str = "") -> None:
         """Tell that `to` of the total is done."""
