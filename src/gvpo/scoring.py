@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import Beginnings, GroupBatch, MicroBatch, widest_float
@@ -59,7 +59,7 @@ class Backend:
 
     def without_sync(self, model: nn.Module) -> AbstractContextManager:
         """A context in which a backward does not share gradients among ranks."""
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return model.no_sync()
         if isinstance(model, FSDPModule):
             return _without_fsdp_sync(model)
@@ -77,7 +77,8 @@ class Backend:
 
     def collective_forward(self, model: nn.Module) -> bool:
         """Whether each forward gathers parameters, so that ranks must run equally many (FSDP, ZeRO-3)."""
-        return any(isinstance(module, FSDPModule) for module in model.modules())
+        sharded = (FSDPModule, FullyShardedDataParallel)
+        return any(isinstance(module, sharded) for module in model.modules())
 
 
 @contextmanager

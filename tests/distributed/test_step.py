@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,6 +66,27 @@ def errors_of(rank: int, world: int, kind: str, head: str, prompt: tuple[int, in
             got = {n: whole(g) for n, g in gradients(model).items()}
             errors += [relative_error(got, expected), abs(report.loss.item() / loss - 1)]
     return errors
+
+
+def fsdp1_error_of(rank: int, world: int) -> tuple[bool, float]:
+    """FSDP1, whose parameters only its own forward gathers: whether it was fused, and the gradient's error."""
+    batch = random_batch(groups=5, k=4, reference=True)
+    expected, _ = literal_gradient(tiny_model().double(), batch, BETA)
+    wrapped = FullyShardedDataParallel(tiny_model(), use_orig_params=True, device_id=torch.device("cpu"))
+    step = GVPOStep(wrapped, beta=BETA, token_budget=60)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The fused head")
+        step(share_of(batch, rank, 7))
+    with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+        got = {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients(wrapped).items()}
+    return bool(step.scorer.fused), relative_error(got, expected)
+
+
+@pytest.mark.slow
+def test_fsdp1_gets_the_gradient_of_the_union_through_the_model_s_own_logits():
+    for fused, error in run_ranks(fsdp1_error_of, 2):
+        assert not fused
+        assert error < 1e-5
 
 
 def out_of_memory_on_rank_one(rank: int, world: int) -> float:

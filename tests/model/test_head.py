@@ -7,7 +7,14 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from gvpo.batch import GroupBatch
 from gvpo.model.fused_head import LogitTransform
@@ -15,6 +22,7 @@ from gvpo.model.head import is_linear, probed
 from gvpo.step import GVPOStep
 from tests.models import (
     SHAPE,
+    VOCAB,
     gradients,
     literal_gradient,
     literal_logps,
@@ -196,6 +204,14 @@ def test_the_head_is_compared_in_float32_and_left_as_it_was(tied):
         assert held is parameter
         assert parameter.data_ptr() == pointer
         assert torch.equal(parameter, value)
+
+
+def test_a_model_of_few_positions_is_checked_with_as_many_tokens():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=20, n_embd=32, n_layer=1, n_head=2))
+    batch = GroupBatch.from_tokens([[3, 4]] * 2, [[5], [6, 7]], [1.0, 0.0], [0, 0])
+    step = GVPOStep(model)
+    step(batch)
+    assert step.scorer.fused
 
 
 def test_weights_that_are_not_finite_are_left_to_the_step_to_report():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 from gvpo.errors import InputError
@@ -136,7 +136,9 @@ class TokenScorer:
 
     def __post_init__(self) -> None:
         base = unwrap(self.model)
-        if hasattr(base, "get_output_embeddings") and hasattr(base, "base_model"):
+        # FSDP1 gathers parameters in its own forward, which a request would go around.
+        sharded = isinstance(base, FullyShardedDataParallel)
+        if hasattr(base, "get_output_embeddings") and hasattr(base, "base_model") and not sharded:
             self._transform = LogitTransform.of(base.config, self.temperature)
             if "use_cache" in inspect.signature(base.forward).parameters:
                 self._options["use_cache"] = False
@@ -226,7 +228,7 @@ class TokenScorer:
             InputError: scores are random even in evaluation mode, or depend on what pads a row.
         """
         self.checked = True
-        probe = Probe.of(input_ids, lengths)
+        probe = Probe.of(input_ids, lengths, min(PROBE_TOKENS, positions(unwrap(self.model))))
         wide = next(self.model.parameters()).dtype.itemsize >= 4
         tolerance = 2e-3 if wide and not torch.is_autocast_enabled(input_ids.device.type) else 0.05
         differs = ""
@@ -322,19 +324,26 @@ class Probe(NamedTuple):
     chosen: Bool[Tensor, "2 length"]
 
     @classmethod
-    def of(cls, input_ids: Int[Tensor, "rows length"], lengths: Int[Tensor, "rows"]) -> Probe:
+    def of(cls, input_ids: Int[Tensor, "rows length"], lengths: Int[Tensor, "rows"], size: int) -> Probe:
         """From the longest row, repeated where it is short: any tokens will do, so there always are some."""
         longest = input_ids[int(lengths.argmax()), : max(1, int(lengths.max()))]
-        whole = longest.repeat(-(-PROBE_TOKENS // len(longest)))[:PROBE_TOKENS]
-        half = PROBE_TOKENS // 2
+        whole, half = longest.repeat(-(-size // len(longest)))[:size], size // 2
         ids = torch.stack([whole, torch.cat([whole[:half], whole[half:].flip(0)])])
-        ends = torch.tensor([PROBE_TOKENS, half], device=ids.device)
-        at = torch.arange(PROBE_TOKENS, device=ids.device)
+        ends = torch.tensor([size, half], device=ids.device)
+        at = torch.arange(size, device=ids.device)
         return cls(ids, ends, (at > 0) & (at < ends[:, None]))
 
 
 def _mask(input_ids: Tensor, lengths: Tensor) -> Int[Tensor, "rows length"]:
     return (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
+
+
+def positions(model: Any) -> int:
+    """How many tokens the model has positions for, as far as its configuration says."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = getattr(text, "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 1 else PROBE_TOKENS
 
 
 def unwrap(model: Any) -> Any:
