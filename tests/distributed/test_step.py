@@ -69,7 +69,7 @@ def errors_of(rank: int, world: int, kind: str, head: str, prompt: tuple[int, in
 
 
 def fsdp1_error_of(rank: int, world: int) -> tuple[bool, float]:
-    """FSDP1, whose parameters only its own forward gathers: whether it was fused, and the gradient's error."""
+    """FSDP1, whose parameters only its own forward gathers: whether fused, and the gradient's error."""
     batch = random_batch(groups=5, k=4, reference=True)
     expected, _ = literal_gradient(tiny_model().double(), batch, BETA)
     wrapped = FullyShardedDataParallel(tiny_model(), use_orig_params=True, device_id=torch.device("cpu"))

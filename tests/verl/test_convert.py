@@ -72,6 +72,17 @@ def test_overrides_in_arrays_and_variables(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_around_a_whole_override_go_with_it(tmp_path, quote):
+    given = [
+        f"{quote}actor_rollout_ref.actor.{word}{quote}" for word in ("clip_ratio=0.2", "use_kl_loss=True")
+    ]
+    script = convert_script(f"python3 -m verl.trainer.main_ppo {' '.join(given)} trainer.nnodes=1").script
+    words = arguments(script, tmp_path)
+    assert words[-2:] == ["actor_rollout_ref.actor.use_kl_loss=False", "trainer.nnodes=1"]
+    assert all(words)
+
+
 def test_it_says_each_change_once_and_changes_nothing_twice():
     converted = convert_script(SCRIPT)
     for name in (

@@ -215,13 +215,23 @@ def test_a_value_that_an_update_does_not_have_is_left_out_of_the_mean():
     assert found == {"a": 2.0, "actor/lr": 1.0}
 
 
-def test_verl_s_scheduler_is_told_of_every_update(tmp_path):
-    optim = {"total_training_steps": 7, "lr_warmup_steps": 2}
+def test_the_schedule_is_told_in_updates_megatron_s_too(tmp_path):
+    optim = {
+        "total_training_steps": -1,
+        "lr_warmup_steps": 3,
+        "lr_decay_steps": 50,
+        "lr_wsd_decay_steps": None,
+    }
     config = OmegaConf.create(
         {"data": {"train_batch_size": 5}, "actor_rollout_ref": {"actor": {"optim": optim}}}
     )
-    count_updates(config, settings(tmp_path, mini_batch=2, epochs=2), rollouts=7)  # 3 mini-batches, twice
-    assert config.actor_rollout_ref.actor.optim == {"total_training_steps": 42, "lr_warmup_steps": 12}
+    count_updates(config, settings(tmp_path), rollouts=10)  # 2 epochs of mini-batches of 2, 2 and 1 prompts
+    assert dict(config.actor_rollout_ref.actor.optim) == {
+        "total_training_steps": 60,
+        "lr_warmup_steps": 18,
+        "lr_decay_steps": 300,
+        "lr_wsd_decay_steps": None,
+    }
 
 
 def test_each_epoch_and_each_step_is_shuffled_anew():

@@ -16,7 +16,7 @@ _WORD = re.compile(
     rf"""(?P<comment>^[ \t]*\#.*$)
     |(?P<entry>\bverl\.trainer\.main_ppo\b|\brecipe\.gvpo\.\w+)
     |--config-(?P<flag>name|path|dir)[= ](?P<file>{_VALUE})
-    |(?<![\w.$/{{-])(?P<plus>\+{{0,2}})(?P<name>[a-z_]\w*(?:\.\w+)+)=(?P<value>{_VALUE})""",
+    |(?<![\w.$/{{-])(?P<quote>["']?)(?P<plus>\+{{0,2}})(?P<name>[a-z_]\w*(?:\.\w+)+)=(?P<value>{_VALUE})(?P=quote)""",
     re.MULTILINE | re.VERBOSE,
 )
 _BETA = "actor_rollout_ref.actor.gvpo_beta"

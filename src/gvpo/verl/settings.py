@@ -14,6 +14,24 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gvpo.errors import InputError
 
 DEFAULT_BETA = 0.1
+_CONFIG = Path(__file__).parent / "config"
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_MICRO_BATCH = "micro_batch_size_per_gpu"
+_BETAS = ("gvpo.beta", f"{_ACTOR}.gvpo_beta")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "gvpo.reference": ("rollout", "initial"),
+    "gvpo.loss_scale": ("mean", "published"),
+    "gvpo.leave_out_zero_weights": (True, False),
+}
+_COUNTS = (
+    "data.train_batch_size",
+    f"{_ACTOR}.ppo_mini_batch_size",
+    f"{_ACTOR}.ppo_epochs",
+    f"{_ROLLOUT}.n",
+    "gvpo.max_bad_steps",
+)
+_AMOUNTS = ("gvpo.watch_seconds", "gvpo.poll_seconds", *_BETAS)
+_MAY_BE_NULL = ("gvpo.poll_seconds", *_BETAS)
 _PADDING_TOKENS = 128  # length of the rows that verl pads a batch with
 
 
@@ -43,7 +61,7 @@ class Companion:
 
 def companions() -> tuple[dict[str, Companion], dict[str, str]]:
     """`config/companions.yaml`: companions by name, and why each option of other objectives does nothing."""
-    data = yaml.safe_load((Path(__file__).parent / "config" / "companions.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load((_CONFIG / "companions.yaml").read_text(encoding="utf-8"))
     return {name: Companion(**entry) for name, entry in data["required"].items()}, data["inert"]
 
 
@@ -90,17 +108,13 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         InputError: a value that GVPO cannot work with, by name.
     """
+    _check_values(config)
     actor, rollout, gvpo = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.gvpo
-    for name, choices in (("reference", ("rollout", "initial")), ("loss_scale", ("mean", "published"))):
-        if gvpo[name] not in choices:
-            raise InputError(f"gvpo.{name}={gvpo[name]} is not known: choose {' or '.join(choices)}.")
-    if not (isinstance(gvpo.max_bad_steps, int) and gvpo.max_bad_steps >= 1):
-        raise InputError(f"gvpo.max_bad_steps={gvpo.max_bad_steps} must be a whole number of at least 1.")
     published = gvpo.loss_scale == "published"
     sizes = []
     if not actor.use_dynamic_bsz:
         sizes = [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
-    if published and not any(sizes[:1]):
+    if published and not sizes:
         raise InputError(
             "gvpo.loss_scale=published is defined by actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu: "
             "set it, and use_dynamic_bsz=False."
@@ -115,9 +129,9 @@ def read_settings(config: DictConfig) -> Settings:
         epochs=gvpo.get("epochs", None) or actor.ppo_epochs,
         shuffle=bool(actor.shuffle),
         seed=actor.get("data_loader_seed", None) or 0,
-        row_multiple=math.lcm(*(int(size) for size in sizes if size)),
+        row_multiple=math.lcm(*sizes),
         incidents_dir=f"{config.trainer.default_local_dir}/incidents",
-        leave_out_zero_weights=bool(gvpo.leave_out_zero_weights),
+        leave_out_zero_weights=gvpo.leave_out_zero_weights,
         poll_seconds=gvpo.poll_seconds,
         watch_seconds=gvpo.watch_seconds,
         max_bad_steps=gvpo.max_bad_steps,
@@ -139,6 +153,9 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
         raise InputError(
             "the configuration has no section gvpo: leave --config-name out, and write overrides."
         )
+    known = yaml.safe_load((_CONFIG / "gvpo_trainer.yaml").read_text(encoding="utf-8"))["gvpo"]
+    if unknown := [name for name in config.gvpo if name not in known]:
+        raise InputError(f"gvpo.{unknown[0]} is no setting: there are {', '.join(known)}.")
     required, inert = companions()
     for name, companion in required.items():
         value = OmegaConf.select(config, name, default=None)
@@ -187,17 +204,36 @@ def prepare(config: DictConfig) -> None:
                 config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu = rows
 
 
+def _check_values(config: DictConfig) -> None:
+    """Refuse values of another kind than they must be, verl's own among them that updates are cut by."""
+    for name, choices in _CHOICES.items():
+        if (value := OmegaConf.select(config, name)) not in choices:
+            raise InputError(f"{name}={value} is not known: choose {' or '.join(map(str, choices))}.")
+    for name in (*_COUNTS, *_AMOUNTS):
+        value = OmegaConf.select(config, name)
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        number = type(value) is int or (type(value) is float and name in _AMOUNTS)
+        if not (number and 0 < value < math.inf):
+            kind = "a whole number of at least 1" if name in _COUNTS else "a finite number above 0"
+            raise InputError(f"{name}={value} must be {kind}.")
+    dynamic = config.actor_rollout_ref.actor.use_dynamic_bsz
+    for name in () if dynamic else (f"{_ACTOR}.ppo_{_MICRO_BATCH}", f"{_ROLLOUT}.log_prob_{_MICRO_BATCH}"):
+        if type(size := OmegaConf.select(config, name)) is not int or size < 1:
+            raise InputError(
+                f"{name}={size}: set how many rows one worker computes at a time, or "
+                f"{_ACTOR}.use_dynamic_bsz=True with {_ROLLOUT}.log_prob_use_dynamic_bsz=True."
+            )
+
+
 def _beta(config: DictConfig) -> float:
-    given = [config.gvpo.beta, config.actor_rollout_ref.actor.get("gvpo_beta", None)]
-    betas = {float(value) for value in given if value is not None} or {DEFAULT_BETA}
+    given = [OmegaConf.select(config, name) for name in _BETAS]
+    betas = {value for value in given if value is not None} or {DEFAULT_BETA}
     if len(betas) > 1:
         raise InputError(
             f"gvpo.beta={given[0]} and actor_rollout_ref.actor.gvpo_beta={given[1]} are one thing: give one."
         )
-    beta = betas.pop()
-    if not (math.isfinite(beta) and beta > 0):
-        raise InputError(f"beta must be a finite number above 0, got {beta}; the published setting is 0.1.")
-    return beta
+    return float(betas.pop())
 
 
 def _reference_micro_batch(config: DictConfig) -> int | None:
@@ -212,24 +248,13 @@ def _check_sizes(config: DictConfig, settings: Settings) -> None:
         raise InputError(
             f"actor_rollout_ref.rollout.n={rollout.n}: one response has no variance; set it to 2 or more."
         )
-    if not 1 <= settings.mini_batch <= prompts:
+    if settings.mini_batch > prompts:
         raise InputError(
             f"actor_rollout_ref.actor.ppo_mini_batch_size={settings.mini_batch} prompts do not fit "
             f"data.train_batch_size={prompts}: set the first to at most the second."
         )
-    if settings.epochs < 1:
-        raise InputError(f"actor_rollout_ref.actor.ppo_epochs={settings.epochs}: set it to 1 or more.")
     if actor.use_dynamic_bsz:
         _check_dynamic(config)
-        return
-    for name in ("actor.ppo_micro_batch_size_per_gpu", "rollout.log_prob_micro_batch_size_per_gpu"):
-        size = OmegaConf.select(config.actor_rollout_ref, name)
-        if not size or size < 1:
-            raise InputError(
-                f"actor_rollout_ref.{name}={size}: set how many rows one worker computes at a time, or "
-                "actor_rollout_ref.actor.use_dynamic_bsz=True with "
-                "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True."
-            )
 
 
 def _check_dynamic(config: DictConfig) -> None:

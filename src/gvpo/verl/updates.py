@@ -178,5 +178,6 @@ def count_updates(config: DictConfig, settings: Settings, rollouts: int) -> None
     optim = config.actor_rollout_ref.actor.optim
     with open_dict(config):
         optim.total_training_steps = rollouts * updates
-        if (optim.get("lr_warmup_steps", None) or -1) > 0:
-            optim.lr_warmup_steps *= updates
+        for name in ("lr_warmup_steps", "lr_decay_steps", "lr_wsd_decay_steps"):  # the latter are Megatron's
+            if (optim.get(name, None) or -1) > 0:
+                optim[name] *= updates
