@@ -54,6 +54,7 @@ def test_noise_is_off_with_and_without_gradient_checkpointing(reentrant):
 
 def test_modes_and_settings_come_back_after_a_failure():
     model = noisy_opt()
+    settings = model.model.decoder.layers[0].config = {"jitter": 0.2}  # as models of others keep them
     model.gradient_checkpointing_enable()
     model.model.decoder.layers[1].eval()  # a user's own choice
     before = modes(model)
@@ -62,13 +63,14 @@ def test_modes_and_settings_come_back_after_a_failure():
         with without_noise(model):
             assert not any(isinstance(m, nn.Dropout) and m.training for m in model.modules())
             assert model.config.dropout == model.config.layerdrop == 0
-            assert model.model.decoder.layers[0].dropout == 0
+            assert model.model.decoder.layers[0].dropout == settings["jitter"] == 0
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         interrupted()
     assert modes(model) == before
     assert (model.config.dropout, model.model.decoder.layers[0].dropout) == (0.3, 0.3)
+    assert settings == {"jitter": 0.2}
 
 
 class AlwaysNoisy(nn.Module):

@@ -34,7 +34,8 @@ def without_noise(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training and bool(getattr(module, "gradient_checkpointing", False))
             if module.training:
-                for values in (vars(module), vars(getattr(module, "config", module))):
+                for owner in (module, getattr(module, "config", module)):
+                    values: dict[str, Any] = owner if isinstance(owner, dict) else vars(owner)
                     noise = [n for n, v in values.items() if isinstance(v, float) and _NOISE.search(n)]
                     zeroed += [(values, name, values[name]) for name in noise]
                     values.update(dict.fromkeys(noise, 0.0))
