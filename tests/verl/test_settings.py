@@ -150,7 +150,13 @@ def test_other_versions_of_verl_are_refused_with_the_range(monkeypatch, installe
 
 @pytest.mark.parametrize(
     ("installed", "adapter"),
-    [("0.9.1", "0.9"), ("0.9.1+local", "0.9"), ("0.9.2rc1", "0.9"), ("0.9.10", "0.9"), ("0.6.0", "0.6")],
+    [
+        ("0.9.1", versions.V09),
+        ("0.9.1+local", versions.V09),
+        ("0.9.2rc1", versions.V09),
+        ("0.9.10", versions.V09),
+        ("0.6.0", versions.V060),
+    ],
 )
 def test_versions_of_verl_and_their_adapters(monkeypatch, capsys, installed, adapter):
     monkeypatch.setattr(versions, "version", _versions(verl=installed, TransferQueue="0.1.11"))

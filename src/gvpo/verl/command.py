@@ -29,7 +29,7 @@ def convert(
         text = sys.stdin.read() if str(script) == "-" else script.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{script} cannot be read as text ({error}).") from error
-    typer.echo(convert_script(text, str(script)).script, nl=False)
+    typer.echo(convert_script(text, str(script)), nl=False)
 
 
 @verl.command()

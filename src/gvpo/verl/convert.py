@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -23,25 +22,11 @@ _BETA = "actor_rollout_ref.actor.gvpo_beta"
 _GONE, _ENTRY = "\0", "\1"  # in the place of a removed word, and of verl's entry point
 
 
-@dataclass(frozen=True)
-class Converted:
-    """A converted script.
+def convert_script(text: str, name: str = "the script") -> str:
+    """Convert the shell script `text`; `name` is for messages.
 
-    Attributes:
-        script: with a comment for each change at its top.
-        changes: the same comments, a sentence each.
-    """
-
-    script: str
-    changes: list[str]
-
-
-def convert_script(text: str, name: str = "the script") -> Converted:
-    """Convert a shell script.
-
-    Args:
-        text: of the script.
-        name: of the script, for messages.
+    Returns:
+        The converted script, with a comment for each change at its top.
 
     Raises:
         InputError: it does not run verl's PPO trainer, has a critic or a configuration file of its own.
@@ -84,7 +69,7 @@ def convert_script(text: str, name: str = "the script") -> Converted:
     script = _without_gaps(script).replace(_ENTRY, " \\\n    ".join(["gvpo.verl", *added]))
     first, rest = re.fullmatch(r"(#![^\n]*\n)?(.*)", script, re.DOTALL).groups("")  # type: ignore[union-attr]
     comments = "".join(f"#   {change}\n" for change in changes)
-    return Converted(f"{first}# Converted by `gvpo verl convert`:\n{comments}{rest.rstrip()}\n", changes)
+    return f"{first}# Converted by `gvpo verl convert`:\n{comments}{rest.rstrip()}\n"
 
 
 def _config_flag(what: str, file: str, script: str) -> tuple[str, str]:

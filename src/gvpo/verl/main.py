@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ def main() -> None:
             # Ray's processes on other machines import the plugin, too.
             name = f"ray_kwargs.ray_init.runtime_env.env_vars.{_EXTERNAL}"
             OmegaConf.update(config, name, os.environ[_EXTERNAL], force_add=True)
-            train = _train_09 if adapter == "0.9" else _train_06
-            _train_or_explain(train, config)
+            _train_or_explain(import_module(adapter).train, config)
         except InputError as error:
             _refuse(error)
 
@@ -72,48 +71,6 @@ def _train_or_explain(train: Callable[[Any], None], config: Any) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-
-
-def _train_09(config: Any) -> None:
-    from omegaconf import open_dict
-    from verl.experimental.reward_loop import migrate_legacy_reward_impl
-    from verl.trainer.main_ppo import run_ppo
-    from verl.trainer.ppo.utils import need_reference_policy
-    from verl.utils.config import validate_config
-    from verl.utils.device import auto_set_device
-
-    from gvpo.verl.trainer import task_runner
-
-    auto_set_device(config)
-    # verl 0.9 still lists the old names of reward settings, but no longer reads them by itself.
-    config = migrate_legacy_reward_impl(config)
-    _default_reward(config.reward, config.reward.reward_model.enable)
-    checked = deepcopy(config)
-    # verl asks for rows that split evenly over workers; ours are filled up where they do not.
-    checked.data.train_batch_size *= checked.trainer.n_gpus_per_node * checked.trainer.nnodes
-    try:
-        validate_config(checked, use_reference_policy=need_reference_policy(checked), use_critic=False)
-    except (AssertionError, ValueError) as error:
-        raise InputError(f"verl refuses this configuration: {error}") from error
-    with open_dict(config):
-        config.trainer.v1.trainer_mode = "gvpo"
-    run_ppo(config, task_runner_class=task_runner())
-
-
-def _train_06(config: Any) -> None:
-    from gvpo.verl.v060 import train
-
-    _default_reward(config, config.reward_model.enable)
-    train(config)
-
-
-def _default_reward(section: Any, has_model: bool) -> None:
-    """Score with `gvpo.rewards.compute_score` where the user names neither a function nor a model."""
-    function = section.custom_reward_function
-    if not function.path and not has_model:
-        import gvpo.verl.reward
-
-        function.path, function.name = gvpo.verl.reward.__file__, "compute_score"
 
 
 def _refuse(error: InputError) -> None:

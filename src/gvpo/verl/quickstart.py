@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory, Ticker
 from gvpo.sums import Lesson, Task
-from gvpo.verl.versions import check_versions
+from gvpo.verl.versions import V09, check_versions
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _SHOWN = {  # verl's names and ours
@@ -74,7 +74,7 @@ def quickstart(
         InputError: an unknown task, verl missing, or an output directory that cannot be written to.
         RuntimeError: verl failed; its log is in the run directory.
     """
-    if check_versions() != "0.9":
+    if check_versions() != V09:
         raise InputError("The quickstart needs verl 0.9: pip install -c constraints.txt 'gvpo[verl]'.")
     arguments = _arguments(Path(output).resolve(), steps=steps, beta=beta, workers=workers, seed=seed)
     config = {"command": "verl quickstart", "overrides": arguments}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import ray
@@ -18,14 +19,20 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
-from verl.trainer.main_ppo import TaskRunnerV1
+from verl.experimental.reward_loop import migrate_legacy_reward_impl
+from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+from verl.trainer.ppo.utils import need_reference_policy
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import validate_config
 from verl.utils.debug import marked_timer
+from verl.utils.device import auto_set_device
 from verl.utils.metric import reduce_metrics
 from verl.workers.utils.padding import response_from_nested
 
+from gvpo.errors import InputError
+from gvpo.verl.reward import default_reward
 from gvpo.verl.rollouts import Rollouts, choose_rows, row_sums, rows_short
 from gvpo.verl.settings import read_settings
 from gvpo.verl.updates import Updates, count_updates
@@ -240,6 +247,23 @@ class GVPOTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
     """verl's V1 task runner, in a module whose import registers the trainer in the runner's process."""
 
 
-def task_runner() -> Any:
-    """The actor class that `verl.trainer.main_ppo.run_ppo` takes."""
-    return ray.remote(GVPOTaskRunner)
+def train(config: DictConfig) -> None:
+    """Run verl 0.9 with a configuration that `gvpo.verl.settings.prepare` has been through.
+
+    Raises:
+        InputError: verl's own checks refuse it.
+    """
+    auto_set_device(config)
+    # verl 0.9 still lists the old names of reward settings, but no longer reads them by itself.
+    config = migrate_legacy_reward_impl(config)
+    default_reward(config.reward)
+    checked = deepcopy(config)
+    # verl asks for rows that split evenly over workers; ours are filled up where they do not.
+    checked.data.train_batch_size *= checked.trainer.n_gpus_per_node * checked.trainer.nnodes
+    try:
+        validate_config(checked, use_reference_policy=need_reference_policy(checked), use_critic=False)
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"verl refuses this configuration: {error}") from error
+    with open_dict(config):
+        config.trainer.v1.trainer_mode = "gvpo"
+    run_ppo(config, task_runner_class=ray.remote(GVPOTaskRunner))

@@ -20,6 +20,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from gvpo.errors import InputError
+from gvpo.verl.reward import default_reward
 from gvpo.verl.rollouts import Rollouts, rows_short
 from gvpo.verl.settings import read_settings
 from gvpo.verl.updates import Updates, count_updates
@@ -146,6 +147,7 @@ def train(config: DictConfig) -> None:
                 f"verl 0.6.0 needs {name} × rollout.n = {prompts * n} rows to be a multiple of {divisor}, "
                 f"which is {what}: change one, or use verl 0.9, which fills up."
             )
+    default_reward(config)
     with open_dict(config):
         # The driver repeats, and the workers don't.
         config.gvpo.epochs, actor.ppo_epochs = actor.ppo_epochs, 1

@@ -6,12 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 from gvpo.errors import InputError
 
+V09, V060 = "gvpo.verl.trainer", "gvpo.verl.v060"
 TESTED = ("0.9.1", "0.6.0")
 _INSTALL = "pip install -c constraints.txt 'gvpo[verl]'"
 
 
 def check_versions() -> str:
-    """The adapter that fits the installed verl: "0.9" or "0.6".
+    """The module with the adapter for the installed verl.
 
     Raises:
         InputError: verl is missing or outside the tested range, or verl 0.9 has no TransferQueue.
@@ -23,7 +24,7 @@ def check_versions() -> str:
 
     found = Version(installed)
     if found.public == "0.6.0":
-        return "0.6"
+        return V060
     if not Version(TESTED[0]) <= found < Version("0.10.dev0"):
         raise InputError(
             f"verl {installed} is outside the range that gvpo.verl is tested with, which is 0.9.1 and later "
@@ -36,7 +37,7 @@ def check_versions() -> str:
             "TransferQueue is not installed, which verl 0.9's trainer keeps its rollouts in: "
             "pip install TransferQueue==0.1.11."
         )
-    return "0.9"
+    return V09
 
 
 def _version(package: str) -> str | None:

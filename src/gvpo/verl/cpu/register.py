@@ -1,16 +1,80 @@
-"""What importing verl does in a process that is to run on CPUs: see `gvpo.verl.cpu`."""
+"""What importing verl does in a process that is to run on CPUs (see `gvpo.verl.cpu`).
+
+The CPU becomes one of verl's platforms and Hugging Face's `generate` one of its rollouts; what verl asks of
+accelerators alone is put right.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from types import ModuleType
+from typing import Any, ClassVar
 
+import psutil
+import torch
 import verl.utils.distributed
 import verl.utils.fsdp_utils
 from torch.distributed.fsdp import CPUOffloadPolicy
+from verl.plugin.platform.platform_base import PlatformBase
+from verl.plugin.platform.platform_manager import PlatformRegistry
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-import gvpo.verl.cpu.platform  # noqa: F401 - registers the platform
+
+def _always(value: Any) -> Any:
+    """A function or method that returns `value`, whatever it is given."""
+    return lambda *_, **__: value
+
+
+def _memory(*_: Any, **__: Any) -> tuple[int, int]:
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+class _Device(ModuleType):
+    """`torch.cpu`, with what verl asks of `torch.cuda` besides."""
+
+    _EXTRA: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(
+            ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), _always(0)
+        ),
+        **dict.fromkeys(
+            ("empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_device", "manual_seed_all"),
+            _always(None),
+        ),
+        "manual_seed": torch.manual_seed,
+        "mem_get_info": _memory,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "current_device": _always("cpu"),
+        "get_device_name": _always("CPU"),
+    }
+
+    def __getattr__(self, name: str) -> Any:
+        return self._EXTRA[name] if name in self._EXTRA else getattr(torch.cpu, name)
+
+
+@PlatformRegistry.register(platform="cpu")
+class CPUPlatform(PlatformBase):
+    """Every worker has the CPU to itself, as far as verl can tell; Ray counts pretended GPUs."""
+
+    device_name = "cpu"
+    vendor_name = "generic"
+    device_module = _Device("gvpo.verl.cpu.device")
+    is_available = _always(True)
+    device_count = _always(1)
+    current_device = _always("cpu")  # goes to `Tensor.to` and to FSDP
+    set_device = synchronize = set_allocator_settings = empty_cache = _always(None)
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    get_device_capability = _always((None, None))
+    communication_backend_name = _always("gloo")
+    visible_devices_envvar = _always("CUDA_VISIBLE_DEVICES")
+    ray_resource_name = _always("GPU")
+    ray_noset_envvars = _always(["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"])
+    is_ipc_supported = _always(False)
+    nvtx_range = _always(contextlib.nullcontext())
+    profiler_start = profiler_stop = cudart = _always(None)
+
 
 _initialize = verl.utils.distributed.initialize_global_process_group_ray
 
