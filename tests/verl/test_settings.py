@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from gvpo.errors import InputError
-from gvpo.verl import versions
-from gvpo.verl.main import _CONFIG, _refuse
+from gvpo.verl import main
+from gvpo.verl.main import _CONFIG, V060, V09, _refuse, check_versions
 from gvpo.verl.settings import check, prepare, read_settings
 
 ACTOR = "actor_rollout_ref.actor"
@@ -143,24 +144,24 @@ def test_a_word_on_options_without_effect_and_on_a_beta_that_cannot_be_felt():
     ],
 )
 def test_other_versions_of_verl_are_refused_with_the_range(monkeypatch, installed, words):
-    monkeypatch.setattr(versions, "version", _versions(verl=installed))
+    monkeypatch.setattr(main, "version", _versions(verl=installed))
     with pytest.raises(InputError, match=words):
-        versions.check_versions()
+        check_versions()
 
 
 @pytest.mark.parametrize(
     ("installed", "adapter"),
     [
-        ("0.9.1", versions.V09),
-        ("0.9.1+local", versions.V09),
-        ("0.9.2rc1", versions.V09),
-        ("0.9.10", versions.V09),
-        ("0.6.0", versions.V060),
+        ("0.9.1", V09),
+        ("0.9.1+local", V09),
+        ("0.9.2rc1", V09),
+        ("0.9.10", V09),
+        ("0.6.0", V060),
     ],
 )
 def test_versions_of_verl_and_their_adapters(monkeypatch, capsys, installed, adapter):
-    monkeypatch.setattr(versions, "version", _versions(verl=installed, TransferQueue="0.1.11"))
-    assert versions.check_versions() == adapter
+    monkeypatch.setattr(main, "version", _versions(verl=installed, TransferQueue="0.1.11"))
+    assert check_versions() == adapter
     assert ("newer" in capsys.readouterr().out) == (installed in ("0.9.2rc1", "0.9.10"))
 
 
@@ -181,9 +182,9 @@ def test_a_configuration_file_of_ones_own_is_refused():
 
 
 def test_missing_transfer_queue_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(versions, "version", _versions(verl="0.9.1"))
+    monkeypatch.setattr(main, "version", _versions(verl="0.9.1"))
     with pytest.raises(InputError, match="pip install TransferQueue"):
-        versions.check_versions()
+        check_versions()
 
 
 @pytest.mark.slow
@@ -199,7 +200,7 @@ def test_bad_input_ends_the_command_in_seconds_with_one_sentence_and_code_2(tmp_
 def _versions(**installed):
     def version(package):
         if installed.get(package) is None:
-            raise versions.PackageNotFoundError(package)
+            raise PackageNotFoundError(package)
         return installed[package]
 
     return version

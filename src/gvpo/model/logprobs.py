@@ -340,7 +340,7 @@ def _mask(input_ids: Tensor, lengths: Tensor) -> Int[Tensor, "rows length"]:
 
 def positions(model: Any) -> int:
     """How many tokens the model has positions for, as far as its configuration says."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     known = getattr(text, "max_position_embeddings", None)
     return known if isinstance(known, int) and known > 1 else PROBE_TOKENS

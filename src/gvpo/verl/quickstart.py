@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory, Ticker
 from gvpo.sums import Lesson, Task
-from gvpo.verl.versions import V09, check_versions
+from gvpo.verl.main import V09, check_versions
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _SHOWN = {  # verl's names and ours
@@ -123,7 +123,8 @@ def _arguments(run: Path, *, steps: int, beta: float, workers: int, seed: int) -
         f"actor_rollout_ref.model.path={run / 'warmed-up-model'}",
         f"actor_rollout_ref.actor.gvpo_beta={beta}",
         f"actor_rollout_ref.rollout.seed={seed}",
-        f"reward.custom_reward_function.path={Path(__file__).parent / 'cpu' / 'exact.py'}",
+        f"reward.custom_reward_function.path={Path(__file__).parent / 'reward.py'}",
+        "reward.custom_reward_function.name=exact",
         f"trainer.n_gpus_per_node={workers}",
         f"trainer.test_freq={max(1, steps // 2)}",
         f"trainer.save_freq={steps}",

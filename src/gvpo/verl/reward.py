@@ -1,10 +1,15 @@
-"""The reward that `python -m gvpo.verl` uses unless told otherwise; verl loads this file by its path."""
+"""The rewards of verl runs that name none of their own; verl loads this file by its path."""
 
 from typing import Any
 
 from gvpo.rewards import compute_score
 
-__all__ = ["compute_score", "default_reward"]
+__all__ = ["compute_score", "default_reward", "exact"]
+
+
+def exact(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: Any) -> float:
+    """1.0 when `solution_str` is `ground_truth`, apart from white space around it, else 0.0."""
+    return float(solution_str.strip() == str(ground_truth).strip())
 
 
 def default_reward(section: Any) -> None:

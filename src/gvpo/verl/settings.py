@@ -32,6 +32,9 @@ _COUNTS = (
 )
 _AMOUNTS = ("gvpo.watch_seconds", "gvpo.poll_seconds", *_BETAS)
 _MAY_BE_NULL = ("gvpo.poll_seconds", *_BETAS)
+_AS_THEY_ARE = (
+    "reference", "leave_out_zero_weights", "poll_seconds", "watch_seconds", "max_bad_steps", "dump_dir",
+)  # fmt: skip
 _PADDING_TOKENS = 128  # length of the rows that verl pads a batch with
 
 
@@ -123,7 +126,6 @@ def read_settings(config: DictConfig) -> Settings:
         sizes.append(_reference_micro_batch(config))
     return Settings(
         beta=_beta(config),
-        reference=gvpo.reference,
         scale=sizes[0] / rollout.n if published else 1.0,
         mini_batch=actor.ppo_mini_batch_size,
         epochs=gvpo.get("epochs", None) or actor.ppo_epochs,
@@ -131,11 +133,7 @@ def read_settings(config: DictConfig) -> Settings:
         seed=actor.get("data_loader_seed", None) or 0,
         row_multiple=math.lcm(*sizes),
         incidents_dir=f"{config.trainer.default_local_dir}/incidents",
-        leave_out_zero_weights=gvpo.leave_out_zero_weights,
-        poll_seconds=gvpo.poll_seconds,
-        watch_seconds=gvpo.watch_seconds,
-        max_bad_steps=gvpo.max_bad_steps,
-        dump_dir=gvpo.dump_dir,
+        **{name: gvpo[name] for name in _AS_THEY_ARE},
     )
 
 

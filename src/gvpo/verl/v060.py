@@ -133,13 +133,9 @@ def train(config: DictConfig) -> None:
     workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
     ranks = workers // actor.get("ulysses_sequence_parallel_size", 1)
     multiple = ranks * (1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu)
+    micro_batches = "workers × ppo_micro_batch_size_per_gpu"
     for name, prompts, divisor, what in (
-        (
-            "ppo_mini_batch_size",
-            actor.ppo_mini_batch_size,
-            multiple,
-            "workers × ppo_micro_batch_size_per_gpu",
-        ),
+        ("ppo_mini_batch_size", actor.ppo_mini_batch_size, multiple, micro_batches),
         ("train_batch_size", config.data.train_batch_size, ranks, "the number of workers"),
     ):
         if prompts * n % divisor:

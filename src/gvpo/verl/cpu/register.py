@@ -7,6 +7,7 @@ accelerators alone is put right.
 from __future__ import annotations
 
 import contextlib
+from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -91,13 +92,7 @@ class _UnpinnedOffload(CPUOffloadPolicy):
         super().__init__(pin_memory=False)
 
 
-def _replica() -> Any:
-    from gvpo.verl.cpu.rollout import HFReplica
-
-    return HFReplica
-
-
 verl.utils.distributed.initialize_global_process_group_ray = _initialize_with_gloo
 verl.utils.fsdp_utils.CPUOffloadPolicy = _UnpinnedOffload
 _ROLLOUT_REGISTRY["hf", "async"] = "gvpo.verl.cpu.rollout.HFServerAdapter"
-RolloutReplicaRegistry.register("hf", _replica)
+RolloutReplicaRegistry.register("hf", lambda: import_module("gvpo.verl.cpu.rollout").HFReplica)
