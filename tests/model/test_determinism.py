@@ -26,6 +26,7 @@ def noisy_opt():
     return OPTForCausalLM(config).train()
 
 
+@pytest.mark.filterwarnings("ignore:Prompts are not shared, .* is reentrant")
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_noise_is_off_with_and_without_gradient_checkpointing(reentrant):
     """Layers that checkpoint stay in train mode: their own dropout and layerdrop are zeroed instead."""
