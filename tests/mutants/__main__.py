@@ -102,8 +102,10 @@ class Job:
         return found
 
 
-def run_all(work: list[tuple[Mutant | None, str]], workers: int) -> list[dict[str, Any]]:
-    """The outcome of each, as many at a time as there are workers."""
+def run_all(
+    work: list[tuple[Mutant | None, str]], workers: int, output: Path | None = None
+) -> list[dict[str, Any]]:
+    """The outcome of each, as many at a time as there are workers; written to `output` as they come."""
     source = copied(ROOT)  # whoever goes on working meanwhile does not change what is tested
     waiting, running, done = list(work), [], []
     while waiting or running:
@@ -132,6 +134,8 @@ def run_all(work: list[tuple[Mutant | None, str]], workers: int) -> list[dict[st
                     "equivalent": job.mutant.equivalent if job.mutant else "",
                 }
             )
+            if output is not None:
+                write(output, done)
     return done
 
 
@@ -154,10 +158,9 @@ def main() -> int:
     if any(entry["outcome"] != "survived" for entry in plain):
         print("Some tests do not pass without any mistake: nothing can be told from them.")
         return 1
-    done = run_all([(m, m.tests) for m in chosen], arguments.workers)
+    done = run_all([(m, m.tests) for m in chosen], arguments.workers, arguments.output)
     alive = [entry for entry in done if entry["outcome"] in ("survived", "error") and not entry["equivalent"]]
     print(f"{len(done) - len(alive)} of {len(done)} as they should be.")
-    write(arguments.output, done)
     return int(bool(alive))
 
 

@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from rich.console import Console
+from trl.trainer.utils import RepeatSampler
 
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory
 from gvpo.trl import GVPOTrainer
-from gvpo.trl.checkpoint import flaw, last_checkpoint, publish
+from gvpo.trl.checkpoint import EpochSampler, flaw, last_checkpoint, publish
 from gvpo.trl.watch import RunCallback, StopOnSignal
 from tests.gloo import run_ranks, start_rank
 from tests.trl.common import parameters, trainer
@@ -431,3 +432,15 @@ def test_a_second_run_samples_anew(tmp_path: Path) -> None:
     made.train()
     assert made._buffered_inputs is not None
     assert made._buffered_inputs[0] is not left[0]
+
+
+def test_each_epoch_has_an_order_of_its_own_however_it_was_reached() -> None:
+    def order(*epochs: int) -> list[int]:
+        sampler = EpochSampler(RepeatSampler(range(32), mini_repeat_count=1, seed=1), seed=5)
+        for epoch in epochs:
+            sampler.set_epoch(epoch)
+            found = list(sampler)
+        return found
+
+    assert order(0, 1, 2) == order(2)
+    assert len({tuple(order(epoch)) for epoch in range(4)}) == 4
