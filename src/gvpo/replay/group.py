@@ -95,9 +95,8 @@ class Group:
     ) -> Group:
         """A group of `completions` that were all scored under the one policy called `reference`.
 
-        Args:
-            prompt_ids: the prompt of all, or a prompt for each.
-            completions, rewards, reference, …: see the attributes; one entry a response.
+        `prompt_ids` is the prompt of all, or a prompt for each. All else is as in the attributes, with one
+        entry a response.
 
         Raises:
             InputError: fewer than two responses; an empty prompt or completion; a reward of a response that
