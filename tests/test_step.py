@@ -347,7 +347,7 @@ def test_entropy_is_that_of_the_distribution_sampled_from(kind):
 def test_a_trust_mask_spares_free_rows_and_drops_rows_that_are_wholly_beyond_it():
     """Free rows are as they were sampled, whatever is known of their rollout."""
     model, twin = tiny_model(), tiny_model().double()
-    free, other = random_batch(groups=2, equal_groups=0).freed(), random_batch(seed=1, reference=True)
+    free, other = random_batch(groups=2, equal_groups=0).as_on_policy(), random_batch(seed=1, reference=True)
     other.group_ids = other.group_ids + 2
     for part in (free, other):
         part.rollout_logps = torch.zeros(part.input_ids.shape, dtype=torch.float64)
@@ -355,10 +355,10 @@ def test_a_trust_mask_spares_free_rows_and_drops_rows_that_are_wholly_beyond_it(
     tokens = literal_tokens(twin, batch)
     rollout = [row.detach().clone() for row in tokens]
     sums = literal_logps(twin, batch).detach()
-    reference = torch.where(batch.free, sums, batch.reference_logps)
+    reference = torch.where(batch.on_policy, sums, batch.reference_logps)
     weights = gvpo_weights(sums, reference, batch.rewards, batch.group_ids, beta=BETA)
     for i in range(len(batch)):
-        if batch.free[i] or i % 3 == 0:  # each token of these has moved far along the row's weight
+        if batch.on_policy[i] or i % 3 == 0:  # each token of these has moved far along the row's weight
             rollout[i] -= 2 * weights[i].sign()
     batch.rollout_logps[batch.completion_mask] = torch.cat(rollout)
     known = [

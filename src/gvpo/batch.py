@@ -26,7 +26,7 @@ class GroupBatch:
         valid: False drops a row from its group. None: all rows are valid.
         reference_logps: S' in nats, or None where the policy *is* the reference (the first step after a
             rollout with the rollout policy as the reference): then no scoring pass is needed.
-        free: where only some groups are measured against the policy as it is: True for their rows, whose
+        on_policy: where only some groups are measured against the policy as it is: True for their rows, whose
             `reference_logps` are not looked at and which need no scoring pass. None: no rows.
         rollout_logps: log p of each completion token under the policy of the rollout, in nats; NaN where
             that is not known. Only a step with a trust mask looks at them.
@@ -39,7 +39,7 @@ class GroupBatch:
     group_ids: Int[Tensor, "batch"]
     valid: Bool[Tensor, "batch"] | None = None
     reference_logps: Float[Tensor, "batch"] | None = None
-    free: Bool[Tensor, "batch"] | None = None
+    on_policy: Bool[Tensor, "batch"] | None = None
     rollout_logps: Float[Tensor, "batch length"] | None = None
 
     def __len__(self) -> int:
@@ -102,15 +102,15 @@ class GroupBatch:
         ]
         return torch.tensor(first, dtype=torch.long, device=self.input_ids.device)
 
-    def freed(self) -> GroupBatch:
+    def as_on_policy(self) -> GroupBatch:
         """The same rows measured against the policy, to stand beside others that have reference log-probs."""
         n, device = len(self), self.input_ids.device
         zeros = torch.zeros(n, dtype=widest_float(device), device=device)
-        return replace(self, reference_logps=zeros, free=torch.ones(n, dtype=torch.bool, device=device))
+        return replace(self, reference_logps=zeros, on_policy=torch.ones(n, dtype=torch.bool, device=device))
 
     @classmethod
     def concatenate(cls, parts: Sequence[GroupBatch]) -> GroupBatch:
-        """One batch of several of the same kind (all with reference log-probs or `freed`, or none)."""
+        """One batch of several of the same kind (all with reference log-probs or `as_on_policy`, or none)."""
         width = max(part.input_ids.shape[1] for part in parts)
 
         def wide(x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class GroupBatch:
             torch.cat([part.group_ids for part in parts]),
             flags("valid", True),
             cat("reference_logps"),
-            flags("free", False),
+            flags("on_policy", False),
             rollout_logps(),
         )
 

@@ -38,7 +38,7 @@ class StepReport:
         loss: the GVPO loss of the step's groups (all ranks) before the update.
         metrics: as `gvpo.objective.GVPOLoss.metrics`.
         weights: w of this rank's rows.
-        policy_logps: S of this rank's rows in nats (0 for free rows), or None on a free step.
+        policy_logps: S of this rank's rows in nats (0 for on-policy rows), or None on an on-policy step.
         tokens_beyond_trust: completion tokens that a trust mask left out of this rank's rows.
         micro_batches: of this rank's gradient pass.
         shared_prompts: beginnings that its rows shared, each read once; 0 where nothing was shared.
@@ -108,7 +108,7 @@ class GVPOStep(SequenceScorer):
             policy = token_logps.sum(1)
             # Free rows have no score: 0 on both sides, for Rθ = 0.
             reference = batch.reference_logps
-            reference = reference if batch.free is None else reference.masked_fill(batch.free, 0.0)
+            reference = reference if batch.on_policy is None else reference.masked_fill(batch.on_policy, 0.0)
         result = gvpo_loss(
             policy.to(widest_float(policy.device)),
             reference,
@@ -162,8 +162,8 @@ class GVPOStep(SequenceScorer):
         left_out = batch.completion_mask & beyond_trust(
             report.weights, token_logps, batch.rollout_logps, self.trust
         )
-        if batch.free is not None:
-            left_out &= ~batch.free[:, None]  # not scored: they are as they were sampled
+        if batch.on_policy is not None:
+            left_out &= ~batch.on_policy[:, None]  # not scored: they are as they were sampled
         kept = batch.completion_mask & ~left_out
         weights = report.weights.masked_fill(left_out.any(1) & ~kept.any(1), 0.0)
         count = int(left_out.sum())
@@ -220,8 +220,8 @@ class GVPOStep(SequenceScorer):
 
 
 def _rows_to_score(batch: GroupBatch) -> list[int]:
-    """Valid rows that are not free. (Whether a group has two valid ones is known only over all ranks.)"""
+    """Valid rows that are not on-policy. (Whether a group has two is known only over all ranks.)"""
     needed = torch.ones_like(batch.lengths, dtype=torch.bool) if batch.valid is None else batch.valid
-    if batch.free is not None:
-        needed = needed & ~batch.free
+    if batch.on_policy is not None:
+        needed = needed & ~batch.on_policy
     return needed.nonzero()[:, 0].tolist()

@@ -191,7 +191,7 @@ def test_trust_and_free_rows_change_nothing_of_it(free):
     batch = random_batch(reference=True, prompt=LONG)
     noise = 0.3 * torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(1))
     batch.rollout_logps = SequenceScorer(models[0]).token_logps(batch) + noise
-    batch.free = batch.group_ids < 2 if free else None
+    batch.on_policy = batch.group_ids < 2 if free else None
     reports = [
         step_of(model, share_prompts=share, trust=0.2)(batch)
         for model, share in zip(models, (True, False), strict=True)

@@ -1,4 +1,4 @@
-"""Steps over replayed and free groups together: the gradient of the formula, on one rank and on two."""
+"""Steps over replayed and on-policy groups together: the gradient of the formula, on one rank and on two."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ def mixed_batch() -> GroupBatch:
     fresh, stored = random_batch(groups=4, seed=1), random_batch(groups=3, seed=2, reference=True)
     stored.group_ids = -1 - stored.group_ids
     stored.valid = torch.arange(len(stored)) != 5
-    batch = GroupBatch.concatenate([fresh.freed(), stored])
+    batch = GroupBatch.concatenate([fresh.as_on_policy(), stored])
     assert batch.valid.sum() == len(batch) - 1
     return batch
 
@@ -30,7 +30,7 @@ def mixed_batch() -> GroupBatch:
 def literal(batch: GroupBatch) -> tuple[dict[str, torch.Tensor], float]:
     model = tiny_model().double()
     policy = literal_logps(model, batch)
-    reference = torch.where(batch.free, policy.detach(), batch.reference_logps)
+    reference = torch.where(batch.on_policy, policy.detach(), batch.reference_logps)
     loss = literal_loss(policy, reference, batch.rewards, batch.group_ids, BETA, batch.valid)
     loss.backward()
     return gradients(model), loss.item()
@@ -48,8 +48,8 @@ def test_free_and_stored_groups_in_one_step(budget):
     assert relative_error(gradients(model), expected) < 1e-5
     assert report.loss.item() == pytest.approx(loss, rel=1e-5)
     # Free rows cost no scoring pass, whatever stands in their reference.
-    assert set(scored) == set((~batch.free & batch.valid).nonzero()[:, 0].tolist())
-    batch.reference_logps[batch.free] = float("nan")
+    assert set(scored) == set((~batch.on_policy & batch.valid).nonzero()[:, 0].tolist())
+    batch.reference_logps[batch.on_policy] = float("nan")
     other = tiny_model()
     GVPOStep(other, beta=BETA, token_budget=budget)(batch)
     assert relative_error(gradients(other), gradients(model)) == 0
@@ -63,7 +63,7 @@ def errors_of(rank: int, world: int) -> list[float]:
     whole = tiny_model()
     alone = GVPOStep(whole, beta=BETA, trust=0.2, backend=Backend(None))
     assert alone(trusted).tokens_beyond_trust > 20
-    # Rows of rank 0: only free ones, all free ones, cut groups, none.
+    # Rows of rank 0: only on-policy ones, all on-policy ones, cut groups, none.
     for first, trust in itertools.product((14, 16, 9, 0), (None, 0.2)):
         used, wanted = (batch, expected) if trust is None else (trusted, gradients(whole))
         rows = slice(0, first) if rank == 0 else slice(first, None)

@@ -446,7 +446,7 @@ class GVPOTrainer(ResumableTrainer):
         if self.args.replay_reference == "current" and self.args.reference == "initial":
             replayed.reference_logps = self._score_reference(replayed)
         # Also without any groups: all processes must take the same way.
-        parts = [part if part.reference_logps is not None else part.freed() for part in (batch, replayed)]
+        parts = [p if p.reference_logps is not None else p.as_on_policy() for p in (batch, replayed)]
         return GroupBatch.concatenate(parts)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
