@@ -1,5 +1,6 @@
 """The list of mutants is true of the source as it is: a change of the source must bring its mutants along."""
 
+import json
 import shutil
 
 from tests.mutants.mutants import ROOT, listed
@@ -18,3 +19,13 @@ def test_every_mistake_can_be_made(tmp_path):
 def test_there_are_enough_of_different_names():
     names = [mutant.name for mutant in listed()]
     assert len(set(names)) == len(names) >= 80
+
+
+def test_the_page_on_exactness_has_the_results():
+    results = json.loads((ROOT / "results" / "mutants.json").read_text())
+    page = (ROOT / "docs" / "exactness.md").read_text()
+    for file, counts in [*results["files"].items(), ("all", results)]:
+        shown = f"`{file}`" if file in results["files"] else file
+        assert f"| {shown} | {counts['mutants']} | {counts['killed']} | {counts['equivalent']} |" in page
+    assert results["killed"] >= 0.95 * results["mutants"]
+    assert results["killed"] + results["equivalent"] == results["mutants"]

@@ -273,6 +273,7 @@ def test_groups_from_elsewhere_enter_by_the_replay_directory(tmp_path):
     trainer = run(**settings, replay_reference="current", reference="initial")
     trainer.train()
     assert len(trainer.replayed[0]) == 8
+    assert trainer.state.log_history[0]["gvpo/groups"] == 16
     assert max(trainer.errors[:2]) < 1e-5
     trainer.replay.buffer.close()
 
