@@ -4,6 +4,7 @@ What is sampled depends on the prompt batch and its seed alone, never on what ra
 evaluation that was cut off goes on as if it had not been.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Completion:
     truncated: bool
 
 
-class Sampler:
+class Sampler(ABC):
     """Draws one completion for each prompt.
 
     Args:
@@ -59,8 +60,8 @@ class Sampler:
         except Exception as error:
             raise InputError(f"the model {model} cannot be loaded ({first_line(error)}).") from error
 
-    def _load(self, model: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _load(self, model: str) -> None: ...
 
     def render(self, prompt: Prompt) -> str:
         """The text that the model is given."""
@@ -68,9 +69,9 @@ class Sampler:
             return prompt
         return str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
+    @abstractmethod
     def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
         """One completion for each text."""
-        raise NotImplementedError
 
 
 class TransformersSampler(Sampler):
