@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -33,9 +34,6 @@ from gvpo.model.shared_prompts import (
 from gvpo.model.sharing_check import way_to_share
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.packing import Block, padded_cost, plan_blocks, plan_micro_batches
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
 
 DEFAULT_TOKEN_BUDGET = 16_384
 Result = TypeVar("Result")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gvpo.batch import GroupBatch, widest_float
@@ -23,9 +24,6 @@ from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.objective import GVPOLoss, gvpo_loss
 from gvpo.scoring import Backend, Piece, SequenceScorer, is_out_of_memory
 from gvpo.trust import beyond_trust
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
 
 __all__ = ["Backend", "GVPOStep", "SequenceScorer", "StepReport", "is_out_of_memory"]
 

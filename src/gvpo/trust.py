@@ -6,12 +6,9 @@ Not part of the published algorithm; docs/evidence.md ("Reuse") shows what it gi
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from jaxtyping import Bool, Float
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
 
 
 def beyond_trust(

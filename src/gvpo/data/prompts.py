@@ -5,15 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
 
 from gvpo.data.generated import arithmetic_rows, reasoning_gym_rows
 from gvpo.data.recipes import RECIPES, Recipe
 from gvpo.data.sources import Row, looks_like_file, read_file, read_hub
 from gvpo.errors import InputError
-
-if TYPE_CHECKING:
-    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ def load_prompts(
     instruction: str | None = None,
     chat: bool = True,
     keep: Sequence[str] = (),
-) -> "datasets.Dataset":
+) -> datasets.Dataset:
     """A prompt data set for `GVPOTrainer`, from a name, a file or the Hub.
 
     Args:
@@ -155,7 +154,6 @@ def load_prompts(
         InputError: unknown name, unreadable or empty source, missing columns, or no usable row.
     """
     arguments = dict(locals())
-    import datasets
 
     if split not in SPLITS:
         raise InputError(f"the split is {split!r}: choose train or test.")

@@ -9,8 +9,9 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 import yaml
 
@@ -19,9 +20,6 @@ from gvpo.evaluate.sampling import Completion, Sampler, SamplingOptions
 from gvpo.evaluate.statistics import bootstrap, majority_correct, paired_test, pass_at_k
 from gvpo.rewards.functions import RewardFunction
 from gvpo.run import RunDirectory, new_figure, replaced, save_figure
-
-if TYPE_CHECKING:
-    import datasets
 
 SAMPLES = "samples.parquet"
 _PARTS = "samples.parts"
@@ -60,7 +58,7 @@ class Settings:
 
 def sample_all(
     settings: Settings,
-    prompts: "datasets.Dataset",
+    prompts: datasets.Dataset,
     run: RunDirectory,
     make_sampler: Callable[[], Sampler],
     progress: Callable[[int], None] = lambda done: None,
@@ -103,7 +101,7 @@ def sample_all(
     return rows
 
 
-def _start(run: RunDirectory, settings: Settings, prompts: "datasets.Dataset") -> None:
+def _start(run: RunDirectory, settings: Settings, prompts: datasets.Dataset) -> None:
     # A file may have changed under the same name.
     content = json.dumps([prompts["prompt"][:], prompts["answer"][:]])
     config = {**asdict(settings), "prompts_sha256": hashlib.sha256(content.encode()).hexdigest()}
@@ -119,7 +117,7 @@ def _start(run: RunDirectory, settings: Settings, prompts: "datasets.Dataset") -
     run.start(config)
 
 
-def _row(prompts: "datasets.Dataset", job: tuple[int, int], text: str, completion: Completion) -> Row:
+def _row(prompts: datasets.Dataset, job: tuple[int, int], text: str, completion: Completion) -> Row:
     index, number = job
     source = prompts[index]
     return {

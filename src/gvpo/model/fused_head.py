@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gvpo.model.vocabulary import VocabularyGradients
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 TILE_BYTES = 48 << 20  # of float32 logits
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gvpo.model.determinism import without_noise
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
 
 _SHARED = {"input_ids", "attention_mask", "generation_config", "disable_compile"}
 

@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
@@ -27,9 +28,6 @@ from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunk
 from gvpo.model.head import head_parameters, is_linear, probed
 from gvpo.model.shared_prompts import Continuation, PromptCache
 from gvpo.model.vocabulary import VocabularyGradients, embedding_summed
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
 
 PROBE_TOKENS = 24  # of the row that a model is checked with
 

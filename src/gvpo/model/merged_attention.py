@@ -6,13 +6,11 @@ No key is copied for a row, and none is masked: a prompt's rows ask their querie
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 _aten = torch.ops.aten
 

@@ -16,17 +16,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gvpo.model.merged_attention import MergedAttention
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-
-    from gvpo.model.vocabulary import VocabularyGradients
+from gvpo.model.vocabulary import VocabularyGradients
 
 _NAME = "gvpo_shared_prompts"
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from gvpo.errors import InputError
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
 
 Ids = Sequence[int] | np.ndarray
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from gvpo.errors import InputError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ReplayIndex:
         return len(self.numbers)
 
 
-Weights = Callable[[ReplayIndex], "Float[np.ndarray, 'groups']"]
+Weights = Callable[[ReplayIndex], Float[np.ndarray, "groups"]]
 
 HALF_LIFE = 8  # optimizer steps
 

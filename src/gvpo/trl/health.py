@@ -5,17 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from torch import Tensor
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
 from gvpo.trl.rollouts import Slice, save_rollouts
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
 
 
 def check_failures(

@@ -9,10 +9,11 @@ import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,10 +30,7 @@ from gvpo.replay.view import rank_folder
 from gvpo.trl.config import GVPOConfig
 from gvpo.trl.metrics import Share
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-
-    Given = Sequence[list[int] | None]  # a row's demonstration, or None where it is sampled
+Given = Sequence[list[int] | None]  # a row's demonstration, or None where it is sampled
 
 _GROUP = "offline_group"  # column of the data set that stands for a logged group
 

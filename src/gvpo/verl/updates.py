@@ -12,20 +12,18 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
 import torch
+from jaxtyping import Float
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from gvpo.errors import InputError, NonFiniteError
 from gvpo.verl.rollouts import Rollouts, weigh
 from gvpo.verl.settings import Settings
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 # Values of the workers' surrogate −Σ w S and of the KL term with coefficient 0: they mean nothing here.
 _SURROGATES = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/kl_coef")
