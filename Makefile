@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 VENV060 := .venv-verl060
 PIP060 := $(VENV060)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl060.txt
 LOWEST_TRL := 1.10.0
+CORE := $(addprefix src/gvpo/,__init__.py objective.py batch.py packing.py trust.py scoring.py step.py model)
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
@@ -57,10 +58,12 @@ mutants: $(VENV)/dev.installed  ## do the tests notice small mistakes? results/m
 soak: $(VENV)/dev.installed  ## 2,000 steps with replay, watching memory: results/soak.json
 	$(RUN) benchmarks.soak
 
-lint: $(VENV)/dev.installed  ## ruff and mypy
+lint: $(VENV)/dev.installed  ## ruff, mypy, and deptry: what is imported is declared
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --strict $(CORE)
+	$(BIN)/deptry src
 
 docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

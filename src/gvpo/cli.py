@@ -10,7 +10,7 @@ import typer
 
 from gvpo import __version__
 from gvpo.data.command import data
-from gvpo.errors import InputError
+from gvpo.errors import InputError, missing_extra
 from gvpo.evaluate.command import evaluate, report
 from gvpo.verl.command import verl
 
@@ -113,7 +113,10 @@ def lab(context: typer.Context) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `gvpo` command."""
     try:
-        app(args=args, standalone_mode=True)
+        try:
+            app(args=args, standalone_mode=True)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) from error
     except InputError as error:
         if error.details:
             typer.echo(error.details.rstrip(), err=True)

@@ -17,6 +17,22 @@ class NonFiniteError(ValueError):
     """A log-probability, a reward or a gradient of a step is not a finite number."""
 
 
+_VERL = {"verl", "ray", "hydra", "omegaconf", "tensordict", "transfer_queue"}
+
+
+def missing_extra(error: ModuleNotFoundError) -> InputError:
+    """The sentence for a module that an extra of this package would have brought.
+
+    Raises:
+        ModuleNotFoundError: the error itself, where the missing module is one of our own.
+    """
+    module = (error.name or "").partition(".")[0]
+    if module in {"", "gvpo"}:
+        raise error
+    extra = "verl" if module in _VERL else "trl"
+    return InputError(f"The module {module} is not installed: pip install 'gvpo[{extra}]' brings it.")
+
+
 def first_line(error: BaseException) -> str:
     """An error's message as a part of a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

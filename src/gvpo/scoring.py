@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class Backend:
         """Accumulate the gradient of a micro-batch's loss; `last`: no other of this step follows."""
         loss.backward()
 
-    def without_sync(self, model: nn.Module) -> AbstractContextManager:
+    def without_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A context in which a backward does not share gradients among ranks."""
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return model.no_sync()
@@ -63,7 +63,7 @@ class Backend:
             return _without_fsdp_sync(model)
         return nullcontext()
 
-    def forward_context(self) -> AbstractContextManager:
+    def forward_context(self) -> AbstractContextManager[Any]:
         """A context for forwards, such as autocast."""
         return nullcontext()
 

@@ -85,7 +85,7 @@ class WeightedNLL(torch.autograd.Function):
     """−Σ_t weight_t log p_t over tokens whose weights are known, with gradients made in the forward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Float[Tensor, "tokens dim"],
         weight: Float[Tensor, "vocab dim"],
@@ -127,7 +127,7 @@ class WeightedNLL(torch.autograd.Function):
         return -(logps * token_weights).sum(), logps, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("The fused head's gradients were already taken: backward works once.")
         # Given away rather than saved, so that autograd can make the head's `.grad` of it without a copy.

@@ -79,7 +79,7 @@ class ScoreRequest:
                 logps = chunked_logps(h, weight, bias, self.targets, self.transform, tile_rows)
                 return TokenScores(None, logps, None)
             return TokenScores(
-                *WeightedNLL.apply(
+                *WeightedNLL.apply(  # type: ignore[no-untyped-call]
                     h, weight, bias, self.targets, self.token_weights, self.transform, tile_rows,
                     self.sums,
                 )
@@ -172,7 +172,8 @@ class TokenScorer:
         request.shared_prompts = prompts
         inputs = input_ids[:, :-1]
         where = {} if prompts is None else {"position_ids": prompts.positions(inputs)}
-        return model(input_ids=inputs, gvpo=request, **where)
+        scores: TokenScores = model(input_ids=inputs, gvpo=request, **where)
+        return scores
 
     def _request(
         self,

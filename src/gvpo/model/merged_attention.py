@@ -23,7 +23,7 @@ class MergedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Float[Tensor, "rows heads width dim"],
         k: Float[Tensor, "rows kv_heads width dim"],
@@ -53,7 +53,7 @@ class MergedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, of_out: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, of_out: Tensor) -> tuple[Any, ...]:
         q, k, v, keys, values, out, lse = ctx.saved_tensors
         rows, cache, groups = ctx.rows, ctx.rows.cache, q.shape[1] // k.shape[1]
         own, *flashes = ctx.flashes

@@ -131,8 +131,9 @@ class Continuation:
         fits = window is None or window >= max(self.cache.lengths) + q.shape[2]
         if self.cache.merged and plain and fits and q.shape[-1] == v.shape[-1]:
             scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-            return MergedAttention.apply(q, k, v, keys, values, self, index, scale).transpose(1, 2)
-        k, v, keys, values = _Summed.apply(k, v, keys, values, self, index)
+            attended: Tensor = MergedAttention.apply(q, k, v, keys, values, self, index, scale)  # type: ignore[no-untyped-call]
+            return attended.transpose(1, 2)
+        k, v, keys, values = _Summed.apply(k, v, keys, values, self, index)  # type: ignore[no-untyped-call]
         rows = torch.tensor([p or 0 for p in self.prompt_of], device=q.device)
         lengths = self.lengths(q.device)
         longest = int(lengths.max())
@@ -147,14 +148,14 @@ class _Summed(torch.autograd.Function):
     """Keys and values as they are; the gradients of those of prompts are summed in their cache."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: Continuation, layer: int
     ) -> tuple[Tensor, ...]:
         ctx.rows, ctx.layer = rows, layer
         return k.view_as(k), v.view_as(v), keys.view_as(keys), values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, of_k: Tensor, of_v: Tensor, *of_prompts: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, of_k: Tensor, of_v: Tensor, *of_prompts: Tensor) -> tuple[Any, ...]:
         cache = ctx.rows.cache
         for total, part in zip(cache.summed(ctx.layer), of_prompts, strict=True):
             total += part
@@ -175,7 +176,7 @@ def _mask(
 
 
 def _index(layer: Any) -> int:
-    return layer.layer_idx
+    return int(layer.layer_idx)
 
 
 def _window(layer: Any, kwargs: dict[str, Any]) -> int | None:
@@ -188,9 +189,11 @@ def _window(layer: Any, kwargs: dict[str, Any]) -> int | None:
 
 def _own_attention(layer: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     """The attention that the model would have called."""
-    if implementation == "eager":
-        return sys.modules[type(layer).__module__].eager_attention_forward
-    return _registry()[implementation]
+    eager = implementation == "eager"
+    own: Callable[..., tuple[Tensor, Any]] = (
+        sys.modules[type(layer).__module__].eager_attention_forward if eager else _registry()[implementation]
+    )
+    return own
 
 
 def _attention(
@@ -226,8 +229,8 @@ def token_weight(model: Any) -> float:
     of a token but what goes into each layer.
     """
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    groups = heads / (getattr(config, "num_key_value_heads", None) or heads)
+    heads: int = config.num_attention_heads
+    groups: float = heads / (getattr(config, "num_key_value_heads", None) or heads)
     return 1 + 4 / groups if model.is_gradient_checkpointing else 1 + 0.1 / groups
 
 
@@ -236,7 +239,7 @@ def prompt_cost(model: Any) -> float:
 
     They are calls, as many for any width; on a CPU 50 tokens' work under a model of width 64.
     """
-    return 3200 / model.config.get_text_config().hidden_size
+    return 3200 / float(model.config.get_text_config().hidden_size)
 
 
 @contextmanager

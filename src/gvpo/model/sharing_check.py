@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from gvpo.model.logprobs import TokenScorer, unwrap
 from gvpo.model.shared_prompts import Continuation, PromptCache, attention_shared
 
-Context = Callable[[], AbstractContextManager]
+Context = Callable[[], AbstractContextManager[Any]]
 _ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
@@ -112,7 +112,12 @@ class _Rows:
     """Three rows, two of which begin alike; from their logits on the same whatever is shared."""
 
     def __init__(
-        self, scorer: TokenScorer, model: nn.Module, device: torch.device, context: Context, trained: list
+        self,
+        scorer: TokenScorer,
+        model: nn.Module,
+        device: torch.device,
+        context: Context,
+        trained: list[nn.Parameter],
     ) -> None:
         self.scorer, self.model, self.context, self.trained = scorer, model, context, trained
         vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]

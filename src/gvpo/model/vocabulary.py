@@ -74,7 +74,7 @@ class _LookUp(torch.autograd.Function):
     """Rows of an embedding, whose gradient goes to `VocabularyGradients`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         weight: Float[Tensor, "vocab dim"],
         ids: Int[Tensor, "*tokens"],
@@ -89,7 +89,7 @@ class _LookUp(torch.autograd.Function):
         return rows
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, ids = ctx.saved_tensors
         ids, gradient = ids.flatten(), gradient.flatten(0, -2)
         if ctx.padding is not None:  # `nn.Embedding` makes no gradient there
@@ -117,7 +117,10 @@ def embedding_summed(model: Any, sums: VocabularyGradients | None) -> Iterator[N
     sums.tied = not adapted and getattr(head, "weight", None) is embedding.weight
 
     def sum_gradient(module: nn.Embedding, inputs: tuple[Tensor, ...], rows: Tensor) -> Tensor:
-        return _LookUp.apply(module.weight, inputs[0], rows.detach(), module.padding_idx, sums)
+        looked_up: Tensor = _LookUp.apply(  # type: ignore[no-untyped-call]
+            module.weight, inputs[0], rows.detach(), module.padding_idx, sums
+        )
+        return looked_up
 
     handle = embedding.register_forward_hook(sum_gradient)
     try:
