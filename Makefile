@@ -15,7 +15,7 @@ CORE := $(addprefix src/gvpo/,__init__.py objective.py batch.py packing.py trust
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench torture soak mutants lint docs clean
+.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench torture soak mutants lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +64,11 @@ lint: $(VENV)/dev.installed  ## ruff, mypy, and deptry: what is imported is decl
 	$(BIN)/mypy
 	$(BIN)/mypy --strict $(CORE)
 	$(BIN)/deptry src
+
+# Alone in an environment of its own, outside the repository, as from an index.
+wheel: $(VENV)/dev.installed  ## build wheel and sdist into dist/, and try the wheel (5 minutes)
+	rm -rf dist && $(PIP) build twine && $(BIN)/python -m build --no-isolation --outdir dist && $(BIN)/twine check --strict dist/*
+	bash tests/wheel.sh "$(PYTHON)" dist/gvpo-*.whl constraints.txt
 
 docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -89,6 +89,16 @@ def export(
     typer.echo(f"{run(folder, output)} groups written to {output}")
 
 
+@app.command()
+def doctor() -> None:
+    """What is installed, what it can do on this machine, and what would bring what is missing."""
+    from rich.console import Console
+
+    from gvpo.doctor import doctor as run
+
+    run(Console())
+
+
 app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("report")(report)
