@@ -64,6 +64,12 @@ def _convert(package: str, target: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
     # Read from GGUF, <|im_start|> ends a text and nothing pads.
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype="float32")
+    read = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype="float32")
+    # From 5.17 on, transformers takes a model read from GGUF for a quantised one, which it would not save.
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)
+    model = type(read)(type(read.config).from_dict(config))
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
     for part in (tokenizer, model):
         part.save_pretrained(target)
