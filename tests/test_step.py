@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gvpo.batch import GroupBatch
+from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.objective import gvpo_weights
 from gvpo.step import Backend, GVPOStep
 from tests.failures import OutOfMemory
@@ -98,6 +99,17 @@ def test_gradients_of_head_and_embedding_are_handed_over_once(kind):
     if kind != "softcap":  # Gemma's embedding, which scales itself, is left to autograd
         assert seen[-2] == [False, False]
     assert seen[-1] == [True, True]
+
+
+def test_frequent_tokens_are_not_lost_in_half_precision():
+    """In bfloat16 a sum of ones ends at 256."""
+    sums, weight = VocabularyGradients(), torch.zeros(3, 2, dtype=torch.bfloat16)
+    ids, ones = torch.tensor([1, 1]), torch.ones(2, 2, dtype=torch.bfloat16)
+    for _ in range(499):
+        assert sums.add_embedding(weight, ids, ones, last=False) is None
+    total = sums.add_embedding(weight, ids, ones, last=True)
+    assert total.dtype == torch.bfloat16
+    assert total.tolist() == [[0, 0], [1000, 1000], [0, 0]]
 
 
 @pytest.mark.parametrize("frozen", ["embed_tokens", "lm_head", "nothing, LoRA on a tied head"])

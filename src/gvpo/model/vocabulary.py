@@ -56,10 +56,12 @@ class VocabularyGradients:
     ) -> Float[Tensor, "vocab dim"] | None:
         """Add a micro-batch's gradient of the rows it looked up; returns the sum if it is complete."""
         if not self.tied:
-            total = torch.zeros_like(weight) if self.embedding is None else self.embedding
-            total.index_add_(0, ids, gradient.to(total.dtype))
+            if self.embedding is None:  # frequent tokens would be lost in a sum in half precision
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                self.embedding = torch.zeros_like(weight, dtype=wide)
+            total = self.embedding.index_add_(0, ids, gradient.to(self.embedding.dtype))
             self.embedding = None if last else total
-            return total if last else None
+            return total.to(weight.dtype) if last else None
         assert self.head is not None  # the head's backward comes first
         assert self.loss_scale is not None
         # The head's part is summed unscaled.
