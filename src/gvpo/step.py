@@ -64,7 +64,7 @@ class StepReport:
         """Add a micro-batch, and with a block's last one the prompts read for it."""
         self.micro_batches += 1
         self.tokens += piece.micro.input_ids.numel()
-        self.useful_tokens += int(piece.micro.lengths.sum()) if piece.micro.rows else 0
+        self.useful_tokens += piece.micro.tokens
         if piece.prompts is not None and piece.prompts.last:
             lengths = piece.prompts.cache.lengths
             self.shared_prompts += len(lengths)

@@ -106,6 +106,7 @@ class Continuation:
     def __init__(self, cache: PromptCache, prompt_of: list[int | None], last: bool) -> None:
         self.cache, self.prompt_of, self.last = cache, prompt_of, last
         self.runs: list[tuple[int, int, int]] = []  # rows from, to, and their prompt
+        self._copied: dict[int | None, tuple[Tensor, int, Tensor]] = {}
         for row, prompt in enumerate(self.prompt_of):
             if prompt is None:
                 continue
@@ -134,10 +135,12 @@ class Continuation:
             attended: Tensor = MergedAttention.apply(q, k, v, keys, values, self, index, scale)  # type: ignore[no-untyped-call]
             return attended.transpose(1, 2)
         k, v, keys, values = _Summed.apply(k, v, keys, values, self, index)  # type: ignore[no-untyped-call]
-        rows = torch.tensor([p or 0 for p in self.prompt_of], device=q.device)
-        lengths = self.lengths(q.device)
-        longest = int(lengths.max())
-        mask = _mask(q, lengths, longest, window)
+        if window not in self._copied:  # once for all layers that have this window
+            lengths = self.lengths(q.device)
+            longest = int(lengths.max())
+            rows = torch.tensor([p or 0 for p in self.prompt_of], device=q.device)
+            self._copied[window] = rows, longest, _mask(q, lengths, longest, window)
+        rows, longest, mask = self._copied[window]
         k = torch.cat([keys[rows, :, :longest], k], 2)
         v = torch.cat([values[rows, :, :longest], v], 2)
         implementation = "eager" if self.cache.original == "eager" else "sdpa"
@@ -237,9 +240,11 @@ def token_weight(model: Any) -> float:
 def prompt_cost(model: Any) -> float:
     """What attending to one more prompt costs a micro-batch, in tokens of work.
 
-    They are calls, as many for any width; on a CPU 50 tokens' work under a model of width 64.
+    They are calls, as many for any width: on a CPU 50 tokens' work under a model of width 64. On a GPU about
+    130 µs a layer, in which 4e14 operations a second make those of 7e8 / width² tokens.
     """
-    return 3200 / float(model.config.get_text_config().hidden_size)
+    width = float(model.config.get_text_config().hidden_size)
+    return 7e8 / width**2 if next(model.parameters()).is_cuda else 3200 / width
 
 
 @contextmanager
