@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import Row, in_fresh_process, minima, peak_of, timed
-from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
+from gvpo.model.fused_head import LogitTransform, WeightedNLL, chunked_logps, tile_bytes, tile_rows
 
 ABOUT = (
     "CPU seconds and MiB above the inputs of a weighted log-likelihood with its gradients to hidden "
@@ -26,7 +26,7 @@ def heads(tokens: int, hidden: int, vocabulary: int) -> dict[str, Callable[[], o
     h = torch.randn(tokens, hidden, requires_grad=True)
     w = (torch.randn(vocabulary, hidden) * 0.02).requires_grad_()
     targets, weights = torch.randint(vocabulary, (tokens,)), torch.randn(tokens)
-    tile_rows = max(16, min(tokens, TILE_BYTES // (4 * vocabulary)))
+    rows = tile_rows(tokens, vocabulary, tile_bytes(h.device))
 
     def gradients(nll: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(nll, (h, w))
@@ -38,7 +38,7 @@ def heads(tokens: int, hidden: int, vocabulary: int) -> dict[str, Callable[[], o
             z.t() @ h
 
     def ours() -> object:
-        arguments = (targets, weights, LogitTransform(), tile_rows, None)
+        arguments = (targets, weights, LogitTransform(), rows, None)
         return gradients(WeightedNLL.apply(h, w, None, *arguments)[0])
 
     def chunked(outputs: tuple[str, ...]) -> object:
@@ -55,7 +55,7 @@ def heads(tokens: int, hidden: int, vocabulary: int) -> dict[str, Callable[[], o
         "torch cross_entropy": cross_entropy,
         "trl chunked head": lambda: chunked(("log_probs",)),
         "trl chunked head, entropy": lambda: chunked(("log_probs", "entropy")),
-        "gvpo, scoring": lambda: chunked_logps(h, w, None, targets, LogitTransform(), tile_rows),
+        "gvpo, scoring": lambda: chunked_logps(h, w, None, targets, LogitTransform(), rows),
     }
     if hasattr(F, "linear_cross_entropy"):
         jobs["torch linear_cross_entropy"] = lambda: gradients(

@@ -7,6 +7,7 @@ its tile.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gvpo.model.vocabulary import VocabularyGradients
-
-TILE_BYTES = 48 << 20  # of float32 logits
-
 
 # What transformers' configurations call the factor, the divisor and the cap of the logits.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -179,7 +177,7 @@ def _add_linear_tile(
     """
     exact = a.dtype
     e, wide_h = e.to(h.dtype), h.to(exact)
-    summed_w = torch.mm(e, w).to(exact)  # Σ_v e_v w_v, which gives Σ_v e_v logit_v for free
+    summed_w = _product(e, w, exact)  # Σ_v e_v w_v, which gives Σ_v e_v logit_v for free
     expected = (summed_w * wide_h).sum(1)
     if bias is not None:
         expected += torch.mv(e.to(exact), bias.to(exact))
@@ -213,7 +211,7 @@ def _add_curved_tile(
         grads.bias += g.sum(0)
     g = g.to(h.dtype)
     if grads.hidden is not None:
-        grads.hidden[rows] = torch.mm(g, w).to(a.dtype)
+        grads.hidden[rows] = _product(g, w, a.dtype)
     if grads.weight is not None:
         _add_product(grads.weight, g, h.to(a.dtype))
 
@@ -242,19 +240,60 @@ def chunked_logps(
     return logps
 
 
+def tile_bytes(device: torch.device) -> int:
+    """Bytes of a tile's float32 logits that suit a device.
+
+    A CPU keeps a small tile in its cache; on a GPU the sum of the head's gradient, read and written once a
+    tile, takes longer than the tile's products unless there are about a thousand rows.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 64
+    return 48 << 20
+
+
+def tile_rows(tokens: int, vocabulary: int, size: int) -> int:
+    """Rows of a tile whose float32 logits take `size` bytes."""
+    return max(16, min(tokens, size // (4 * vocabulary)))
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _linear(h: Tensor, w: Tensor, bias: Tensor | None, exact: torch.dtype) -> Tensor:
-    z = torch.mm(h, w.t()).to(exact)
+    z = _product(h, w.t(), exact)
     return z if bias is None else z.add_(bias.to(exact))
 
 
+@functools.cache
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of matrices in half precision can be had in float32: CUDA, torch 2.8 or newer."""
+    if device.type != "cuda" or dtype.itemsize >= 4:
+        return False
+    x = torch.ones(16, 32, dtype=dtype, device=device)
+    try:
+        total = torch.mm(x.t(), x, out_dtype=torch.float32)
+        torch.addmm(total, x.t(), x, out_dtype=torch.float32, out=total)
+    except (TypeError, RuntimeError):
+        return False
+    return bool((total == 32).all())
+
+
+def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+    """left right in `exact`, summed and if possible rounded in it."""
+    if widens(left.device, left.dtype):
+        return torch.mm(left, right, out_dtype=exact)
+    return torch.mm(left, right).to(exact)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right, in low precision only where the machine multiplies that faster."""
+    """total += leftᵀ right, with factors in low precision only where the machine multiplies those faster."""
     if left.dtype != total.dtype and total.is_cuda:
-        total += torch.mm(left.t(), right.to(left.dtype))
+        right = right.to(left.dtype)
+        if widens(left.device, left.dtype):
+            torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+        else:
+            total += torch.mm(left.t(), right)
     else:
         total.addmm_(left.to(total.dtype).t(), right)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from gvpo.errors import InputError
 from gvpo.model.determinism import apart, random_module
-from gvpo.model.fused_head import TILE_BYTES, LogitTransform, WeightedNLL, chunked_logps
+from gvpo.model.fused_head import LogitTransform, WeightedNLL, chunked_logps, tile_bytes, tile_rows
 from gvpo.model.head import head_parameters, is_linear, probed
 from gvpo.model.shared_prompts import Continuation, PromptCache
 from gvpo.model.vocabulary import VocabularyGradients, embedding_summed
@@ -51,13 +51,13 @@ class ScoreRequest:
     An opaque object on purpose: DDP and FSDP2 leave it as it is, where they would move or cast tensors.
     """
 
-    chosen: Bool[Tensor, "rows length"]
+    at: Int[Tensor, "tokens"]  # where, in rows × length, the tokens are predicted
     targets: Int[Tensor, "tokens"]
     token_weights: Float[Tensor, "tokens"] | None
     transform: LogitTransform
     float32_head: bool = False
     sums: VocabularyGradients | None = None
-    tile_bytes: int = TILE_BYTES
+    tile_bytes: int | None = None
     shared_prompts: Continuation | None = None
 
     def score(self, hidden: Float[Tensor, "rows length dim"], head: nn.Module) -> TokenScores:
@@ -68,20 +68,19 @@ class ScoreRequest:
             weight = weight.full_tensor(grad_placements=average)
             bias = bias.full_tensor(grad_placements=average) if isinstance(bias, DTensor) else bias
             self.sums = None  # a deferred gradient cannot pass through full_tensor's backward
-        h = hidden[self.chosen.to(hidden.device)].to(weight.device)
+        h = hidden.flatten(0, 1).index_select(0, self.at.to(hidden.device)).to(weight.device)
         outside_autocast = self.float32_head
         if outside_autocast:
             h, weight = h.float(), weight.float()
-        tile_rows = max(16, min(max(len(h), 1), self.tile_bytes // (4 * weight.shape[0])))
+        rows = tile_rows(len(h), len(weight), self.tile_bytes or tile_bytes(h.device))
         context = torch.autocast(h.device.type, enabled=False) if outside_autocast else nullcontext()
         with context:
             if self.token_weights is None:
-                logps = chunked_logps(h, weight, bias, self.targets, self.transform, tile_rows)
+                logps = chunked_logps(h, weight, bias, self.targets, self.transform, rows)
                 return TokenScores(None, logps, None)
             return TokenScores(
                 *WeightedNLL.apply(  # type: ignore[no-untyped-call]
-                    h, weight, bias, self.targets, self.token_weights, self.transform, tile_rows,
-                    self.sums,
+                    h, weight, bias, self.targets, self.token_weights, self.transform, rows, self.sums
                 )
             )  # fmt: skip
 
@@ -121,13 +120,14 @@ class TokenScorer:
         float32_head: multiply by the head in float32, outside autocast.
         fused: whether to score without keeping logits. None decides by a check against the model's own
             logits before the first rows are scored, and warns if they differ.
+        tile_bytes: of the fused head's float32 logits at a time; None: what suits the device.
     """
 
     model: nn.Module
     temperature: float = 1.0
     float32_head: bool = False
     fused: bool | None = None
-    tile_bytes: int = TILE_BYTES
+    tile_bytes: int | None = None
     checked: bool = field(init=False, default=False)
     _transform: LogitTransform = field(init=False, default_factory=LogitTransform)
     _options: dict[str, bool] = field(init=False, default_factory=dict)  # of the model's own forward
@@ -182,9 +182,10 @@ class TokenScorer:
         token_weights: Tensor | None = None,
         sums: VocabularyGradients | None = None,
     ) -> ScoreRequest:
+        at = chosen[:, 1:].flatten().nonzero()[:, 0]
         return ScoreRequest(
-            chosen[:, 1:],
-            input_ids[:, 1:][chosen[:, 1:]],
+            at,
+            input_ids[:, 1:].flatten()[at],
             token_weights,
             self._transform,
             self.float32_head,

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
 from gvpo.errors import InputError
-from gvpo.model.fused_head import TILE_BYTES
+from gvpo.model.fused_head import tile_bytes
 from gvpo.trl.arguments import TrainArguments
 
 # Bytes that an optimizer keeps for each trained parameter, in units of the parameter's own size or in bytes.
@@ -40,7 +40,7 @@ class Plan:
         reference: the second copy of the weights, if there is one.
         gradients: of what is trained.
         optimizer: its state; None if unknown for this optimizer.
-        head: the tile of logits and the sum of the head's gradient.
+        head: the tile of logits and the sums of the gradients of head and embedding.
         cache: keys and values of a generation by transformers.
         activation: kept for the backward, per token of a micro-batch.
         available: free memory of the device.
@@ -101,12 +101,15 @@ def make_plan(arguments: TrainArguments) -> Plan:
     size = dtype.itemsize
     relative, absolute = _STATES.get(str(getattr(training.optim, "value", training.optim)), (None, 0))
     text = config.get_text_config()
+    device = torch.device("cuda" if torch.cuda.is_available() and not training.use_cpu else "cpu")
+    # Its gradient and that of an embedding of its own are summed in float32.
+    sums = 0 if peft is not None else 1 if model.config.tie_word_embeddings else 2
     return Plan(
         parameters=weights,
         reference=weights if training.reference == "initial" and peft is None else 0,
         gradients=trained * size,
         optimizer=None if relative is None else int(trained * (relative * size + absolute)),
-        head=2 * TILE_BYTES + (4 * text.vocab_size * text.hidden_size if peft is None else 0),
+        head=2 * tile_bytes(device) + 4 * text.vocab_size * text.hidden_size * sums,
         cache=0 if training.use_vllm or training.offline is not None else _cache_bytes(text, training, dtype),
         activation=activation,
         available=_available(),
