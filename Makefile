@@ -15,7 +15,7 @@ CORE := $(addprefix src/gvpo/,__init__.py objective.py batch.py packing.py trust
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench torture soak mutants lint docs wheel clean
+.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench gpu torture soak mutants lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,6 +54,9 @@ torture: $(VENV)/dev.installed  ## kill a run 200 times and resume it: results/t
 
 mutants: $(VENV)/dev.installed  ## do the tests notice small mistakes? results/mutants.json (half an hour)
 	$(RUN) tests.mutants
+
+gpu: $(VENV)/dev.installed  ## all that needs a GPU, ten minutes at most: benchmarks/results/gpu (MODEL=folder trains that, too)
+	$(BIN)/python -m benchmarks.gpu $(if $(MODEL),--model $(MODEL))
 
 soak: $(VENV)/dev.installed  ## 2,000 steps with replay, watching memory: results/soak.json
 	$(RUN) benchmarks.soak

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -115,23 +117,37 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.apply(function, args)
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """The class of this machine."""
-    described: dict[str, Any] = {
+    gpu: dict[str, Any] = {"gpu": None}
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties()
+        gpu = {"gpu": device.name, "gpu_memory_gib": round(device.total_memory / 2**30), "driver": _driver()}
+        gpu["cuda"] = torch.version.cuda
+    return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         "architecture": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **gpu,
     }
-    return described
+
+
+def _driver() -> str:
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "trl", "accelerate", "liger-kernel", "cut-cross-entropy"):
+    names = "torch transformers trl accelerate peft triton vllm liger-kernel cut-cross-entropy"
+    for name in names.split():
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

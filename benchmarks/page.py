@@ -40,14 +40,17 @@ def text(value: Any) -> str:
 
 
 def _record(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """What a benchmark found; of one for a GPU, which not everybody has, maybe nothing."""
+    path = RESULTS / f"{name}.json"
+    return None if name.startswith("gpu/") and not path.exists() else json.loads(path.read_text())
 
 
 def _table(path: str) -> str:
     name, _, columns = path.partition("|")
     file, _, key = name.partition("#")
-    rows = _record(file)["rows"]
-    rows = rows[key] if key else rows
+    if (record := _record(file)) is None:
+        return "\nNot run yet.\n\n"
+    rows = record["rows"][key] if key else record["rows"]
     heads = dict(c.partition("=")[::2] for c in columns.split(";"))
     lines = [[heading or column for column, heading in heads.items()]]
     lines += [["---" if isinstance(rows[0].get(column), str) else "---:" for column in heads]]
@@ -56,9 +59,16 @@ def _table(path: str) -> str:
 
 
 def _made(name: str) -> str:
-    record = _record(name)
+    if (record := _record(name)) is None:
+        return "`make gpu`: not run yet.\n"
     machine, versions = record["machine"], record["versions"]
     kept = ", ".join(f"{n} {versions[n]}" for n in ("torch", "trl", "transformers") if n in versions)
+    if name.startswith("gpu/"):
+        return (
+            f"`python -m benchmarks.gpu {name[4:]}`: {record['status']}, {record['date']}, {machine['gpu']} "
+            f"({machine['gpu_memory_gib']} GiB, driver {machine['driver']}, CUDA {machine['cuda']}), "
+            f"{machine['cores']} cores, {kept}.\n"
+        )
     command = f"python -m benchmarks{' ' if name in NAMES else '.'}{name}"
     return (
         f"`{command}`: {record['date']}, {machine['cores']} cores ({machine['architecture']}, "

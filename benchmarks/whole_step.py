@@ -46,14 +46,20 @@ def right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     return [float(a in re.findall(r"\d+", text)) for text, a in zip(texts, answer, strict=True)]
 
 
+def tables() -> Dataset:
+    """Times tables as a chat asks for them."""
+    pairs = [(a, b) for a in range(2, 13) for b in range(2, 13)]
+    ask = "What is {} x {}? Answer with the number only."
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": ask.format(a, b)}] for a, b in pairs],
+            "answer": [str(a * b) for a, b in pairs],
+        }
+    )
+
+
 def measure(path: str, reference: str, shared: bool, steps: int = 2) -> float:
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tables = [(a, b) for a in range(2, 13) for b in range(2, 13)]
-    ask = "What is {} x {}? Answer with the number only."
-    data = {
-        "prompt": [[{"role": "user", "content": ask.format(a, b)}] for a, b in tables],
-        "answer": [str(a * b) for a, b in tables],
-    }
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         settings = GVPOConfig(
@@ -78,7 +84,7 @@ def measure(path: str, reference: str, shared: bool, steps: int = 2) -> float:
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
             right,
             settings,
-            train_dataset=Dataset.from_dict(data),
+            train_dataset=tables(),
             processing_class=tokenizer,
             callbacks=[clock],
         ).train()

@@ -129,7 +129,7 @@ def literal_gradient(
     model.zero_grad()
     policy = literal_logps(model, batch, temperature)
     reference = policy.detach() if batch.reference_logps is None else batch.reference_logps
-    mask = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
+    mask = torch.ones_like(batch.lengths, dtype=torch.bool) if batch.valid is None else batch.valid
     loss = literal_loss(policy, reference, batch.rewards.to(policy), batch.group_ids, beta, mask)
     loss.backward()
     gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -19,7 +19,7 @@ class HalfTrainer(CannedTrainer):
         super().create_accelerator_and_postprocess()
         assert self.accelerator.mixed_precision == "fp16"
         self.accelerator.native_amp = True
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        self.accelerator.scaler = torch.amp.GradScaler(self.accelerator.device.type, init_scale=2.0**10)
         self.seen: list[dict[str, torch.Tensor]] = []
         self.scales: list[float] = []
 
