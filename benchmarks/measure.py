@@ -169,6 +169,8 @@ def show(console: Console, title: str, rows: list[Row]) -> None:
 def _text(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         if value and abs(value) < 1e-3:
             return f"{value:.1e}"

@@ -28,6 +28,8 @@ def text(value: Any) -> str:
         return " / ".join(map(text, value))
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return (
             f"{value:.0e}"

@@ -9,6 +9,7 @@ fails or is cut off keeps its rows and does not stop the rest.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -82,24 +83,23 @@ class Part:
         try:
             self.add({**row, **job()})
         except Exception as error:  # the other rows are wanted all the same
-            if isinstance(error, AssertionError) or "CUDA error" in str(error):
+            if "CUDA error" in str(error):
                 raise
             memory = isinstance(error, torch.OutOfMemoryError)
-            why = "out of memory" if memory else f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+            why = "out of memory" if memory else f"{type(error).__name__}: {error}".splitlines()[0]
             self.add({**row, "note": why[:160]})
+        clear()
 
     def seconds(self, job: Callable[[], Any], repeats: int = 5) -> Row:
         """The least seconds on the wall until the device is done, and peak GiB over what was there before.
 
         After a run that does not count; fewer repeats where time is short.
         """
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         job()
         self.synchronize()
-        before = 0
         if self.device == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
         taken: list[float] = []
         while not taken or (len(taken) < (1 if self.tiny else repeats) and self.left > 10 * taken[0]):
             started = time.perf_counter()
@@ -112,6 +112,13 @@ class Part:
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def clear() -> None:
+    """Give back what nobody holds any more, before a large model is made."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import torch
 import typer
 from rich.console import Console
 
@@ -32,7 +33,7 @@ class Child:
         self.file.unlink(missing_ok=True)
         told = json.dumps({"name": name, "device": device, "tiny": tiny, "output": str(output)})
         words = [sys.executable, "-m", HERE, "--child", told, *(["--model", str(model)] if model else [])]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, text=True)
 
     def run(self, limit: float) -> str:
         """Let it go, and wait; how it ended."""
@@ -98,7 +99,7 @@ def main(
         raise typer.BadParameter("the sizes are a GPU's: --tiny with --device cpu")
     if model is not None and not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} is no folder of a model: config.json is not there")
-    if device == "cuda" and not has_gpu():
+    if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here; --device cpu --tiny shows that everything runs")
     folder = output or RESULTS / "gpu"
     console = Console(width=None if Console().is_terminal else 180)
@@ -118,12 +119,6 @@ def main(
     if wrong := [name for name, record in found.items() if record["status"] != "done"]:
         console.print(f"Not done: {', '.join(wrong)}.")
         raise typer.Exit(1)
-
-
-def has_gpu() -> bool:
-    """Asked in a process of its own, which holds nothing of the device afterwards."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 if __name__ == "__main__":

@@ -142,9 +142,10 @@ CASES = [
 ]
 
 
-def work(reference: bool, device: str) -> GroupBatch:
+def work(reference: bool, device: str, tiny: bool) -> GroupBatch:
     """Ragged rows whose prompts are worth sharing."""
-    batch = random_batch(groups=6, k=4, reference=reference, prompt=(30, 90))
+    sizes = {"groups": 3, "k": 3} if tiny else {"groups": 6, "k": 4}
+    batch = random_batch(**sizes, reference=reference, prompt=(30, 90))
     return replace(batch, **{n: v.to(device) for n, v in vars(batch).items() if v is not None})
 
 
@@ -154,7 +155,7 @@ def judged(error: float, torch_s: float | None, limit: float, **others: Any) -> 
 
 def outcome(case: Case, device: str, tiny: bool = False) -> Row:
     """How far our update is from the formula, and torch's own."""
-    model, batch = case.model(device, tiny), work(case.reference, device)
+    model, batch = case.model(device, tiny), work(case.reference, device, tiny)
     expected, _ = literal_gradient(copy.deepcopy(model).double(), batch, BETA)
     own = relative_error(case.literal(model, batch, device), expected)
     got, way = case.update(model, batch, device)
@@ -165,7 +166,7 @@ def outcome(case: Case, device: str, tiny: bool = False) -> Row:
 def invariance(dtype: torch.dtype, device: str, tiny: bool = False) -> list[tuple[str, Callable[[], Row]]]:
     """Differences between two of our own updates, of the same rows in other cuts, orders and padding."""
     case = Case("", dtype=dtype, reference=True)
-    model, batch = case.model(device, tiny), work(True, device)
+    model, batch = case.model(device, tiny), work(True, device, tiny)
     first, _ = case.update(model, batch, device)
     expected, _ = literal_gradient(copy.deepcopy(model).double(), batch, BETA)
     limit = 1.3 * relative_error(case.literal(model, batch, device), expected) if case.half else 1e-5

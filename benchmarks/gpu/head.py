@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
-from benchmarks.gpu import Part
-from benchmarks.gpu.shapes import Shape, clear, shapes, used
+from benchmarks.gpu import Part, clear
+from benchmarks.gpu.shapes import Shape, shapes, used
 from benchmarks.measure import Row
 from gvpo.model.fused_head import LogitTransform, WeightedNLL, chunked_logps, tile_bytes, tile_rows
 

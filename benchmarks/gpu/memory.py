@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.gpu import Part
-from benchmarks.gpu.shapes import Shape, clear, shapes
+from benchmarks.gpu import Part, clear
+from benchmarks.gpu.shapes import Shape, shapes
 from benchmarks.measure import Row
 from gvpo.step import Backend, GVPOStep
 from gvpo.trl.arguments import parse_arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,10 +90,3 @@ def used(operations: float, seconds: float) -> float | None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((peak for known, peak in PEAK_OPERATIONS.items() if known in name), None)
     return peak and operations / seconds / peak
-
-
-def clear() -> None:
-    """Give back what nobody holds any more, before a large model is made."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

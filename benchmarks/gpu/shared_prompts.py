@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from benchmarks.gpu import Part
-from benchmarks.gpu.shapes import Shape, clear, shapes
+from benchmarks.gpu import Part, clear
+from benchmarks.gpu.shapes import Shape, shapes
 from benchmarks.measure import Row
 from benchmarks.workloads import GROUP, PER_DEVICE
 from gvpo.batch import GroupBatch

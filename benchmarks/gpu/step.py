@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import Part
-from benchmarks.gpu.shapes import Shape, clear, shapes, used
+from benchmarks.gpu import Part, clear
+from benchmarks.gpu.shapes import Shape, shapes, used
 from benchmarks.measure import Row
 from benchmarks.workloads import PER_DEVICE, floor, trainer
 from gvpo import gvpo_weights
@@ -54,10 +54,18 @@ class Comparison:
             model.zero_grad(set_to_none=True)
             step(batch)
 
-        self.measure("gvpo", lambda: run)
-        self.measure("floor", lambda: floor(model, batch, weights.float(), step.token_budget))
+        def floor_run() -> Callable[[], Any]:
+            model.zero_grad(set_to_none=True)
+            return floor(model, batch, weights.float(), step.token_budget)
+
+        def ours() -> Callable[[], Any]:
+            model.zero_grad(set_to_none=True)
+            return run
+
+        self.measure("gvpo", ours)
+        self.measure("floor", floor_run)
         batch.reference_logps = zeros - 1
-        self.measure("gvpo, scored", lambda: run)
+        self.measure("gvpo, scored", ours)
 
     def trl(self, kind: str, **options: Any) -> None:
         """TRL's own micro-step, as many times as it makes one."""

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import NAMES
-from benchmarks.gpu import SHAPES, compare_heads, compare_steps
-from benchmarks.gpu import tiny as tiny_shape
+from benchmarks.gpu import LIMITS, Part
 from benchmarks.measure import Laps, in_fresh_process, minima, peak_of, write
 
 
@@ -45,12 +44,45 @@ def test_each_benchmark_runs_and_compares_like_with_like(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(SHAPES))
-def test_the_gpu_benchmark_runs_on_a_cpu(name):
-    shape = tiny_shape(SHAPES[name], "cpu")
-    rows = compare_heads(name, shape, 16, 1) + compare_steps(name, shape, 1)
-    assert [row["what"] for row in rows][-3:] == ["step: gvpo", "step: floor", "step: trl"]
-    assert all(row["tokens/s"] > 0 for row in rows)
+@pytest.mark.parametrize("name", [name for name in LIMITS if name != "tests"])
+def test_each_part_of_make_gpu_runs_on_a_cpu(name, tmp_path, monkeypatch):
+    module = importlib.import_module(f"benchmarks.gpu.{name}")
+    if name == "exactness":
+        monkeypatch.setattr(module, "CASES", module.CASES[1:8:3])
+    part = Part(name, module.ABOUT, "cpu", True, tmp_path)
+    module.run(part)
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["rows"] == json.loads(json.dumps(part.rows))
+    for row in part.rows:
+        assert "note" not in row or name in ("vllm", "train"), row
+        assert row.get("difference", 0) < 0.02, row
+        assert all(value > 0 for key, value in row.items() if key in ("s", "whole s", "shared s")), row
+
+
+def test_a_part_of_make_gpu_keeps_going(tmp_path):
+    part = Part("head", "", "cpu", True, tmp_path)
+    part.attempt({"what": "first"}, lambda: {"s": 1 / 0})
+    part.attempt({"what": "second"}, lambda: {"s": 1.0})
+    rows = json.loads((tmp_path / "head.json").read_text())["rows"]
+    assert rows == [
+        {"what": "first", "note": "ZeroDivisionError: division by zero"},
+        {"what": "second", "s": 1.0},
+    ]
+
+
+@pytest.mark.slow
+def test_make_gpu_reports_what_fails_and_goes_on(tmp_path):
+    """A model without a tokenizer fails one part; the other, which wants vLLM, says so."""
+    (tmp_path / "config.json").write_text("{}")
+    options = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--model", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "train", "vllm", *options], capture_output=True, text=True
+    )
+    train, vllm = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("train", "vllm"))
+    assert done.returncode == 0
+    assert train["status"] == vllm["status"] == "done"
+    assert "note" in train["rows"][0]
+    assert "vllm is not installed" in vllm["rows"][0]["note"]
 
 
 def test_minima_take_parts_apart_and_leave_the_first_round_out():

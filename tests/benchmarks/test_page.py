@@ -23,7 +23,14 @@ def test_a_changed_number_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.12345, "0.123"), (1234.5, "1,234"), (5e-7, "5e-07"), ([0.5, 1], "0.5 / 1"), (None, "–")],
+    [
+        (0.12345, "0.123"),
+        (1234.5, "1,234"),
+        (5e-7, "5e-07"),
+        ([0.5, 1], "0.5 / 1"),
+        (None, "–"),
+        (False, "no"),
+    ],
 )
 def test_cells(value, shown) -> None:
     assert page.text(value) == shown

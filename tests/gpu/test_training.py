@@ -28,6 +28,7 @@ def trained(device: str, cls: type[GVPOTrainer] = CannedTrainer, **changes: Any)
         warnings.simplefilter("ignore")
         made = trainer(cls, use_cpu=device == "cpu", **changes)
         made.train(resume)
+    assert made.model.device.type == device
     return made
 
 
@@ -46,12 +47,9 @@ def result(of: GVPOTrainer) -> dict[str, torch.Tensor]:
     ids=lambda changes: ", ".join(changes),
 )
 def test_updates_are_the_cpu_s(changes: dict[str, Any], device: str, tmp_path: Path) -> None:
-    there, here = (
-        trained(where, output_dir=str(tmp_path / str(i)), **changes)
-        for i, where in enumerate((device, "cpu"))
-    )
-    assert there.model.device.type == device
-    assert distance(result(there), result(here)) < 1e-3
+    there = result(trained(device, output_dir=str(tmp_path / "there"), **changes))
+    here = result(trained("cpu", output_dir=str(tmp_path / "here"), **changes))
+    assert distance(there, here) < 1e-3
 
 
 def test_bfloat16_is_near_float32(device: str) -> None:
@@ -70,7 +68,8 @@ def test_float16_with_a_loss_scaler(device: str) -> None:
     made = trained(device, HalfTrainer, fp16=True, **options)
     assert isinstance(made, HalfTrainer)
     assert made.moved() == [True] * 3
-    assert distance(result(made), result(trained("cpu", **options))) < 0.3
+    there = result(made)
+    assert distance(there, result(trained("cpu", **options))) < 0.3
 
 
 class Broken(HalfTrainer):
@@ -163,4 +162,4 @@ def test_a_step_that_runs_out_of_memory_is_made_again(device: str) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert report.retries
-    assert relative_error(gradients(model), expected) < 1e-5
+    assert relative_error(gradients(model), expected) < 3e-5
