@@ -51,6 +51,44 @@ _add("all", list(_ABOUT), "All of them, one after the other.")
 
 
 @lab.command()
+def language(
+    model: Annotated[str, typer.Option(help="Folder of a transformers model: SmolLM2-135M-Instruct.")],
+    output: Annotated[Path, typer.Option(help="The run directory; what is done there is not done again.")] = (
+        _HERE / "language"
+    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side on the device.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0, help="Stop by then with what is done; 0: no limit.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds to report over.")] = 3,
+    updates: Annotated[int, typer.Option(min=1, help="Updates of a run, two to a rollout.")] = 40,
+    rows: Annotated[int, typer.Option(min=8, help="Completions of an update, in groups of 8.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Of each held-out prompt in an evaluation.")] = 64,
+    start_rounds: Annotated[int, typer.Option(min=1, help="Times as many samples of the start.")] = 32,
+    tasks: Annotated[str, typer.Option(help="Tasks, comma between.")] = "times,sentence",
+    methods: Annotated[str, typer.Option(help="Methods, comma between; all by default.")] = "",
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from, comma between.")] = "",
+) -> None:
+    """A real language model: GVPO beside TRL's trainers, reward against KL and diversity."""
+    from experiments.language.command import main
+
+    main(
+        model,
+        output,
+        device,
+        jobs,
+        minutes,
+        seeds,
+        updates,
+        rows,
+        samples,
+        start_rounds,
+        tasks,
+        methods,
+        rates,
+    )
+
+
+@lab.command()
 def show(output: Output = _HERE) -> None:
     """Tables, JSON and pictures again, from the runs that are there."""
     from experiments.runner import EXPERIMENTS, show_again

@@ -1,0 +1,43 @@
+"""`gvpo lab language`: options checked, then the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.language.jobs import Options
+from experiments.language.methods import METHODS, RATES, K
+from experiments.language.run import run
+from experiments.language.tasks import TASKS
+from gvpo.errors import InputError
+
+
+def main(
+    model: str, output: Path, device: str, jobs: int, minutes: float, seeds: int, updates: int, rows: int,
+    samples: int, start_rounds: int, tasks: str, methods: str, rates: str,
+) -> None:  # fmt: skip
+    """See `gvpo lab language --help`.
+
+    Raises:
+        InputError: an unknown task, method or device, or a learning rate that is none.
+    """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: cpu or cuda.")
+    if rows % K:
+        raise InputError(f"--rows {rows}: completions come in groups of {K}.")
+    try:
+        chosen = tuple(float(rate) for rate in rates.split(",") if rate) or RATES
+    except ValueError as error:
+        raise InputError(f"--rates {rates}: numbers, comma between.") from error
+    options = Options(
+        model, output, device, jobs, minutes, seeds, updates, rows, samples, start_rounds,
+        _names("tasks", tasks, TASKS), _names("methods", methods, METHODS), chosen,
+    )  # fmt: skip
+    run(options)
+
+
+def _names(option: str, given: str, known: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(name for name in given.split(",") if name) or tuple(known)
+    if unknown := set(names) - set(known):
+        raise InputError(f"--{option}: no {', '.join(sorted(unknown))}; choose among {', '.join(known)}.")
+    return names

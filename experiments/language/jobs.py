@@ -1,0 +1,244 @@
+"""The jobs of the comparison, shared out among processes that need nothing of each other but a folder.
+
+A process takes a job by making its `.claim` file and leaves a `.json` file, whole or not at all. The order is
+that of worth: the start, then tuning, then all of the first seed before anything of the second. So a run that
+ends early, or loses a process, leaves a table that is whole for fewer seeds, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import logging as transformers_logging
+from transformers.trainer_utils import set_seed
+
+from experiments.comparison import FIRST_SEED, TUNING_SEED
+from experiments.language.measure import SAMPLES, evaluate
+from experiments.language.methods import METHODS, RATES, UPDATES_PER_ROLLOUT, make_trainer
+from experiments.language.optimum import optimum
+from experiments.language.tasks import TASKS
+from gvpo.run import replaced
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run does; see `gvpo lab language --help`."""
+
+    model: str
+    output: Path
+    device: str = "cpu"
+    jobs: int = 1
+    minutes: float = 0.0
+    seeds: int = 3
+    updates: int = 40
+    rows: int = 64
+    samples: int = SAMPLES
+    start_rounds: int = 32
+    tasks: Sequence[str] = tuple(TASKS)
+    methods: Sequence[str] = tuple(METHODS)
+    rates: Sequence[float] = RATES
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, at the tuned rate unless it says one; or (method "start") samples of the model as it is."""
+
+    task: str
+    method: str
+    strength: float
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.rate is None else f"-lr{self.rate:g}"
+        return f"{self.task}-{self.method}-{self.strength:g}-seed{self.seed}{rate}"
+
+
+def plan(options: Options) -> list[Job]:
+    """All jobs, most worth first."""
+    jobs = [Job(task, "start", 0.0, TUNING_SEED, 0.0) for task in options.tasks]
+    jobs += [
+        _tuning(task, name, rate)
+        for name in options.methods
+        for rate in options.rates
+        for task in options.tasks
+    ]
+    for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
+        # Every method once before any method's second strength.
+        arms = [
+            (i, name, strength)
+            for name in options.methods
+            for i, strength in enumerate(METHODS[name].strengths)
+        ]
+        arms.sort(key=lambda arm: arm[0])
+        jobs += [Job(task, name, strength, seed) for _, name, strength in arms for task in options.tasks]
+    return jobs
+
+
+def _tuning(task: str, method: str, rate: float) -> Job:
+    return Job(task, method, METHODS[method].strengths[0], TUNING_SEED, rate)
+
+
+def result(options: Options, job: Job) -> dict[str, Any] | None:
+    """What a job left, if it is done (or failed, or was cut short: it says so)."""
+    path = options.output / "jobs" / f"{job.name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def tuned_rate(options: Options, job: Job) -> float | None:
+    """The rate whose run on the tuning seed ended with the highest reward; None while they are running."""
+    found = {rate: result(options, _tuning(job.task, job.method, rate)) for rate in options.rates}
+    if any(done is None for done in found.values()):
+        return None
+    scores = {
+        rate: done["points"][-1]["reward"] for rate, done in found.items() if done and done.get("points")
+    }
+    return max(scores, key=lambda rate: scores[rate]) if scores else options.rates[0]
+
+
+class _Points(TrainerCallback):
+    """Evaluates at some updates and stops the training when time is up."""
+
+    def __init__(self, worker: Worker, task: str, at: set[int]) -> None:
+        self.worker, self.task, self.at = worker, task, at
+        self.points: list[dict[str, float]] = []
+        self.cut = False
+        self.seconds = 0.0  # spent here
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begun = time.perf_counter()
+        if state.global_step in self.at:
+            found = self.worker.evaluate(kwargs["model"], self.task)
+            self.points.append({"updates": state.global_step, **found})
+            self.seconds += time.perf_counter() - begun
+        if time.time() > self.worker.deadline:
+            self.cut = control.should_training_stop = True
+
+
+class Worker:
+    """A process's model, to which every job goes back."""
+
+    def __init__(self, options: Options, deadline: float) -> None:
+        self.options, self.deadline = options, deadline
+        torch.set_num_threads(1)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        if options.device == "cuda":
+            _prepare_cuda()
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+        self.start = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(
+            options.device
+        )
+        self.start.eval().requires_grad_(False)
+        self.longest = 0.0  # of the jobs so far, in seconds
+
+    def work(self) -> None:
+        """Take jobs until none is left, or the next would not be ready in time."""
+        left = plan(self.options)
+        while left:
+            # The first whose learning rate is known.
+            ready = next((job for job in left if self._rate(job) is not None), None)
+            if time.time() + self.longest > self.deadline:
+                return
+            if ready is None:
+                time.sleep(0.2)
+                continue
+            left.remove(ready)
+            if self._claim(ready):
+                begun = time.time()
+                self._write(ready, self._attempt(ready))
+                self.longest = max(self.longest, time.time() - begun)
+
+    def _rate(self, job: Job) -> float | None:
+        return tuned_rate(self.options, job) if job.rate is None else job.rate
+
+    def _claim(self, job: Job) -> bool:
+        try:
+            (self.options.output / "jobs" / f"{job.name}.claim").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _write(self, job: Job, found: dict[str, Any]) -> None:
+        with replaced(self.options.output / "jobs" / f"{job.name}.json") as aside:
+            aside.write_text(json.dumps({"job": asdict(job), **found}) + "\n", encoding="utf-8")
+
+    def _attempt(self, job: Job) -> dict[str, Any]:
+        try:
+            return self.run(job)
+        except Exception:  # the others are not to end with it
+            return {"error": traceback.format_exc()}
+        finally:
+            if self.options.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def evaluate(self, policy: Any, task: str) -> dict[str, float]:
+        return evaluate(policy, self.start, self.tokenizer, TASKS[task], each=self.options.samples)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """A job's outcome: `points` along the training, or the `answers` of the start."""
+        set_seed(job.seed)
+        if job.method == "start":
+            return self._run_start(job)
+        rate = self._rate(job)
+        assert rate is not None
+        begun = time.perf_counter()
+        updates = self.options.updates
+        callback = _Points(self, job.task, {max(updates // 4, 1), max(updates // 2, 1), updates})
+        model = copy.deepcopy(self.start).requires_grad_(True)
+        task, seen = TASKS[job.task], []
+        scratch = self.options.output / "jobs" / f"{job.name}.scratch"
+        trainer = make_trainer(
+            METHODS[job.method], model, self.tokenizer, task, strength=job.strength, rate=rate, seed=job.seed,
+            updates=updates, rows=self.options.rows, output=scratch, callbacks=[callback],
+            on_rewards=lambda rewards: seen.append(sum(rewards) / len(rewards)),
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        shutil.rmtree(scratch, ignore_errors=True)
+        return {
+            "rate": rate,
+            "points": callback.points,
+            "rewards": seen,
+            "samples": len(seen) * self.options.rows * UPDATES_PER_ROLLOUT,
+            "seconds": time.perf_counter() - begun - callback.seconds,
+            "seconds_evaluation": callback.seconds,
+            "peak_memory": torch.cuda.max_memory_allocated() if self.options.device == "cuda" else 0,
+        } | ({"error": "cut: time was up"} if callback.cut else {})
+
+    def _run_start(self, job: Job) -> dict[str, Any]:
+        point = {"updates": 0, **self.evaluate(self.start, job.task)}
+        strengths = METHODS["gvpo"].strengths
+        task = TASKS[job.task]
+        rounds = self.options.start_rounds
+        return {
+            "points": [point],
+            **optimum(self.start, self.tokenizer, task, self.options.samples, rounds, strengths),
+        }
+
+
+def _prepare_cuda() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        # TRL compiles kernels for its head when they are first used; without a compiler it has plain torch.
+        with contextlib.suppress(ImportError):
+            from trl.kernels import chunked_logprob
+
+            chunked_logprob._TRITON_AVAILABLE = False
+
+
+def work(options: Options, deadline: float) -> None:
+    """What a process of the run does."""
+    Worker(options, deadline).work()

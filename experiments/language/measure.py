@@ -1,0 +1,128 @@
+"""What a policy has learnt and kept: reward, KL to the start, entropy and different right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments.language.tasks import Task, canonical
+from gvpo.evaluate.statistics import pass_at_k
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+SAMPLES = 64  # of each held-out prompt
+_SCORED = 64  # rows that are scored at once
+
+
+@dataclass
+class Samples:
+    """Completions of one prompt after another, `each` of each.
+
+    Attributes:
+        ids: prompt and completion, both padded to one length.
+        mask: of the prompt's and the completion's tokens.
+        width: of the completions.
+    """
+
+    ids: Int[Tensor, "rows tokens"]
+    mask: Bool[Tensor, "rows tokens"]
+    width: int
+    texts: list[str]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], each: int, tokens: int
+) -> Samples:
+    """`each` completions of every prompt at temperature 1, from the global random state."""
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(
+        model.device
+    )
+    out = model.generate(
+        encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        generation_config=GenerationConfig(
+            max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=each,
+            eos_token_id=end, pad_token_id=tokenizer.pad_token_id, disable_compile=True,
+        ),
+    )  # fmt: skip
+    width = out.shape[1] - encoded["input_ids"].shape[1]
+    completions = out[:, -width:]
+    ended = completions == end
+    there = (ended.cumsum(1) - ended.long()) == 0  # up to and with the end
+    prompt_mask = encoded["attention_mask"].bool().repeat_interleave(each, 0)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return Samples(out, torch.cat([prompt_mask, there], 1), width, texts)
+
+
+def _token_logps(model: PreTrainedModel, part: Samples) -> Float[Tensor, "rows tokens vocabulary"]:
+    positions = (part.mask.long().cumsum(1) - 1).clamp(min=0)
+    states = model.base_model(
+        input_ids=part.ids, attention_mask=part.mask.long(), position_ids=positions, use_cache=False
+    ).last_hidden_state[:, -part.width - 1 : -1]
+    return model.get_output_embeddings()(states).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def divergence(
+    policy: PreTrainedModel, start: PreTrainedModel, samples: Samples
+) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+    """KL(π‖start) and entropy of sequences, nats: over the whole vocabulary at each sampled token, summed."""
+    kl, entropy = [], []
+    for first in range(0, len(samples.ids), _SCORED):
+        rows = slice(first, first + _SCORED)
+        part = Samples(samples.ids[rows], samples.mask[rows], samples.width, [])
+        p, q = _token_logps(policy, part), _token_logps(start, part)
+        there, weights = part.mask[:, -part.width :], p.exp()
+        kl.append(((weights * (p - q)).sum(-1) * there).sum(1))
+        entropy.append((-(weights * p).sum(-1) * there).sum(1))
+    return torch.cat(kl), torch.cat(entropy)
+
+
+def evaluate(
+    policy: PreTrainedModel,
+    start: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    each: int = SAMPLES,
+    prompts: int | None = None,
+) -> dict[str, float]:
+    """On held-out prompts, means over them.
+
+    Returns:
+        reward; kl (to the start) and entropy, nats a sequence; distinct, different right answers among
+        `each`; pass@8, pass@64 (as far as `each` goes); length in tokens.
+    """
+    training = policy.training
+    policy.eval()
+    keys = task.keys[: task.held_out][:prompts]
+    samples = sample(policy, tokenizer, [task.prompt(tokenizer, key) for key in keys], each, task.tokens)
+    kl, entropy = divergence(policy, start, samples)
+    policy.train(training)
+    found = [right_answers(task, key, samples.texts[i * each : (i + 1) * each]) for i, key in enumerate(keys)]
+    mean = {
+        f"pass@{k}": sum(pass_at_k(each, len(right), k) for right in found) / len(found)
+        for k in (8, 64)
+        if k <= each
+    }
+    return {
+        "reward": sum(map(len, found)) / len(samples.texts),
+        "kl": float(kl.mean()),
+        "entropy": float(entropy.mean()),
+        "distinct": sum(len(set(right)) for right in found) / len(found),
+        **mean,
+        "length": float(samples.mask[:, -samples.width :].sum(1).float().mean()),
+    }
+
+
+def right_answers(task: Task, key: str, texts: Sequence[str]) -> list[str]:
+    """The right ones, so written that equal answers are equal."""
+    return [canonical(text) for text in texts if task.right(text, key)]

@@ -1,0 +1,125 @@
+"""The trainers that are compared: TRL's own, rejection-sampling fine-tuning on TRL's rollouts, and GVPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from experiments.language.tasks import Task
+from gvpo.trl import GVPOConfig, GVPOTrainer
+
+K = 8  # completions a prompt
+ROWS = 64  # completions an update
+UPDATES_PER_ROLLOUT = 2
+
+
+class RejectionSampling(GRPOTrainer):
+    """Fine-tuning on the right completions of GRPO's rollouts: their tokens' negative log-likelihood."""
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._right = super()._calculate_rewards(*args, **kwargs)[:, 0] > 0
+        return self._right[:, None].float()
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        out = super()._generate_and_score_completions(inputs)
+        return out | {"advantages": self._right.to(out["advantages"])}
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        kept = inputs["completion_ids"].shape[1]
+        logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, kept)
+        learnt = inputs["completion_mask"] * inputs["advantages"][:, None]
+        return -(logps * learnt).sum() / learnt.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer and its settings.
+
+    Attributes:
+        label: in tables and pictures; `{}` stands for the strength.
+        trainer, config: their classes.
+        strengths: values of `beta` to run; the first is the one that learning rates are tuned with.
+        settings: of the config, beside what all have in common.
+    """
+
+    label: str
+    trainer: type[GRPOTrainer | RLOOTrainer]
+    config: type[GRPOConfig | RLOOConfig]
+    strengths: Sequence[float]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_DR_GRPO = {"loss_type": "dr_grpo", "scale_rewards": "none"}
+_GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+METHODS = {
+    "gvpo": Method("GVPO, β {}", GVPOTrainer, GVPOConfig, (0.1, 0.25, 0.5), {"reference": "initial"}),
+    "gvpo_rollout": Method("GVPO, rollout reference", GVPOTrainer, GVPOConfig, (0.1,)),
+    "rloo": Method("RLOO, KL in the reward, β {}", RLOOTrainer, RLOOConfig, (0.05, 0.25, 0.5)),
+    "grpo_k3": Method("GRPO + k3, β {}", GRPOTrainer, GRPOConfig, (0.04, 0.3, 1.0)),
+    "grpo": Method("GRPO (TRL's defaults)", GRPOTrainer, GRPOConfig, (0.0,)),
+    "dr_grpo": Method("Dr. GRPO", GRPOTrainer, GRPOConfig, (0.0,), _DR_GRPO),
+    "gspo": Method("GSPO", GRPOTrainer, GRPOConfig, (0.0,), _GSPO),
+    "rft": Method("rejection-sampling SFT", RejectionSampling, GRPOConfig, (0.0,)),
+}
+RATES = (5e-6, 1e-5, 2e-5)
+
+
+def make_trainer(
+    method: Method,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    strength: float,
+    rate: float,
+    seed: int,
+    updates: int,
+    output: Path,
+    rows: int = ROWS,
+    callbacks: Sequence[Any] = (),
+    on_rewards: Callable[[list[float]], None] = lambda rewards: None,
+) -> GRPOTrainer | RLOOTrainer:
+    """The trainer of one job; prompts, their order, samples, updates, schedule, optimizer are the same for all."""
+    keys = task.keys[task.held_out :]
+    data = Dataset.from_dict({"prompt": [task.prompt(tokenizer, key) for key in keys], "key": list(keys)})
+    args = method.config(
+        output_dir=str(output),
+        beta=strength,
+        learning_rate=rate,
+        seed=seed,
+        max_steps=updates,
+        per_device_train_batch_size=rows,
+        steps_per_generation=UPDATES_PER_ROLLOUT,
+        num_generations=K,
+        max_completion_length=task.tokens,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=4,
+        use_cpu=model.device.type == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **method.settings,
+    )
+
+    def reward(**columns: Any) -> list[float]:
+        rewards = task.reward(**columns)
+        on_rewards(rewards)
+        return rewards
+
+    return method.trainer(
+        model, reward, args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks)
+    )

@@ -1,0 +1,108 @@
+"""Runs the comparison: processes side by side on one device, then records, tables and pictures."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.language.jobs import Job, Options, plan, result, work
+from gvpo import __version__
+from gvpo.errors import InputError
+from gvpo.run import RunDirectory, Ticker, replaced
+
+_GRACE = 20.0  # seconds beyond the deadline in which processes end by themselves
+
+
+def run(options: Options, *, console: Console | None = None) -> int:
+    """Run all jobs that are not done yet, until none is left or time is up.
+
+    Returns:
+        How many of the jobs are done.
+
+    Raises:
+        InputError: no model in the folder, or all jobs failed.
+    """
+    console = console or Console()
+    if not (Path(options.model) / "config.json").exists():
+        raise InputError(f"--model {options.model} has no config.json: give a transformers model's folder.")
+    RunDirectory(options.output)
+    folder = options.output / "jobs"
+    folder.mkdir(exist_ok=True)
+    jobs = plan(options)
+    for job in jobs:  # what failed, was cut short or was abandoned is done again
+        found = result(options, job)
+        if found is None or "error" in found:
+            (folder / f"{job.name}.claim").unlink(missing_ok=True)
+            (folder / f"{job.name}.json").unlink(missing_ok=True)
+    begun = time.time()
+    deadline = begun + 60 * options.minutes if options.minutes else float("inf")
+    _side_by_side(options, jobs, deadline, console)
+    outcomes = [result(options, job) for job in jobs]
+    errors = [found["error"] for found in outcomes if found and "error" in found]
+    done = sum(found is not None and "error" not in found for found in outcomes)
+    with replaced(options.output / "made.json") as aside:
+        aside.write_text(json.dumps(_made(options, outcomes, time.time() - begun), indent=1) + "\n")
+    console.print(
+        f"{done} of {len(jobs)} jobs are done, {len(errors)} failed or were cut; in {folder}.", soft_wrap=True
+    )
+    if errors:
+        console.print(errors[0], markup=False, highlight=False)
+    if errors and not done:
+        raise InputError(f"All {len(errors)} jobs failed; the first reason stands above.")
+    return done
+
+
+def _side_by_side(options: Options, jobs: list[Job], deadline: float, console: Console) -> None:
+    # Before the first import of torch in the processes that take it over.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=work, args=(options, deadline), daemon=True) for _ in range(options.jobs)
+    ]
+    for worker in workers:
+        worker.start()
+    ticker = Ticker(console, "gvpo lab language", len(jobs))
+    with ticker.running():
+        while any(worker.is_alive() for worker in workers) and time.time() < deadline + _GRACE:
+            time.sleep(0.5)
+            ticker.advance(sum((options.output / "jobs" / f"{job.name}.json").exists() for job in jobs))
+    for worker in workers:
+        if worker.is_alive():
+            worker.terminate()
+        worker.join()
+
+
+def _made(options: Options, outcomes: list[dict[str, Any] | None], seconds: float) -> dict[str, Any]:
+    """When, where and with what: for the head of the summary."""
+    machine = f"{platform.machine()} CPU"
+    if options.device == "cuda":
+        import torch
+
+        machine = torch.cuda.get_device_name()
+    packages = ("torch", "trl", "transformers", "numpy")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{machine}, {options.jobs} processes side by side",
+        "versions": {
+            "gvpo": __version__,
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "seconds": round(seconds),
+        "options": {
+            key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()
+        },
+    }
