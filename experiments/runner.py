@@ -62,7 +62,7 @@ def run_experiment(
             ticker.advance(len(done), f"({jobs[index]}, {taken:.0f} s)")
     # Rounded as they are written, so that `show_again` finds the same.
     records = [
-        replace(record, metrics=_rounded(record.metrics)) for index in sorted(done) for record in done[index]
+        replace(record, metrics=rounded(record.metrics)) for index in sorted(done) for record in done[index]
     ]
     run.write_lines("metrics.jsonl", map(vars, records))
     head = {
@@ -103,7 +103,7 @@ def _finish(
     console: Console,
 ) -> dict[str, Any]:
     name = head["experiment"]
-    found = {**head, **_rounded(module.summary(records, scale, run.path))}
+    found = {**head, **rounded(module.summary(records, scale, run.path))}
     run.finish(found)
     module.draw(found, run.path / f"{name}.png")
     for table in module.tables(found):
@@ -155,10 +155,10 @@ def _circumstances(seconds: float) -> dict[str, Any]:
     }
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six significant digits."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -52,7 +52,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, at the tuned rate unless it says one; or (method "start") samples of the model as it is."""
+    """One training run, at the tuned rate if it says none; or (method "start") samples of the start."""
 
     task: str
     method: str
@@ -185,7 +185,10 @@ class Worker:
                 torch.cuda.empty_cache()
 
     def evaluate(self, policy: Any, task: str) -> dict[str, float]:
-        return evaluate(policy, self.start, self.tokenizer, TASKS[task], each=self.options.samples)
+        """With random numbers of its own, so that evaluating changes nothing in the training."""
+        devices = [torch.cuda.current_device()] if self.options.device == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return evaluate(policy, self.start, self.tokenizer, TASKS[task], each=self.options.samples)
 
     def run(self, job: Job) -> dict[str, Any]:
         """A job's outcome: `points` along the training, or the `answers` of the start."""

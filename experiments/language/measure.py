@@ -93,7 +93,6 @@ def evaluate(
     task: Task,
     *,
     each: int = SAMPLES,
-    prompts: int | None = None,
 ) -> dict[str, float]:
     """On held-out prompts, means over them.
 
@@ -103,7 +102,7 @@ def evaluate(
     """
     training = policy.training
     policy.eval()
-    keys = task.keys[: task.held_out][:prompts]
+    keys = task.keys[: task.held_out]
     samples = sample(policy, tokenizer, [task.prompt(tokenizer, key) for key in keys], each, task.tokens)
     kl, entropy = divergence(policy, start, samples)
     policy.train(training)

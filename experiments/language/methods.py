@@ -46,13 +46,11 @@ class Method:
     """A trainer and its settings.
 
     Attributes:
-        label: in tables and pictures; `{}` stands for the strength.
         trainer, config: their classes.
         strengths: values of `beta` to run; the first is the one that learning rates are tuned with.
         settings: of the config, beside what all have in common.
     """
 
-    label: str
     trainer: type[GRPOTrainer | RLOOTrainer]
     config: type[GRPOConfig | RLOOConfig]
     strengths: Sequence[float]
@@ -62,14 +60,14 @@ class Method:
 _DR_GRPO = {"loss_type": "dr_grpo", "scale_rewards": "none"}
 _GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
 METHODS = {
-    "gvpo": Method("GVPO, β {}", GVPOTrainer, GVPOConfig, (0.1, 0.25, 0.5), {"reference": "initial"}),
-    "gvpo_rollout": Method("GVPO, rollout reference", GVPOTrainer, GVPOConfig, (0.1,)),
-    "rloo": Method("RLOO, KL in the reward, β {}", RLOOTrainer, RLOOConfig, (0.05, 0.25, 0.5)),
-    "grpo_k3": Method("GRPO + k3, β {}", GRPOTrainer, GRPOConfig, (0.04, 0.3, 1.0)),
-    "grpo": Method("GRPO (TRL's defaults)", GRPOTrainer, GRPOConfig, (0.0,)),
-    "dr_grpo": Method("Dr. GRPO", GRPOTrainer, GRPOConfig, (0.0,), _DR_GRPO),
-    "gspo": Method("GSPO", GRPOTrainer, GRPOConfig, (0.0,), _GSPO),
-    "rft": Method("rejection-sampling SFT", RejectionSampling, GRPOConfig, (0.0,)),
+    "gvpo": Method(GVPOTrainer, GVPOConfig, (0.1, 0.25, 0.5), {"reference": "initial"}),
+    "gvpo_rollout": Method(GVPOTrainer, GVPOConfig, (0.1,)),
+    "rloo": Method(RLOOTrainer, RLOOConfig, (0.05, 0.25, 0.5)),
+    "grpo_k3": Method(GRPOTrainer, GRPOConfig, (0.04, 0.3, 1.0)),
+    "grpo": Method(GRPOTrainer, GRPOConfig, (0.0,)),
+    "dr_grpo": Method(GRPOTrainer, GRPOConfig, (0.0,), _DR_GRPO),
+    "gspo": Method(GRPOTrainer, GRPOConfig, (0.0,), _GSPO),
+    "rft": Method(RejectionSampling, GRPOConfig, (0.0,)),
 }
 RATES = (5e-6, 1e-5, 2e-5)
 
@@ -89,7 +87,7 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     on_rewards: Callable[[list[float]], None] = lambda rewards: None,
 ) -> GRPOTrainer | RLOOTrainer:
-    """The trainer of one job; prompts, their order, samples, updates, schedule, optimizer are the same for all."""
+    """The trainer of one job. All have the same prompts, numbers of samples and updates, and optimizer."""
     keys = task.keys[task.held_out :]
     data = Dataset.from_dict({"prompt": [task.prompt(tokenizer, key) for key in keys], "key": list(keys)})
     args = method.config(
@@ -102,8 +100,7 @@ def make_trainer(
         steps_per_generation=UPDATES_PER_ROLLOUT,
         num_generations=K,
         max_completion_length=task.tokens,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=4,
+        lr_scheduler_type="constant",
         use_cpu=model.device.type == "cpu",
         bf16=False,
         gradient_checkpointing=False,

@@ -9,13 +9,15 @@ import multiprocessing
 import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from experiments.comparison import TUNING_SEED
 from experiments.language.jobs import Job, Options, plan, result, work
+from experiments.runner import rounded
 from gvpo import __version__
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory, Ticker, replaced
@@ -60,6 +62,43 @@ def run(options: Options, *, console: Console | None = None) -> int:
     if errors and not done:
         raise InputError(f"All {len(errors)} jobs failed; the first reason stands above.")
     return done
+
+
+def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Records, summary, tables and picture of the jobs that are done; the summary.
+
+    Raises:
+        InputError: there are none, or not for the start and one seed of a task.
+    """
+    from experiments.language import report
+
+    console, run = console or Console(), RunDirectory(output)
+    made = json.loads((output / "made.json").read_text(encoding="utf-8"))
+    options = made.pop("options")
+    outcomes = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "jobs").glob("*.json"))
+    ]
+    records = report.records([outcome for outcome in outcomes if "error" not in outcome])
+    seeds = sorted({record.seed for record in records} - {TUNING_SEED})
+    records = [replace(record, metrics=rounded(record.metrics)) for record in records]
+    run.start({"command": "lab language", **options})
+    run.write_lines("metrics.jsonl", map(vars, records))
+    by_task = report.summary(records, seeds)
+    found = {
+        "experiment": "language",
+        "command": f"gvpo lab language --device {options['device']}",
+        "made": made,
+        "seeds": seeds,
+        "tuning_seed": TUNING_SEED,
+        "problem": {name: options[name] for name in ("updates", "rows", "samples", "rates")},
+        "tasks": list(by_task),
+        **rounded(by_task),
+    }
+    found = run.finish(found)
+    report.draw(found, run.path / "language.png")
+    for table in report.tables(found):
+        console.print(table)
+    return found
 
 
 def _side_by_side(options: Options, jobs: list[Job], deadline: float, console: Console) -> None:

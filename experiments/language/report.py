@@ -1,0 +1,160 @@
+"""What the jobs found: intervals over seeds, curves along the training, distances from the best there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.comparison import TUNING_SEED, Interval, Record
+from experiments.report import COLOURS, by_metric, legend_below, save
+
+# Labels of arms, in tables and pictures; {} stands for the strength.
+LABELS = {
+    "gvpo": "GVPO, initial reference, β {}",
+    "gvpo_rollout": "GVPO, rollout reference",
+    "rloo": "RLOO, KL in the reward, β {}",
+    "grpo_k3": "GRPO + k3, β {}",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "gspo": "GSPO",
+    "rft": "rejection-sampling SFT",
+}
+
+
+def records(outcomes: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """One for every evaluation of every job, and the start's: `start`, and `optimum` for each β."""
+    found = []
+    for outcome in outcomes:
+        job, points = outcome["job"], outcome.get("points", [])
+        if job["method"] == "start":
+            found.append(Record("start", job["task"], {"updates": 0}, job["seed"], points[0]))
+            found += [
+                Record("optimum", job["task"], {"beta": best.pop("beta")}, job["seed"], best)
+                for best in map(dict, outcome["optimum"])
+            ]
+            continue
+        for point in map(dict, points):
+            setting = {"beta": job["strength"], "lr": outcome["rate"], "updates": point.pop("updates")}
+            spent = {"seconds": outcome["seconds"]}
+            found.append(Record(job["method"], job["task"], setting, job["seed"], point | spent))
+    return found
+
+
+def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
+    """For each task: the start, π* for each β, a row for each arm, and its curve.
+
+    Besides what was measured, rows say `gap`, by how much their reward is below that of π* at their KL, and
+    `kept`, their number of different right answers as a share of that of π* at their reward.
+    """
+    tasks = dict.fromkeys(record.condition for record in found)
+    return {task: _summary([r for r in found if r.condition == task], seeds) for task in tasks}
+
+
+def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
+    best = [{**r.setting, **r.metrics} for r in found if r.arm == "optimum"]
+    start = next(dict(r.metrics) for r in found if r.arm == "start")
+    rows = []
+    for arm, label in LABELS.items():
+        for beta in dict.fromkeys(r.setting["beta"] for r in found if r.arm == arm and r.seed in seeds):
+            mine = [r for r in found if r.arm == arm and r.setting["beta"] == beta and r.seed in seeds]
+            last = max(r.setting["updates"] for r in mine)
+            curve = [
+                {"updates": at, **_intervals([r for r in mine if r.setting["updates"] == at], best)}
+                for at in sorted({r.setting["updates"] for r in mine})
+            ]
+            rows.append(
+                {
+                    "arm": f"{arm} {beta:g}",
+                    "label": label.format(f"{beta:g}"),
+                    "condition": mine[0].condition,
+                    "setting": {"lr": mine[0].setting["lr"], "beta": beta},
+                    "tried": len({r.setting["lr"] for r in found if r.arm == arm and r.seed == TUNING_SEED}),
+                    **_intervals([r for r in mine if r.setting["updates"] == last], best),
+                    "curve": curve,
+                }
+            )
+    return {"start": start, "optimum": best, "rows": rows}
+
+
+def _intervals(runs: Sequence[Record], best: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    every = [dict(run.metrics) | _beside(run.metrics, best) for run in sorted(runs, key=lambda run: run.seed)]
+    return {name: vars(Interval.of([metrics[name] for metrics in every])) for name in every[0]}
+
+
+def _beside(metrics: Mapping[str, float], best: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`gap` and `kept`, by linear interpolation between the β."""
+    by_kl = sorted(best, key=lambda point: point["kl"])
+    by_reward = sorted(best, key=lambda point: point["reward"])
+    reward = np.interp(metrics["kl"], [p["kl"] for p in by_kl], [p["reward"] for p in by_kl])
+    distinct = np.interp(
+        metrics["reward"], [p["reward"] for p in by_reward], [p["distinct"] for p in by_reward]
+    )
+    return {
+        "gap": float(reward) - metrics["reward"],
+        "kept": metrics["distinct"] / float(distinct) if distinct else float("nan"),
+    }
+
+
+_COLUMNS = {
+    "reward": "reward",
+    "kl": "KL, nats",
+    "gap": "below π*",
+    "entropy": "entropy",
+    "distinct": "different right",
+    "kept": "of π*'s",
+    "pass@8": "pass@8",
+    "seconds": "seconds",
+}
+
+
+def tables(found: Mapping[str, Any]) -> list[Any]:
+    """A table for each task."""
+    return [
+        by_metric(found[task]["rows"], _COLUMNS, f"{task}: held out, at the end") for task in found["tasks"]
+    ]
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """For each task reward against KL, and different right answers against reward, along the training."""
+    tasks = found["tasks"]
+    figure = Figure(figsize=(9.2, 3.6 * len(tasks) + 0.9), dpi=160, layout="constrained")
+    grid = figure.subplots(len(tasks), 2, squeeze=False)
+    for task, (left, right) in zip(tasks, grid, strict=True):
+        here = found[task]
+        for axis, x, y in ((left, "kl", "reward"), (right, "reward", "distinct")):
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.plot(*_points(here["optimum"], x, y), color="black", linewidth=1, label="π* for each β")
+            axis.plot(here["start"][x], here["start"][y], "s", color="black", markersize=4, label="start")
+            _draw_arms(axis, here, x, y)
+        left.set(
+            xlabel=r"KL(π‖start), nats a completion", ylabel="reward", title=f"{task}: reward against KL"
+        )
+        right.set(xlabel="reward", ylabel=f"different right answers among {found['problem']['samples']}",
+                  title=f"{task}: what is kept")  # fmt: skip
+    legend_below(figure, grid[0, 0], columns=3)
+    save(figure, path, found)
+
+
+def _points(points: Sequence[Mapping[str, Any]], *names: str) -> list[list[float]]:
+    return [[p[name]["mean"] if isinstance(p[name], Mapping) else p[name] for p in points] for name in names]
+
+
+def _draw_arms(axis: Any, here: Mapping[str, Any], x: str, y: str) -> None:
+    """Arms with a strength: their ends joined, one line. The others: their course from the start."""
+    families = dict.fromkeys(row["arm"].split()[0] for row in here["rows"])
+    for colour, family in zip(COLOURS, families, strict=False):
+        rows = [row for row in here["rows"] if row["arm"].split()[0] == family]
+        label = LABELS[family].removesuffix(", β {}")
+        if "{}" not in LABELS[family]:
+            course = [here["start"], *rows[0]["curve"]]
+            axis.plot(*_points(course, x, y), "o:", color=colour, markersize=3, linewidth=0.8, label=label)
+        else:
+            order = sorted(rows, key=lambda row: row["setting"]["beta"])
+            axis.plot(
+                *_points(order, x, y), "D-", color=colour, markersize=4, linewidth=1, label=f"{label} (β)"
+            )
