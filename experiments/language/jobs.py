@@ -136,7 +136,7 @@ class Worker:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         if options.device == "cuda":
-            _prepare_cuda()
+            _prepare_cuda(options.jobs)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
         self.start = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(
             options.device
@@ -232,8 +232,10 @@ class Worker:
         }
 
 
-def _prepare_cuda() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = True
+def _prepare_cuda(jobs: int) -> None:
+    # Else one process keeps memory that another needs.
+    torch.cuda.set_per_process_memory_fraction(0.92 / jobs)
+    torch.set_float32_matmul_precision("high")  # TF32, as finely as the device allows it fast
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         # TRL compiles kernels for its head when they are first used; without a compiler it has plain torch.
         with contextlib.suppress(ImportError):

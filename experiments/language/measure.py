@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 SAMPLES = 64  # of each held-out prompt
-_SCORED = 64  # rows that are scored at once
+_SAMPLED, _SCORED = 384, 64  # rows at once
 
 
 @dataclass
@@ -34,6 +34,16 @@ class Samples:
     mask: Bool[Tensor, "rows tokens"]
     width: int
     texts: list[str]
+
+
+def sample_all(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, keys: Sequence[str], each: int
+) -> Iterator[Samples]:
+    """`each` answers to the question of every key, a few questions at once."""
+    many = max(_SAMPLED // each, 1)
+    for first in range(0, len(keys), many):
+        prompts = [task.prompt(tokenizer, key) for key in keys[first : first + many]]
+        yield sample(model, tokenizer, prompts, each, task.tokens)
 
 
 @torch.no_grad()
@@ -81,8 +91,8 @@ def divergence(
         part = Samples(samples.ids[rows], samples.mask[rows], samples.width, [])
         p, q = _token_logps(policy, part), _token_logps(start, part)
         there, weights = part.mask[:, -part.width :], p.exp()
-        kl.append(((weights * (p - q)).sum(-1) * there).sum(1))
         entropy.append((-(weights * p).sum(-1) * there).sum(1))
+        kl.append((weights.mul_(p.sub_(q)).sum(-1) * there).sum(1))
     return torch.cat(kl), torch.cat(entropy)
 
 
@@ -103,22 +113,27 @@ def evaluate(
     training = policy.training
     policy.eval()
     keys = task.keys[: task.held_out]
-    samples = sample(policy, tokenizer, [task.prompt(tokenizer, key) for key in keys], each, task.tokens)
-    kl, entropy = divergence(policy, start, samples)
+    texts: list[str] = []
+    kl, entropy, lengths = [], [], []
+    for samples in sample_all(policy, tokenizer, task, keys, each):
+        texts += samples.texts
+        for into, found in zip((kl, entropy), divergence(policy, start, samples), strict=True):
+            into.append(found)
+        lengths.append(samples.mask[:, -samples.width :].sum(1).float())
     policy.train(training)
-    found = [right_answers(task, key, samples.texts[i * each : (i + 1) * each]) for i, key in enumerate(keys)]
-    mean = {
-        f"pass@{k}": sum(pass_at_k(each, len(right), k) for right in found) / len(found)
+    right = [right_answers(task, key, texts[i * each : (i + 1) * each]) for i, key in enumerate(keys)]
+    passed = {
+        f"pass@{k}": sum(pass_at_k(each, len(answers), k) for answers in right) / len(right)
         for k in (8, 64)
         if k <= each
     }
     return {
-        "reward": sum(map(len, found)) / len(samples.texts),
-        "kl": float(kl.mean()),
-        "entropy": float(entropy.mean()),
-        "distinct": sum(len(set(right)) for right in found) / len(found),
-        **mean,
-        "length": float(samples.mask[:, -samples.width :].sum(1).float().mean()),
+        "reward": sum(map(len, right)) / len(texts),
+        "kl": float(torch.cat(kl).mean()),
+        "entropy": float(torch.cat(entropy).mean()),
+        "distinct": sum(len(set(answers)) for answers in right) / len(right),
+        **passed,
+        "length": float(torch.cat(lengths).mean()),
     }
 
 

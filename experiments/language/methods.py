@@ -90,6 +90,7 @@ def make_trainer(
     """The trainer of one job. All have the same prompts, numbers of samples and updates, and optimizer."""
     keys = task.keys[task.held_out :]
     data = Dataset.from_dict({"prompt": [task.prompt(tokenizer, key) for key in keys], "key": list(keys)})
+    on_cpu = model.device.type == "cpu"
     args = method.config(
         output_dir=str(output),
         beta=strength,
@@ -101,9 +102,9 @@ def make_trainer(
         num_generations=K,
         max_completion_length=task.tokens,
         lr_scheduler_type="constant",
-        use_cpu=model.device.type == "cpu",
+        use_cpu=on_cpu,
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=not on_cpu,  # so that many fit on one device
         dataloader_pin_memory=False,
         report_to=[],
         save_strategy="no",

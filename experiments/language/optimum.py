@@ -14,10 +14,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.frontier import binary_target
-from experiments.language.measure import right_answers, sample
+from experiments.language.measure import right_answers, sample_all
 from experiments.language.tasks import Task
 
-BETAS = (10.0, 3.0, 1.5, 1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
+BETAS = (1000.0, 10.0, 3.0, 1.5, 1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
 
 
 def optimum(
@@ -35,10 +35,9 @@ def optimum(
         "optimum": for each β reward, kl, distinct (among `each`).
     """
     keys = task.keys[: task.held_out]
-    prompts = [task.prompt(tokenizer, key) for key in keys]
     counts: dict[str, Counter[str]] = {key: Counter() for key in keys}
     for _ in range(rounds):
-        texts = sample(start, tokenizer, prompts, each, task.tokens).texts
+        texts = [text for part in sample_all(start, tokenizer, task, keys, each) for text in part.texts]
         for i, key in enumerate(keys):
             counts[key].update(right_answers(task, key, texts[i * each : (i + 1) * each]))
     betas = sorted({*BETAS, *strengths}, reverse=True)
