@@ -124,9 +124,10 @@ def _made(results: Results, experiment: str) -> str:
     found = results[experiment]
     made, seeds = found["made"], found["seeds"]
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "trl", "transformers"))
+    spent = f"{made['cpu_seconds']} CPU seconds" if "cpu_seconds" in made else f"{made['seconds']} s"
     return (
         f"`{found['command']}`: {made['date']}, seeds {seeds[0]}–{seeds[-1]}, settings chosen on seed "
-        f"{found['tuning_seed']}; {made['machine']}, {made['cpu_seconds']} CPU seconds; {versions}.\n"
+        f"{found['tuning_seed']}; {made['machine']}, {spent}; {versions}.\n"
     )
 
 

@@ -95,8 +95,13 @@ def show(output: Output = _HERE) -> None:
     from gvpo.errors import InputError
 
     names = [name for name in EXPERIMENTS if (output / name / "metrics.jsonl").exists()]
-    if not names:
+    jobs = (output / "language" / "jobs").is_dir()
+    if not (names or jobs):
         raise InputError(f"There are no runs of the laboratory in {output}.")
+    if jobs:
+        from experiments.language.run import collect
+
+        collect(output / "language")
     for name in names:
         show_again(name, output / name)
 

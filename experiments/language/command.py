@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from experiments.language.jobs import Options
 from experiments.language.methods import METHODS, RATES, K
-from experiments.language.run import run
+from experiments.language.run import collect, run
 from experiments.language.tasks import TASKS
 from gvpo.errors import InputError
 
@@ -34,6 +35,10 @@ def main(
         _names("tasks", tasks, TASKS), _names("methods", methods, METHODS), chosen,
     )  # fmt: skip
     run(options)
+    if find_spec("matplotlib") is None:
+        print(f"For tables and pictures, gvpo lab show --output {output.parent} where matplotlib is.")
+    else:
+        collect(output)
 
 
 def _names(option: str, given: str, known: Iterable[str]) -> tuple[str, ...]:

@@ -114,7 +114,9 @@ def evaluate(
     policy.eval()
     keys = task.keys[: task.held_out]
     texts: list[str] = []
-    kl, entropy, lengths = [], [], []
+    kl: list[Tensor] = []
+    entropy: list[Tensor] = []
+    lengths: list[Tensor] = []
     for samples in sample_all(policy, tokenizer, task, keys, each):
         texts += samples.texts
         for into, found in zip((kl, entropy), divergence(policy, start, samples), strict=True):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments.comparison import TUNING_SEED, Interval, Record
 from experiments.report import COLOURS, by_metric, legend_below, save
@@ -45,7 +44,7 @@ def records(outcomes: Sequence[Mapping[str, Any]]) -> list[Record]:
 
 
 def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
-    """For each task: the start, π* for each β, a row for each arm, and its curve.
+    """For each task: the start, π* for each β, and for those of GVPO, a row for each arm, and its curve.
 
     Besides what was measured, rows say `gap`, by how much their reward is below that of π* at their KL, and
     `kept`, their number of different right answers as a share of that of π* at their reward.
@@ -77,7 +76,9 @@ def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
                     "curve": curve,
                 }
             )
-    return {"start": start, "optimum": best, "rows": rows}
+    betas = {row["setting"]["beta"] for row in rows if row["arm"].startswith("gvpo ")}
+    targets = [{"label": f"π* of β {p['beta']:g}", "condition": "", **p} for p in best if p["beta"] in betas]
+    return {"start": start, "optimum": best, "targets": targets, "rows": rows}
 
 
 def _intervals(runs: Sequence[Record], best: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -113,13 +114,18 @@ _COLUMNS = {
 
 def tables(found: Mapping[str, Any]) -> list[Any]:
     """A table for each task."""
-    return [
-        by_metric(found[task]["rows"], _COLUMNS, f"{task}: held out, at the end") for task in found["tasks"]
-    ]
+    made = []
+    for task in found["tasks"]:
+        rows = found[task]["rows"]
+        columns = {name: label for name, label in _COLUMNS.items() if name in rows[0]}
+        made.append(by_metric(rows, columns, f"{task}: held out, at the end"))
+    return made
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """For each task reward against KL, and different right answers against reward, along the training."""
+    from matplotlib.figure import Figure
+
     tasks = found["tasks"]
     figure = Figure(figsize=(9.2, 3.6 * len(tasks) + 0.9), dpi=160, layout="constrained")
     grid = figure.subplots(len(tasks), 2, squeeze=False)

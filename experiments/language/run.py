@@ -79,6 +79,10 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "jobs").glob("*.json"))
     ]
     records = report.records([outcome for outcome in outcomes if "error" not in outcome])
+    if not {record.arm for record in records} - {"start", "optimum"} or not any(
+        r.arm == "start" for r in records
+    ):
+        raise InputError(f"{output / 'jobs'} has no finished training, or none of the start.")
     seeds = sorted({record.seed for record in records} - {TUNING_SEED})
     records = [replace(record, metrics=rounded(record.metrics)) for record in records]
     run.start({"command": "lab language", **options})
