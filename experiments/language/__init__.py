@@ -1,4 +1,4 @@
-"""A small language model, SmolLM2-135M-Instruct: GVPO beside TRL's trainers on two tasks with verified rewards.
+"""A small language model, SmolLM2-135M-Instruct: GVPO beside TRL's trainers, on tasks with verified rewards.
 
 `gvpo lab language --model FOLDER` runs it, on a CPU or with many processes on one GPU:
 
