@@ -16,7 +16,7 @@ LABELS = {
     "gvpo": "GVPO, initial reference, β {}",
     "gvpo_rollout": "GVPO, rollout reference",
     "rloo": "RLOO, KL in the reward, β {}",
-    "grpo_k3": "GRPO + k3, β {}",
+    "grpo_k3": "GRPO + corrected k3, β {}",
     "grpo": "GRPO",
     "dr_grpo": "Dr. GRPO",
     "gspo": "GSPO",
