@@ -52,7 +52,10 @@ _add("all", list(_ABOUT), "All of them, one after the other.")
 
 @lab.command()
 def language(
-    model: Annotated[str, typer.Option(help="Folder of a transformers model: SmolLM2-135M-Instruct.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Folder of a transformers model; else SmolLM2-135M-Instruct, if it can be had."),
+    ] = "",
     output: Annotated[Path, typer.Option(help="The run directory; what is done there is not done again.")] = (
         _HERE / "language"
     ),

@@ -11,6 +11,7 @@ from experiments.language.methods import METHODS, RATES, K
 from experiments.language.run import collect, run
 from experiments.language.tasks import TASKS
 from gvpo.errors import InputError
+from gvpo.model.smollm2 import smollm2
 
 
 def main(
@@ -31,7 +32,7 @@ def main(
     except ValueError as error:
         raise InputError(f"--rates {rates}: numbers, comma between.") from error
     options = Options(
-        model, output, device, jobs, minutes, seeds, updates, rows, samples, start_rounds,
+        model or str(smollm2()), output, device, jobs, minutes, seeds, updates, rows, samples, start_rounds,
         _names("tasks", tasks, TASKS), _names("methods", methods, METHODS), chosen,
     )  # fmt: skip
     run(options)

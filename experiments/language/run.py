@@ -48,7 +48,8 @@ def run(options: Options, *, console: Console | None = None) -> int:
             (folder / f"{job.name}.json").unlink(missing_ok=True)
     begun = time.time()
     deadline = begun + 60 * options.minutes if options.minutes else float("inf")
-    _side_by_side(options, jobs, deadline, console)
+    if any(result(options, job) is None for job in jobs):
+        _side_by_side(options, jobs, deadline, console)
     outcomes = [result(options, job) for job in jobs]
     errors = [found["error"] for found in outcomes if found and "error" in found]
     done = sum(found is not None and "error" not in found for found in outcomes)
@@ -75,6 +76,7 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
     console, run = console or Console(), RunDirectory(output)
     made = json.loads((output / "made.json").read_text(encoding="utf-8"))
     options = made.pop("options")
+    del options["output"]
     outcomes = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "jobs").glob("*.json"))
     ]
@@ -90,7 +92,7 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
     by_task = report.summary(records, seeds)
     found = {
         "experiment": "language",
-        "command": f"gvpo lab language --device {options['device']}",
+        "command": f"gvpo lab language --device {options['device']} --jobs {options['jobs']}",
         "made": made,
         "seeds": seeds,
         "tuning_seed": TUNING_SEED,
@@ -107,7 +109,6 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
 
 def _side_by_side(options: Options, jobs: list[Job], deadline: float, console: Console) -> None:
     # Before the first import of torch in the processes that take it over.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -145,7 +146,5 @@ def _made(options: Options, outcomes: list[dict[str, Any] | None], seconds: floa
             **{package: importlib.metadata.version(package) for package in packages},
         },
         "seconds": round(seconds),
-        "options": {
-            key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()
-        },
+        "options": asdict(options) | {"model": Path(options.model).name, "output": ""},
     }
