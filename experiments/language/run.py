@@ -54,7 +54,7 @@ def run(options: Options, *, console: Console | None = None) -> int:
     errors = [found["error"] for found in outcomes if found and "error" in found]
     done = sum(found is not None and "error" not in found for found in outcomes)
     with replaced(options.output / "made.json") as aside:
-        aside.write_text(json.dumps(_made(options, outcomes, time.time() - begun), indent=1) + "\n")
+        aside.write_text(json.dumps(_made(options, time.time() - begun), indent=1) + "\n")
     console.print(
         f"{done} of {len(jobs)} jobs are done, {len(errors)} failed or were cut; in {folder}.", soft_wrap=True
     )
@@ -81,9 +81,8 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "jobs").glob("*.json"))
     ]
     records = report.records([outcome for outcome in outcomes if "error" not in outcome])
-    if not {record.arm for record in records} - {"start", "optimum"} or not any(
-        r.arm == "start" for r in records
-    ):
+    arms = {record.arm for record in records}
+    if "start" not in arms or arms <= {"start", "optimum"}:
         raise InputError(f"{output / 'jobs'} has no finished training, or none of the start.")
     seeds = sorted({record.seed for record in records} - {TUNING_SEED})
     records = [replace(record, metrics=rounded(record.metrics)) for record in records]
@@ -129,7 +128,7 @@ def _side_by_side(options: Options, jobs: list[Job], deadline: float, console: C
         worker.join()
 
 
-def _made(options: Options, outcomes: list[dict[str, Any] | None], seconds: float) -> dict[str, Any]:
+def _made(options: Options, seconds: float) -> dict[str, Any]:
     """When, where and with what: for the head of the summary."""
     machine = f"{platform.machine()} CPU"
     if options.device == "cuda":
