@@ -163,3 +163,19 @@ def test_a_step_that_runs_out_of_memory_is_made_again(device: str) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert report.retries
     assert relative_error(gradients(model), expected) < 3e-5
+
+
+def test_prompts_are_shared_under_tensorfloat32(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rounding is no difference; and the check leaves the switch as it was."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "initializer_range": 0.1}
+    model = tiny_model("untied", **sizes).to(device)
+    batch = random_batch(groups=4, k=4, prompt=(80, 100))
+    for name, value in vars(batch).items():
+        setattr(batch, name, None if value is None else value.to(device))
+    step = GVPOStep(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(batch)
+    assert step._way in ("merged", "copied")
+    assert torch.backends.cuda.matmul.allow_tf32

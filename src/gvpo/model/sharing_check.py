@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def _difference(
     trained = sorted(trained, key=lambda p: p.numel())[:8]
     rows = _Rows(scorer, model, device, context, trained)
     try:
-        with torch.set_grad_enabled(bool(trained)):
+        with torch.set_grad_enabled(bool(trained)), _whole_float32():
             expected, got = rows.whole(), rows.shared(merged)
     except torch.OutOfMemoryError:
         raise
@@ -106,6 +106,20 @@ def _difference(
     if size.isfinite() and error > (0.25 if narrow else 1e-3) * size:
         return f"gradients differ by {error / size:.2g}"
     return None
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Without TensorFloat32, whose rounding (7e-3 nats seen) would be taken for a difference."""
+    products = torch.backends.cuda.matmul
+    # Before torch 2.9 the switch was another; to mix the two is an error there.
+    name, off = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(products, name)
+    setattr(products, name, off)
+    try:
+        yield
+    finally:
+        setattr(products, name, before)
 
 
 class _Rows:
