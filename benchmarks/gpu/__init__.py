@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,21 @@ class Part:
 
     def attempt(self, row: Row, job: Callable[[], Row]) -> None:
         """Add `row` with what `job` finds out, or with why it could not."""
-        if self.left < 0:
-            self.add({**row, "note": "left out: no time"})
-            return
-        try:
+        with self.surviving(row):
             self.add({**row, **job()})
-        except Exception as error:  # the other rows are wanted all the same
-            if "CUDA error" in str(error):
-                raise
-            memory = isinstance(error, torch.OutOfMemoryError)
-            why = "out of memory" if memory else f"{type(error).__name__}: {error}".splitlines()[0]
+
+    @contextmanager
+    def surviving(self, row: Row) -> Iterator[None]:
+        """Other rows are wanted all the same: an error goes into `row`, unless the device is beyond use."""
+        try:
+            if self.left < 0:
+                raise TimeoutError("no time left")
+            yield
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
             self.add({**row, "note": why[:160]})
+            if "CUDA error" in why and "out of memory" not in why:
+                raise
         clear()
 
     def seconds(self, job: Callable[[], Any], repeats: int = 5) -> Row:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
-from benchmarks.gpu import Part, clear
+from benchmarks.gpu import Part
 from benchmarks.gpu.shapes import Shape, shapes, used
 from benchmarks.measure import Row
 from gvpo.model.fused_head import LogitTransform, WeightedNLL, chunked_logps, tile_bytes, tile_rows
@@ -129,14 +129,15 @@ def measured(part: Part, inputs: Inputs, exact: tuple[Tensor, Tensor], kind: str
     return row
 
 
+def compare(part: Part, name: str, shape: Shape) -> None:
+    inputs = Inputs(shape, 32 if part.tiny else TOKENS)
+    exact = inputs.exact()
+    for kind, job in jobs(inputs, part.device).items():
+        row = {"shape": name, "head": kind}
+        part.attempt(row, functools.partial(measured, part, inputs, exact, kind, job))
+
+
 def run(part: Part) -> None:
     for name, shape in shapes(part.device, part.tiny).items():
-        clear()
-        inputs = Inputs(shape, 32 if part.tiny else TOKENS)
-        exact = inputs.exact()
-        for kind, job in jobs(inputs, part.device).items():
-            part.attempt(
-                {"shape": name, "head": kind},
-                functools.partial(measured, part, inputs, exact, kind, job),
-            )
-        del inputs, exact
+        with part.surviving({"shape": name}):
+            compare(part, name, shape)

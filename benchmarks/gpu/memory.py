@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.gpu import Part, clear
+from benchmarks.gpu import Part
 from benchmarks.gpu.shapes import Shape, shapes
 from benchmarks.measure import Row
 from gvpo.step import Backend, GVPOStep
@@ -105,4 +105,3 @@ def run(part: Part) -> None:
             heavy_tail=False, zero_groups=0.0,
         )  # fmt: skip
         part.attempt({"setting": name}, lambda setting=setting, shape=shape: measured(part, setting, shape))
-        clear()

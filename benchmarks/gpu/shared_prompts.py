@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from benchmarks.gpu import Part, clear
+from benchmarks.gpu import Part
 from benchmarks.gpu.shapes import Shape, shapes
 from benchmarks.measure import Row
 from benchmarks.workloads import GROUP, PER_DEVICE
@@ -91,16 +92,17 @@ def one_more(part: Part, model: Any, shape: Shape) -> Row:
     return {"one more prompt": tokens, "reckoned with": prompt_cost(model)}
 
 
+def compare_all(part: Part, name: str, shape: Shape) -> None:
+    model = shape.model()
+    for prompt, rows in CASES[name]:
+        work = of_length(shape, prompt, rows, part.tiny)
+        row = {"shape": name, "prompt": work.prompt_length, "rows": work.rows}
+        part.attempt(row, functools.partial(compare, part, model, work))
+    work = of_length(shape, 64, 16, part.tiny, completion=512)
+    part.attempt({"shape": name}, lambda: one_more(part, model, work))
+
+
 def run(part: Part) -> None:
     for name, shape in shapes(part.device, part.tiny).items():
-        clear()
-        model = shape.model()
-        for prompt, rows in CASES[name]:
-            work = of_length(shape, prompt, rows, part.tiny)
-            part.attempt(
-                {"shape": name, "prompt": work.prompt_length, "rows": work.rows},
-                lambda model=model, work=work: compare(part, model, work),
-            )
-        work = of_length(shape, 64, 16, part.tiny, completion=512)
-        part.attempt({"shape": name}, lambda model=model, work=work: one_more(part, model, work))
-        del model
+        with part.surviving({"shape": name}):
+            compare_all(part, name, shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import Part, clear
+from benchmarks.gpu import Part
 from benchmarks.gpu.shapes import Shape, shapes, used
 from benchmarks.measure import Row
 from benchmarks.workloads import PER_DEVICE, floor, trainer
@@ -32,7 +32,7 @@ class Comparison:
 
     def __init__(self, part: Part, name: str, shape: Shape) -> None:
         self.part, self.name, self.shape = part, name, shape
-        self.operations = 0.0
+        self.operations, self.useful = 0.0, 0
 
     def measure(self, kind: str, make: Callable[[], Callable[[], Any]], times: int = 1) -> None:
         def measured() -> Row:
@@ -96,10 +96,8 @@ def multiplying(model: Any) -> int:
 def run(part: Part) -> None:
     for name, shape in shapes(part.device, part.tiny).items():
         comparison = Comparison(part, name, shape)
-        comparison.ours()
-        clear()
+        with part.surviving({"shape": name}):
+            comparison.ours()
         comparison.trl("trl")
-        clear()
         if part.device == "cuda" and name == "0.5B" and importlib.util.find_spec("liger_kernel"):
             comparison.trl("trl, with Liger's loss", use_liger_kernel=True)
-            clear()

@@ -267,21 +267,22 @@ def _linear(h: Tensor, w: Tensor, bias: Tensor | None, exact: torch.dtype) -> Te
 
 
 @functools.cache
-def widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of matrices in half precision can be had in float32: CUDA, torch 2.8 or newer."""
+def widens(device: torch.device, dtype: torch.dtype, adding: bool = False) -> bool:
+    """Whether products in half precision can be had (and added up) in float32: CUDA, torch 2.8 or newer."""
     if device.type != "cuda" or dtype.itemsize >= 4:
         return False
     x = torch.ones(16, 32, dtype=dtype, device=device)
     try:
         total = torch.mm(x.t(), x, out_dtype=torch.float32)
-        torch.addmm(total, x.t(), x, out_dtype=torch.float32, out=total)
+        if adding:
+            torch.addmm(total, x.t(), x, out_dtype=torch.float32, out=total)
     except (TypeError, RuntimeError):
         return False
-    return bool((total == 32).all())
+    return bool((total == (32 if adding else 16)).all())
 
 
 def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
-    """left right in `exact`, summed and if possible rounded in it."""
+    """left right in `exact`, rounded to a narrower dtype only where it must be."""
     if widens(left.device, left.dtype):
         return torch.mm(left, right, out_dtype=exact)
     return torch.mm(left, right).to(exact)
@@ -289,11 +290,11 @@ def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += leftᵀ right, with factors in low precision only where the machine multiplies those faster."""
-    if left.dtype != total.dtype and total.is_cuda:
-        right = right.to(left.dtype)
-        if widens(left.device, left.dtype):
-            torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
-        else:
-            total += torch.mm(left.t(), right)
-    else:
+    if left.dtype == total.dtype or not total.is_cuda:
         total.addmm_(left.to(total.dtype).t(), right)
+        return
+    left, right = left.t(), right.to(left.dtype)
+    if widens(left.device, left.dtype, adding=True):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += _product(left, right, total.dtype)
