@@ -149,12 +149,17 @@ def test_a_step_that_runs_out_of_memory_is_made_again(device: str) -> None:
     batch = random_batch(groups=64, k=8, prompt=(80, 100))
     for name, value in vars(batch).items():
         setattr(batch, name, None if value is None else value.to(device))
-    twin = copy.deepcopy(model)
-    GVPOStep(twin, token_budget=4000, share_prompts=False)(batch)
-    expected = gradients(twin)
-    del twin
+    peaks = {}
+    for budget in (1 << 20, 1000):
+        twin = copy.deepcopy(model)
+        torch.cuda.reset_peak_memory_stats()
+        GVPOStep(twin, token_budget=budget, share_prompts=False)(batch)
+        peaks[budget] = torch.cuda.max_memory_allocated()
+        expected = gradients(twin)
+        del twin
+    assert peaks[1 << 20] > 1.5 * peaks[1000]
     torch.cuda.empty_cache()
-    room = torch.cuda.memory_allocated() + (4 << 30)
+    room = (peaks[1 << 20] + peaks[1000]) / 2
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     try:
         with pytest.warns(UserWarning, match="Out of memory: made again"):
@@ -166,17 +171,20 @@ def test_a_step_that_runs_out_of_memory_is_made_again(device: str) -> None:
     assert relative_error(gradients(model), expected) < 3e-5
 
 
-def test_prompts_are_shared_under_tensorfloat32(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_shared_under_tensorfloat32(device: str) -> None:
     """Its rounding is no difference; and the check leaves the switch as it was."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "initializer_range": 0.1}
     model = tiny_model("untied", **sizes).to(device)
     batch = random_batch(groups=4, k=4, prompt=(80, 100))
     for name, value in vars(batch).items():
         setattr(batch, name, None if value is None else value.to(device))
     step = GVPOStep(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        step(batch)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(batch)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert step._way in ("merged", "copied")
-    assert torch.backends.cuda.matmul.allow_tf32
