@@ -24,7 +24,7 @@ Graph = dict[str, set[str]]
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "_version"),
     "core": ("objective", "batch", "packing", "trust", "scoring", "step", "model"),
-    "parts": ("run", "sums", "replay", "rewards", "data", "evaluate"),
+    "parts": ("machine", "run", "sums", "replay", "rewards", "data", "evaluate"),
     "engines": ("trl", "verl"),
     "entrance": ("quickstart", "doctor", "cli", "__main__"),
 }

@@ -51,12 +51,12 @@ def quickstart(
 ) -> None:
     """Watch a tiny language model learn by GVPO, in a minute, on a CPU."""
     import psutil
-    import torch
 
+    from gvpo.machine import choose_threads
     from gvpo.quickstart import quickstart as run
 
     # More threads cost a model of this size more than they bring.
-    torch.set_num_threads(1)
+    typer.echo(choose_threads(most=1))
     run(task, seed, output, steps=steps, beta=beta, started=psutil.Process().create_time())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,8 +13,10 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from gvpo.errors import InputError
 
@@ -117,7 +120,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("step", 0), int | float):
             raise InputError(f"{path}, line {number}, is no record of metrics: remove the line or the file.")
-        entries.append(entry)
+        data = entry.pop("data", None)  # verl's file logger has the numbers in there
+        entries.append(entry | data if isinstance(data, dict) else entry)
     return entries
 
 
@@ -144,7 +148,10 @@ def _plain(value: Any) -> Any:
 
 
 class Ticker:
-    """Progress of a long piece of work: a bar on a terminal, a plain line now and then otherwise."""
+    """Progress of a long piece of work, and how long it will take yet.
+
+    A bar with a line below it on a terminal, a plain line now and then otherwise.
+    """
 
     def __init__(self, console: Console, label: str, total: int) -> None:
         self.console, self.label, self.total, self.done = console, label, total, 0
@@ -157,19 +164,44 @@ class Ticker:
             console=console,
         )
         self._task = self._bar.add_task(label, total=total, note="")
+        self._below = Text(style="dim")
+        self._began: tuple[float, int] | None = None  # when, and how much was done already
 
     def running(self) -> AbstractContextManager[Any]:
         """Shows the bar while the work is done."""
-        return self._bar if self.console.is_terminal else nullcontext()
+        self._began = (time.monotonic(), self.done)
+        return Live(Group(self._bar, self._below), console=self.console) if self._drawn else nullcontext()
 
-    def advance(self, to: int, note: str = "") -> None:
+    @property
+    def _drawn(self) -> bool:
+        return self.console.is_terminal
+
+    def seconds_left(self, done: int) -> float | None:
+        """With `done` of the total done, at the mean pace since `running`; None before anything was."""
+        if self._began is None or done <= self._began[1]:
+            return None
+        began, first = self._began
+        return (time.monotonic() - began) / (done - first) * (self.total - done)
+
+    def advance(self, to: int, note: str = "", details: str = "") -> None:
         """Tell that `to` of the total is done."""
         before, self.done = self.done, to
-        if self.console.is_terminal:
-            fields: dict[str, Any] = {"note": note} if note else {}
-            self._bar.update(self._task, completed=to, **fields)
+        left = None if to >= self.total else self.seconds_left(to)
+        remaining = "" if left is None else f"{duration(left)} left"
+        if self._drawn:
+            self._bar.update(self._task, completed=to, **({"note": note} if note else {}))  # type: ignore[arg-type]
+            self._below.plain = "  ".join(filter(None, (remaining, details))) or self._below.plain
         elif note or (to > before and to >= self.total) or to * 4 // self.total > before * 4 // self.total:
-            self.console.print(f"{self.label} {to}/{self.total} {note}".rstrip(), highlight=False)
+            parts = filter(None, (f"{self.label} {to}/{self.total}", note, details, remaining))
+            self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to two figures or so: 42 s, 7 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y

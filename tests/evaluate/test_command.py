@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from typer.testing import CliRunner
 
 from gvpo.errors import InputError
 from gvpo.evaluate.command import evaluate, report
+from gvpo.evaluate.report import load_run, split_of
 from gvpo.evaluate.sampling import SamplingOptions, TransformersSampler
+from gvpo.model.generation import shared_prompts
 from gvpo.model.tokenizer import load_tokenizer
 from gvpo.run import RunDirectory
 from gvpo.sums import make_model, make_tokenizer
@@ -93,6 +96,24 @@ def test_greedy_decoding_agrees_with_the_model(model, problems):
     assert alone.truncated == (expected[-1] not in sampler.ends)
 
 
+def test_samples_of_a_prompt_share_it_and_are_what_they_were(model, monkeypatch):
+    tokenizer = load_tokenizer(str(model), needs_template=False, advice="")
+    texts = [text for text in ("<bos>05+07=", "<bos>5+7=", "<bos>15+07=") for _ in range(4)]
+    shapes, drawn = [], []
+    for sharing in (shared_prompts, lambda model: nullcontext()):
+        monkeypatch.setattr("gvpo.model.generation.shared_prompts", sharing)
+        for temperature in (0.0, 1.0):
+            options = SamplingOptions(temperature, 1.0, 6)
+            sampler = TransformersSampler(str(model), tokenizer, options, chat=False)
+            sampler.model.get_input_embeddings().register_forward_hook(
+                lambda module, inputs, out: shapes.append(tuple(inputs[0].shape))
+            )
+            drawn.append(sampler.sample(texts, seed=1))
+    assert drawn[:2] == drawn[2:]
+    assert shapes[0][0] == 3
+    assert len(set(drawn[1])) > len(set(drawn[0]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,6 +170,32 @@ def test_report_is_self_contained_and_escaped(runs, tmp_path):
     assert len(text) < 150_000
     invoke("report", *runs, "--output", tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == text
+
+
+def test_report_shows_where_the_time_goes(tmp_path):
+    ours = {"step_time": 10.0, "profiling/generation": 6.0, "profiling/scoring": 1.0, "profiling/update": 2.5}
+    names = {"gen": 4.0, "reward": 1.0, "update_actor": 5.0, "gvpo_score": 2.0, "step": 11.0}
+    verl = {f"timing_s/{name}": seconds for name, seconds in names.items()}
+    for name, entry in (("ours", ours), ("verl", verl), ("torn", {**ours, "profiling/update": None})):
+        run = RunDirectory(tmp_path / name)
+        run.start({})
+        for step in (1, 2):
+            run.log({"step": step, **entry})
+        run.log({"step": 2, "train_runtime": 20.0})
+    splits = [split_of(load_run(tmp_path / name, name).metrics) for name in ("ours", "verl", "torn")]
+    assert [step for step, _ in splits[0]] == [1, 2]
+    parts = ("generation", "rewards", "reference", "scoring", "update", "other")
+    assert [tuple(split[0][1][part] for part in parts) for split in splits] == [
+        (6.0, 0.0, 0.0, 1.0, 2.5, 0.5),
+        (4.0, 1.0, 0.0, 2.0, 3.0, 1.0),
+        (6.0, 0.0, 0.0, 1.0, 0.0, 3.0),
+    ]
+    page = tmp_path / "report.html"
+    invoke("report", tmp_path / "ours", tmp_path / "verl", "--output", page)
+    text = page.read_text()
+    assert "Where the time goes: ours" in text
+    assert "Where the time goes: verl" in text
+    assert ">generation</text>" in text
 
 
 def test_report_of_a_running_run_leaves_its_unfinished_line_out(runs, tmp_path):

@@ -107,7 +107,7 @@ def kill(child: multiprocessing.Process) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    clocks = ("time", "runtime", "per_second", "flos")
+    clocks = ("time", "runtime", "per_second", "flos", "profiling", "memory")
     return [
         {key: value for key, value in entry.items() if not any(clock in key for clock in clocks)}
         for entry in RunDirectory(folder).metrics()

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from gvpo.cli import main
+from gvpo.run import RunDirectory
 from gvpo.trl.arguments import parse_arguments
+from gvpo.trl.metrics import PARTS
 from tests.trl.chat_model import save_chat_model
 
 ROOT = Path(__file__).parents[2]
@@ -86,10 +89,13 @@ def test_recipe_trains_saves_and_resumes(chat_model: Path, inside: Path) -> None
         run(arguments(chat_model, "--save_steps", "1", "--resume", "auto"))
         resumed = load_file(inside / "out" / "model.safetensors")
         assert all(value.equal(resumed[name]) for name, value in whole.items())
+    steps = [m for m in RunDirectory(inside / "out").metrics() if "loss" in m]
+    assert [m["seconds_left"] > 0 for m in steps] == [True, True, False]
 
     # What was given is enough to run it again.
     again = yaml.safe_load((inside / "out" / "config.yaml").read_text())
     assert again["learning_rate"] == 0.01
+    assert again["threads"] == torch.get_num_threads()
     assert again["reward_funcs"] == ["own_reward:digits", "accuracy"]
 
 
@@ -123,6 +129,10 @@ def test_two_processes_learn_with_lora_and_evaluate(chat_model: Path, inside: Pa
     assert (inside / "out" / "adapter_model.safetensors").exists()
     metrics = [json.loads(line) for line in (inside / "out" / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_reward" in m and "eval_loss" in m for m in metrics)
+    steps = [m for m in metrics if "loss" in m]
+    assert all(m["step_time"] == pytest.approx(sum(m[f"profiling/{part}"] for part in PARTS)) for m in steps)
+    assert "s a step (" in done.stdout
+    assert " tokens/s  " in done.stdout
     assert json.loads((inside / "out" / "summary.json").read_text())["processes"] == 2
 
 

@@ -41,7 +41,7 @@ def test_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path) -> None:
     again = trainer(GVPOTrainer, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(value.equal(parameters(again)[name]) for name, value in parameters(whole).items())
-    clocks = ("time", "runtime", "per_second")
+    clocks = ("time", "runtime", "per_second", "profiling", "memory")
 
     def history(run: GVPOTrainer) -> list[dict[str, Any]]:
         return [

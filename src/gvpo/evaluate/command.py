@@ -89,12 +89,14 @@ def evaluate(
 
 
 def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path | None) -> None:
+    import torch
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     from gvpo.data import load_prompts
     from gvpo.evaluate.evaluation import compare, finish, grade, sample_all
     from gvpo.evaluate.sampling import TransformersSampler, VLLMSampler
+    from gvpo.machine import choose_threads
     from gvpo.model.tokenizer import load_tokenizer
     from gvpo.rewards import load_reward
     from gvpo.run import RunDirectory, Ticker
@@ -122,6 +124,8 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
 
     kind = VLLMSampler if settings.backend == "vllm" else TransformersSampler
     make_sampler = partial(kind, settings.model, tokenizer, settings.sampling, chat=chat)
+    if settings.backend == "transformers" and not torch.cuda.is_available():
+        console.print(choose_threads(run=output), soft_wrap=True)
     run = RunDirectory(output)
     ticker = Ticker(console, "sampling", len(prompts) * settings.samples)
     with ticker.running():

@@ -6,8 +6,9 @@ The page is the Jinja template `report.html.jinja`.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,27 @@ from gvpo.run import METRICS, new_figure, points, read_metrics, replaced
 
 # Title, the metric's names (the first that a run has counts), and the unit of the vertical axis.
 PANELS = (
-    ("Reward", ("reward",), "mean per completion"),
+    ("Reward", ("reward", "critic/score/mean"), "mean per completion"),
     ("Accuracy", ("accuracy", "eval_accuracy", "rewards/accuracy/mean"), "share right"),
     ("Explained variance", ("gvpo/explained_variance",), "1: the optimum"),
     ("KL to the reference", ("gvpo/kl", "kl"), "nats"),
-    ("Length", ("completions/mean_length",), "tokens"),
+    ("Length", ("completions/mean_length", "response_length/mean"), "tokens"),
     ("Weight spread", ("gvpo/weight_abs_mean",), "mean |w|"),
-    ("Entropy", ("entropy",), "nats per token"),
-    ("Loss", ("loss",), ""),
-    ("Time per step", ("step_time",), "seconds"),
+    ("Entropy", ("entropy", "actor/entropy"), "nats per token"),
+    ("Loss", ("loss", "gvpo/loss"), ""),
+    ("Time per step", ("step_time", "timing_s/step"), "seconds"),
+    ("Speed", ("tokens_per_second",), "tokens per second"),
+    ("Memory", ("memory/peak_gib", "perf/max_memory_reserved_gb"), "GiB at the peak so far"),
     ("Tokens", ("num_tokens",), "so far"),
 )
+# What a step's seconds went to: names of ours and of verl, where an update's time has its scoring in it.
+SPLIT = {
+    "generation": ("profiling/generation", "timing_s/gen"),
+    "rewards": ("profiling/rewards", "timing_s/reward"),
+    "reference": ("profiling/reference", "timing_s/ref"),
+    "scoring": ("profiling/scoring", "timing_s/old_log_prob", "timing_s/gvpo_score"),
+    "update": ("profiling/update", "timing_s/update_actor"),
+}
 _COLOURS = ("#1f5fa8", "#c8553d", "#2f8f5b", "#8a5bb0", "#b8860b", "#3f8c9b", "#a3485e", "#5a6570")
 _SAMPLES_SHOWN = 20
 
@@ -203,20 +214,52 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
             for index, run in enumerate(runs)
         ]
         if any(steps for _, steps, _ in curves):
-            panels.append((title, _drawing(title, unit, [curve for curve in curves if curve[1]])))
+            with_values = [curve for curve in curves if curve[1]]
+            panels.append((title, _drawing(title, unit, partial(_overlaid, with_values))))
+    for run in runs:
+        if steps := split_of(run.metrics):
+            title = "Where the time goes" + f": {run.name}" * (len(runs) > 1)
+            panels.append((title, _drawing(title, "seconds a step", partial(_stacked, steps))))
     return panels
 
 
-def _drawing(title: str, unit: str, curves: Sequence[tuple[int, list[float], list[float]]]) -> str:
+def split_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
+    """Steps and their seconds by part; the parts add up to the step."""
+    found = []
+    for entry in metrics:
+        numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+        whole = numbers.get("step_time", numbers.get("timing_s/step"))
+        seconds = {part: sum(numbers.get(name, 0.0) for name in names) for part, names in SPLIT.items()}
+        if whole and any(seconds.values()) and "step" in numbers:
+            seconds["update"] -= numbers.get("timing_s/gvpo_score", 0.0)
+            seconds["other"] = max(0.0, whole - sum(seconds.values()))
+            found.append((numbers["step"], seconds))
+    return found
+
+
+def _overlaid(curves: Sequence[tuple[int, list[float], list[float]]], axis: Any) -> None:
+    for index, steps, values in curves:
+        marker = "o" if len(steps) < 40 else None
+        axis.plot(steps, values, color=_COLOURS[index % len(_COLOURS)], lw=1.6, marker=marker, ms=3)
+
+
+def _stacked(split: Sequence[tuple[float, dict[str, float]]], axis: Any) -> None:
+    steps, seconds = [step for step, _ in split], [parts for _, parts in split]
+    if len(steps) == 1:  # as a block, or nothing would be seen
+        steps, seconds = [steps[0] - 0.5, steps[0] + 0.5], seconds * 2
+    layers = [[one[part] for one in seconds] for part in seconds[0]]
+    axis.stackplot(steps, layers, labels=list(seconds[0]), colors=_COLOURS, lw=0)
+    axis.legend(fontsize=7, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _drawing(title: str, unit: str, draw: Callable[[Any], None]) -> str:
     import matplotlib
     from markupsafe import Markup
 
     # Text as text keeps it small and selectable; the fixed salt makes the same runs give the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         figure, (axis,) = new_figure(width=4.6, height=3.0)
-        for index, steps, values in curves:
-            marker = "o" if len(steps) < 40 else None
-            axis.plot(steps, values, color=_COLOURS[index % len(_COLOURS)], lw=1.6, marker=marker, ms=3)
+        draw(axis)
         axis.set_xlabel("optimizer step", fontsize=9)
         axis.set_ylabel(unit, fontsize=9)
         axis.tick_params(labelsize=8)

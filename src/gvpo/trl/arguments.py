@@ -46,6 +46,7 @@ class GVPOScriptArguments:
             sums such as 'accuracy + 0.2*format'.
         resume: 'auto' goes on from the last checkpoint in output_dir, if any; or a checkpoint.
         plan: only tell how much memory each phase will need, and the largest micro-batch that fits.
+        threads: of each process on a CPU. Default: OMP_NUM_THREADS, or the cores that are free.
     """
 
     dataset_name: list[str] = field(default_factory=list)
@@ -65,6 +66,7 @@ class GVPOScriptArguments:
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
     resume: str | None = None
     plan: bool = False
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("dataset_name", "eval_dataset_name", "reward_funcs"):
@@ -72,6 +74,8 @@ class GVPOScriptArguments:
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
         if not self.reward_funcs:
             raise InputError("reward_funcs is empty: name at least one reward.")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads={self.threads}: give 1 or more.")
 
 
 @dataclass

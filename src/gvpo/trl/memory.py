@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from gvpo.machine import memory, processes_here
 from gvpo.step import is_out_of_memory
+from gvpo.trl.metrics import Share
 
 Sample = Callable[..., tuple[list[list[int]], list[list[float]] | None]]
 
@@ -69,3 +71,18 @@ class Portions(Ceiling):
                 stacklevel=3,
             )
         return ids, logps or None
+
+
+def memory_shares(device: torch.device) -> dict[str, Share]:
+    """Memory at its peak so far: of the fullest device; on a CPU of all processes against their machines'."""
+    if device.type == "cuda":
+        peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+        return {
+            "memory/peak_gib": Share(peak / 2**30, largest=True),
+            "memory/peak_fraction": Share(peak / total, largest=True),
+        }
+    peak, total = memory()
+    return {
+        "memory/peak_gib": Share(peak / 2**30),
+        "memory/peak_fraction": Share(peak, total / processes_here()),
+    }

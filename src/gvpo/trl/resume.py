@@ -56,7 +56,7 @@ class ResumableTrainer(GRPOTrainer):
             InputError: there is none, or the one that was named is torn.
         """
         # Nothing of an earlier call, which may have been interrupted, belongs to this run.
-        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        self._step, self._buffered_inputs = 0, None
         self._metrics["train"].clear()
         self._last_loaded_step = -1  # vLLM has the weights of that call's last generation
         if isinstance(resume_from_checkpoint, Path):

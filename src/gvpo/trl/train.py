@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from transformers import logging as transformers_logging
@@ -18,6 +19,7 @@ from trl import get_peft_config, get_quantization_config
 
 from gvpo.data import load_prompts
 from gvpo.errors import InputError, first_line
+from gvpo.machine import choose_threads
 from gvpo.model.tokenizer import load_tokenizer, read_template
 from gvpo.rewards import load_reward
 from gvpo.run import RunDirectory, check_writable, plot_curves
@@ -61,10 +63,15 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
+    record = arguments.given | {"beta": training.beta, "reference": training.reference}
+    threads = ""
+    if training.device.type == "cpu":
+        threads = choose_threads(script.threads, run=Path(training.output_dir) if checkpoint else None)
+        record["threads"] = torch.get_num_threads()
     trainer = _trainer(arguments, rewards, train_dataset, eval_dataset)
     run = RunDirectory(training.output_dir)
     if trainer.accelerator.is_main_process:
-        record = arguments.given | {"beta": training.beta, "reference": training.reference}
+        console.print(threads, end="\n" * bool(threads), soft_wrap=True)
         run.start(record, resumed_at=None if checkpoint is None else _step_of(checkpoint))
         _announce(console, arguments, len(trainer.train_dataset), checkpoint)
     callback, stop = RunCallback(run, console), StopOnSignal()

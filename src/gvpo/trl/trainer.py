@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import functools
 import textwrap
-import time
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -33,7 +32,7 @@ from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
 from gvpo.model.generation import shared_prompts
 from gvpo.model.logprobs import unwrap
-from gvpo.step import GVPOStep, SequenceScorer, StepReport
+from gvpo.step import GVPOStep, SequenceScorer
 from gvpo.trl import (
     compat,  # noqa: F401  (asserts TRL's private names)
     offpolicy,
@@ -42,8 +41,8 @@ from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings, warn_of_small_beta
 from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health, check_failures, total_rewards
-from gvpo.trl.memory import Ceiling, Portions
-from gvpo.trl.metrics import Share, gathered, shares_of
+from gvpo.trl.memory import Ceiling, Portions, memory_shares
+from gvpo.trl.metrics import Share, Timing, gathered, shares_of, timed
 from gvpo.trl.resume import ResumableTrainer, temporarily
 from gvpo.trl.rollouts import Slice, split, used_within, window_batch
 from gvpo.trl.watch import Watch, tolerate_loggers
@@ -63,9 +62,6 @@ class GVPOTrainer(ResumableTrainer):
         InputError: a reward function that raises, returns the wrong number of values, or nothing but
             None/NaN for a whole generation; images (text models only).
     """
-
-    # TRL's own, of no declared type.
-    _current_train_step_time: float
 
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 (as in the parent)
     _name = "GVPO"
@@ -137,6 +133,7 @@ class GVPOTrainer(ResumableTrainer):
         rollout: Any = getattr(self, "rollout_func", None)
         if rollout is not None:
             self.rollout_func = functools.partial(self._roll_out, rollout)
+        self.timing = Timing(self._metrics["train"], self.accelerator.device)
         self._make_step()
         self._make_off_policy()
         self.checkpointed |= {
@@ -145,6 +142,7 @@ class GVPOTrainer(ResumableTrainer):
             "tokens": self._token_ceiling,
         }
         tolerate_loggers(self.callback_handler.callbacks)
+        self.add_callback(self.timing)
         self.add_callback(Watch(args.warn_when, args.stop_when))
         warn_of_settings(args)
 
@@ -167,6 +165,8 @@ class GVPOTrainer(ResumableTrainer):
             "share_prompts": self.args.share_prompts,
         }
         self._gvpo_step = GVPOStep(self.model, beta=self.args.beta, trust=self.args.trust, **common)
+        weigh = self.timing.during("scoring")(self._gvpo_step.weigh)
+        self._gvpo_step.weigh = weigh  # type: ignore[method-assign]
         # None where the policy scores for its reference: itself at rollout, or without its adapters.
         self._reference_scorer: SequenceScorer | None = None
         if self.args.reference == "initial" and self.ref_model is not None:
@@ -204,6 +204,7 @@ class GVPOTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------ sampling
 
+    @timed("generation")
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
         sample = super()._generate_single_turn
         alone = not self._collective and not self.use_vllm
@@ -228,6 +229,7 @@ class GVPOTrainer(ResumableTrainer):
         end = getattr(processor, "tokenizer", processor).eos_token_id
         return [row or [end] for row in ids]
 
+    @timed("generation")
     def _roll_out(self, function: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """What a `rollout_func` returned."""
         out = dict(function(prompts, trainer))
@@ -238,6 +240,7 @@ class GVPOTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------- rewards
 
+    @timed("rewards")
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = self._rewards_seen = super()._calculate_rewards(*args, **kwargs)
         rank, step = self.accelerator.process_index, self.state.global_step
@@ -331,6 +334,7 @@ class GVPOTrainer(ResumableTrainer):
 
     # ----------------------------------------------------------------------------------------- reference
 
+    @timed("reference")
     def _attach_reference(self, slices: list[Slice]) -> None:
         """Score under the reference the slices that will meet another policy than that."""
         on_policy = 0  # so many slices are used while the policy is the one that sampled them
@@ -362,6 +366,7 @@ class GVPOTrainer(ResumableTrainer):
         self._gvpo_step.token_budget = self._token_budget(batch)
         return self._gvpo_step.token_logps(batch)
 
+    @timed("reference")
     def _score_reference(self, batch: GroupBatch) -> Tensor:
         if self._reference_scorer is not None:
             self._reference_scorer.token_budget = self._token_budget(batch)
@@ -391,21 +396,15 @@ class GVPOTrainer(ResumableTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collect this call's slice; on the last call of the accumulation window make the whole update."""
-        started = time.perf_counter()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         self._window.append(self._prepare_inputs(inputs))
         loss = torch.zeros((), device=self.accelerator.device)
-        update = self.accelerator.sync_gradients
-        if update:
+        if self.accelerator.sync_gradients:
             loss = self._update(model)
             self._window = []
         self._step += 1
-        self._current_train_step_time += time.perf_counter() - started
-        if update:
-            self._metrics["train"]["step_time"].append(self._current_train_step_time)
-            self._current_train_step_time = 0.0
         return loss
 
     def _update(self, model: nn.Module) -> Tensor:
@@ -416,7 +415,8 @@ class GVPOTrainer(ResumableTrainer):
         self._gvpo_step.model = model
         self._gvpo_step.token_budget = self._token_budget(batch)
         try:
-            report = self._gvpo_step(batch)
+            with self.timing.during("update"):
+                report = self._gvpo_step(batch)
         except NonFiniteError as error:  # on all processes alike
             self._skip_step(batch, str(error))
             return torch.zeros((), device=self.accelerator.device)
@@ -432,7 +432,9 @@ class GVPOTrainer(ResumableTrainer):
             )
         else:
             self._awaits_optimizer = batch
-        self._log_report(report)
+        self._log_objective(report.metrics)
+        shares = shares_of(report, batch, with_trust=self.args.trust is not None)
+        self._log(shares | memory_shares(self.accelerator.device))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -449,6 +451,7 @@ class GVPOTrainer(ResumableTrainer):
         parts = [p if p.reference_logps is not None else p.as_on_policy() for p in (batch, replayed)]
         return GroupBatch.concatenate(parts)
 
+    @timed("update")
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return super()._clip_grad_norm(model) if self._awaits_optimizer is not None else None
 
@@ -496,10 +499,6 @@ class GVPOTrainer(ResumableTrainer):
         """Log what each process has a share of."""
         for name, value in gathered(shares, self.accelerator.gather, self.accelerator.device).items():
             self._metrics[self._mode][name].append(value)
-
-    def _log_report(self, report: StepReport) -> None:
-        self._log_objective(report.metrics)
-        self._log(shares_of(report, with_trust=self.args.trust is not None))
 
     def _log_objective(self, values: Mapping[str, Tensor]) -> None:
         numbers = torch.stack(list(values.values())).tolist()

@@ -6,7 +6,7 @@ import functools
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gvpo.run import RunDirectory, Ticker
 from gvpo.trl.health_config import Rule
+from gvpo.trl.metrics import PARTS
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -123,6 +124,20 @@ class StopOnSignal(TrainerCallback):
         self._mine = number
 
 
+def speed(entry: Mapping[str, Any]) -> str:
+    """Time and memory of a line of metrics, in words; parts of less than a twentieth are left out."""
+    if not (step := entry.get("step_time")):
+        return ""
+    shares = {part: entry.get(f"profiling/{part}", 0.0) / step for part in PARTS}
+    parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.05)
+    words = [f"{step:.3g} s a step ({parts})"]
+    if tokens := entry.get("tokens_per_second"):
+        words.append(f"{tokens:,.0f} tokens/s")
+    if memory := entry.get("memory/peak_gib"):
+        words.append(f"{memory:.1f} GiB ({entry['memory/peak_fraction']:.0%})")
+    return "  ".join(words)
+
+
 class RunCallback(TrainerCallback):
     """On the main process: `metrics.jsonl`, and a progress bar in place of transformers' printing.
 
@@ -163,6 +178,8 @@ class RunCallback(TrainerCallback):
             return
         entry = {"step": state.global_step, **logs, **self._pending}
         self._pending = {}
+        if self._ticker is not None and "step_time" in entry:
+            entry["seconds_left"] = self._ticker.seconds_left(state.global_step)
         self.run.log(entry)
         shown = (
             ("reward", "reward", ".2f"),
@@ -174,7 +191,7 @@ class RunCallback(TrainerCallback):
             f"{label} {entry[key]:{form}}" for key, label, form in shown if isinstance(entry.get(key), float)
         )
         if self._ticker is not None:
-            self._ticker.advance(state.global_step, note)
+            self._ticker.advance(state.global_step, note, speed(entry))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -38,10 +38,8 @@ _SHOWN = {  # verl's names and ours
     "gvpo/scoring_passes": "gvpo/scoring_passes",
     "actor/grad_norm": "grad_norm",
     "actor/lr": "learning_rate",
-    "timing_s/gen": "seconds_generation",
-    "timing_s/update_actor": "seconds_update",
-    "timing_s/step": "seconds_step",
 }
+_SECONDS = {"seconds_generation": "timing_s/gen", "seconds_update": "timing_s/update_actor"}
 
 
 def quickstart(
@@ -90,7 +88,7 @@ def quickstart(
     _train(run, arguments, lesson.console, steps)
     saved = run.path / "checkpoints" / f"global_step_{steps}" / "actor" / "huggingface"
     trained = LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager")
-    seconds = {name: round(sum(run.curve(name)[1]), 1) for name in ("seconds_generation", "seconds_update")}
+    seconds = {ours: round(sum(run.curve(theirs)[1]), 1) for ours, theirs in _SECONDS.items()}
     summary = lesson.examine(trained, **seconds, steps=steps, beta=beta, workers=workers)
     run.log({"step": steps, "accuracy": summary["accuracy_after"]})
     lesson.finish(summary, "GVPO on verl", "rollout")
@@ -172,6 +170,7 @@ def _follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, 
         for entry in map(json.loads, whole[seen:]):
             data = entry["data"]
             found = {ours: data[theirs] for theirs, ours in _SHOWN.items() if data.get(theirs) is not None}
+            found |= {name: value for name, value in data.items() if name.startswith("timing_s/")}
             right = [v for k, v in data.items() if re.fullmatch(r"val-core/.*/acc/mean@\d+", k)]
             yield {"step": entry["step"], **found, **({"accuracy_200": right[0]} if right else {})}
         seen = len(whole)
