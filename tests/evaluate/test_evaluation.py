@@ -2,7 +2,9 @@
 
 import json
 import zlib
+from dataclasses import replace
 
+import datasets
 import pyarrow.parquet
 import pytest
 
@@ -73,6 +75,23 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(prompts, tmp_path):
         "summary.json",
         "summary.png",
     ]
+
+
+def test_prompts_of_like_length_are_sampled_together_and_samples_kept_in_order(tmp_path):
+    left = [7, 12345, 9, 678, 4, 23456, 890, 5]
+    prompts = datasets.Dataset.from_dict(
+        {"prompt": [f"{n}+1=" for n in left], "answer": [str(n + 1) for n in left]}
+    )
+    sampler = Guesser()
+    batches, draw = [], sampler.sample
+    sampler.sample = lambda texts, seed: batches.append(texts) or draw(texts, seed)
+    rows, _ = evaluate(prompts, tmp_path, sampler, replace(SETTINGS, batch_size=8))
+    assert [sorted({len(text) for text in batch}) for batch in batches] == [[8], [6], [4], [4]]
+    assert all(len(set(batch)) == 2 for batch in batches)  # with all of their samples
+    assert [(row["prompt_index"], row["sample"]) for row in rows] == [
+        (i, n) for i in range(8) for n in range(4)
+    ]
+    assert [row["prompt"] for row in rows[::4]] == list(prompts["prompt"])
 
 
 def test_a_finished_evaluation_does_not_load_the_model_again(prompts, tmp_path):

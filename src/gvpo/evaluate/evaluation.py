@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 import yaml
 
 from gvpo.errors import InputError
@@ -22,7 +23,7 @@ from gvpo.rewards.functions import RewardFunction
 from gvpo.run import RunDirectory, new_figure, replaced, save_figure
 
 SAMPLES = "samples.parquet"
-_PARTS = "samples.parts"
+_PARTS = "samples.by-length"
 Row = dict[str, Any]
 
 
@@ -81,7 +82,10 @@ def sample_all(
         return _read(complete)
     parts = run.path / _PARTS
     parts.mkdir(exist_ok=True)
-    jobs = [(index, number) for index in range(len(prompts)) for number in range(settings.samples)]
+    # A prompt's samples together, to read it once; prompts of like length together, to pad them little.
+    lengths = [len(str(prompt)) for prompt in prompts["prompt"]]
+    by_length = sorted(range(len(prompts)), key=lambda index: -lengths[index])
+    jobs = [(index, number) for index in by_length for number in range(settings.samples)]
     sampler: Sampler | None = None
     files = []
     for start in range(0, len(jobs), settings.batch_size):
@@ -96,6 +100,7 @@ def sample_all(
             _write([_row(prompts, *one) for one in zip(batch, texts, drawn, strict=True)], file)
         progress(start + len(batch))
     rows = [row for file in files for row in _read(file)]
+    rows.sort(key=itemgetter("prompt_index", "sample"))
     _write(rows, complete)
     shutil.rmtree(parts)
     return rows
@@ -114,7 +119,7 @@ def _start(run: RunDirectory, settings: Settings, prompts: datasets.Dataset) -> 
                 f"{run.path} holds an evaluation with {key} {before.get(key)!r} instead of {value!r}: "
                 "choose another --output, or remove it."
             )
-    run.start(config)
+    run.start(config | {"threads": torch.get_num_threads()})
 
 
 def _row(prompts: datasets.Dataset, job: tuple[int, int], text: str, completion: Completion) -> Row:

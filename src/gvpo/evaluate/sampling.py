@@ -75,7 +75,10 @@ class Sampler(ABC):
 
 
 class TransformersSampler(Sampler):
-    """Batches through `generate`; on a GPU when there is one, in the precision of the saved model."""
+    """Batches through `generate`, a prompt read once for all its rows; on a GPU when there is one.
+
+    In the precision of the saved model.
+    """
 
     def _load(self, model: str) -> None:
         import torch
@@ -100,12 +103,14 @@ class TransformersSampler(Sampler):
     def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
         import torch
 
+        from gvpo.model.generation import shared_prompts
+
         inputs = self.tokenizer(
             list(texts), return_tensors="pt", padding=True, add_special_tokens=not self.chat
         ).to(self.model.device)
         inputs.pop("token_type_ids", None)
         torch.manual_seed(seed)
-        with torch.inference_mode():
+        with torch.inference_mode(), shared_prompts(self.model):
             output = self.model.generate(**inputs, generation_config=self.generation)
         return [self._completion(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
