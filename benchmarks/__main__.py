@@ -25,6 +25,7 @@ NAMES = (
     "twopass",
     "generation",
     "scaling",
+    "threads",
     "prefix",
     "quickstart",
     "families",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class GroupBatch:
         chosen = (completion_mask.bool() & seen).gather(1, order)
         return cls(token_ids.gather(1, order), lengths, chosen, rewards, group_ids, **others)
 
+    @cached_property  # looked for once by scoring and update
     def first_equal(self) -> Int[Tensor, "batch"]:
         """For each row the first of the same tokens, the same of them chosen: it has the same score."""
         ids, chosen = self.input_ids.cpu().numpy(), self.completion_mask.cpu().numpy()

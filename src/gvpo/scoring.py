@@ -146,7 +146,7 @@ class SequenceScorer:
         self, batch: GroupBatch, rows: Sequence[int] | None = None
     ) -> Float[Tensor, "batch length"]:
         """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out."""
-        device, first = batch.input_ids.device, batch.first_equal()
+        device, first = batch.input_ids.device, batch.first_equal
         asked = torch.arange(len(batch)) if rows is None else torch.tensor(rows, dtype=torch.long)
         asked = asked.to(device)
         distinct = first[asked].unique().tolist()

@@ -175,7 +175,7 @@ class GVPOStep(SequenceScorer):
         """The gradient pass over the rows that have weight; `chosen`: before a trust mask."""
         each = report.weights * self.backend.averaged_over(self.model)
         # Equal responses are run once, with the sum of their weights.
-        first = batch.first_equal()
+        first = batch.first_equal
         weights = torch.zeros_like(each).index_add_(0, first, each)
         times = torch.zeros_like(each).index_add_(0, first, (each != 0).to(each))
         sums = VocabularyGradients(with_embedding=not self.backend.collective_forward(self.model))
