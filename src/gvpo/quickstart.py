@@ -6,37 +6,16 @@ reward for correct answers. Run it with `gvpo quickstart`.
 
 from __future__ import annotations
 
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 
 from gvpo.sums import Lesson, answers
 from gvpo.trl import GVPOConfig, GVPOTrainer
 from gvpo.trl.watch import RunCallback
-
-
-class _TimedTrainer(GVPOTrainer):
-    """Knows how long its steps took, and how much of that it generated."""
-
-    seconds_generation = 0.0
-    seconds_steps = 0.0
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = super()._generate_single_turn(*args, **kwargs)
-        self.seconds_generation += time.perf_counter() - started
-        return result
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        started = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self.seconds_steps += time.perf_counter() - started
-        return loss
 
 
 def quickstart(
@@ -85,10 +64,11 @@ def quickstart(
         trainer.train()
     finally:
         callback.close()
+    generation = trainer.timing.total["generation"]
     summary = lesson.examine(
         lesson.model,
-        seconds_generation=round(trainer.seconds_generation, 1),
-        seconds_update=round(trainer.seconds_steps - trainer.seconds_generation, 1),
+        seconds_generation=round(generation, 1),
+        seconds_update=round(trainer.timing.total.total() - generation, 1),
         steps=steps,
         beta=beta,
     )
@@ -103,7 +83,7 @@ def quickstart(
     return summary
 
 
-def _make_trainer(lesson: Lesson, *, steps: int, beta: float) -> _TimedTrainer:
+def _make_trainer(lesson: Lesson, *, steps: int, beta: float) -> GVPOTrainer:
     def correct(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         return [float(given == wanted) for given, wanted in zip(completions, answer, strict=True)]
 
@@ -133,6 +113,6 @@ def _make_trainer(lesson: Lesson, *, steps: int, beta: float) -> _TimedTrainer:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return _TimedTrainer(
+        return GVPOTrainer(
             lesson.model, correct, config, train_dataset=dataset, processing_class=lesson.tokenizer
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class Timing(TrainerCallback):
     Args:
         metrics: where a step's numbers are appended, in seconds; `gvpo/tokens` is there by then.
         device: whose work is waited for where parts change.
+
+    Attributes:
+        total: seconds by part of all steps of this trainer.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Timing(TrainerCallback):
     ) -> None:
         self.metrics, self.device, self.clock = metrics, device, clock
         self.seconds: dict[str, float] = {}
+        self.total: Counter[str] = Counter()
         self._part: str | None = None  # None between steps
         self._since = 0.0
 
@@ -118,6 +123,7 @@ class Timing(TrainerCallback):
         self._turn(None)
         times, tokens = self.metrics["step_time"], self.metrics.get("gvpo/tokens", [])
         times.append(sum(self.seconds.values()))
+        self.total.update(self.seconds)
         for part, seconds in self.seconds.items():
             self.metrics[f"profiling/{part}"].append(seconds)
         # Since the last log, of which the lists are: a mean of ratios would be another number.
