@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gvpo._version import __version__
+from gvpo.machine import usable_cores
 
 # What each extra is for, and the module that looks at its packages' private names when it is imported.
 _EXTRAS = {
@@ -46,8 +47,7 @@ def doctor(console: Console) -> None:
 def _machine() -> Iterator[tuple[str, str]]:
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "CPU", f"{cores} cores for this process, {os.getloadavg()[0]:.1f} busy in the last minute"
+    yield "CPU", f"{usable_cores()} cores for this process, {os.getloadavg()[0]:.1f} busy in the last minute"
     try:
         import psutil
 

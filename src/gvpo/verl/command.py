@@ -45,11 +45,10 @@ def quickstart(
     import time
 
     started = time.time()
-    import torch
-
+    from gvpo.machine import choose_threads
     from gvpo.verl.quickstart import quickstart as run
 
-    torch.set_num_threads(1)
+    typer.echo(choose_threads(most=1))
     try:
         run(task, seed, output, steps=steps, beta=beta, workers=workers, started=started)
     except RuntimeError as error:
