@@ -1,4 +1,4 @@
-"""Running out of memory in generation."""
+"""Running out of memory in generation, and how much was taken."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gvpo.trl import GVPOTrainer
-from gvpo.trl.memory import Portions
+from gvpo.trl.memory import Portions, memory_shares
+from gvpo.trl.metrics import gathered
 from tests.trl.common import trainer
 
 
@@ -81,3 +82,18 @@ def test_the_update_keeps_to_what_memory_allowed_and_creeps_back() -> None:
     made._gvpo_step.backend.backward = fails_once  # type: ignore[method-assign]
     made.train()
     assert list(dict.fromkeys(budgets)) == [200, 100, 101]  # 100 and then 100 · 1.01
+
+
+def test_memory_is_that_of_the_fullest_gpu_or_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 30 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 40 * 2**30))
+    monkeypatch.setattr("gvpo.trl.memory.memory", lambda: (6 * 2**30, 24 * 2**30))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+    def of_two_processes(kind: str, other: tuple[float, float]) -> list[float]:
+        rest = torch.tensor([[[other[0], 0.0], [other[1], 0.0 if kind == "cuda" else 12 * 2**30]]])
+        shares = memory_shares(torch.device(kind))
+        return list(gathered(shares, lambda mine: torch.cat([mine, rest]), torch.device("cpu")).values())
+
+    assert of_two_processes("cuda", (20.0, 0.5)) == [30.0, 0.75]
+    assert of_two_processes("cpu", (3.0, 3 * 2**30)) == [9.0, 9 / 24]
