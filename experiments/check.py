@@ -125,10 +125,11 @@ def _made(results: Results, experiment: str) -> str:
     made, seeds = found["made"], found["seeds"]
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "trl", "transformers"))
     spent = f"{made['cpu_seconds']} CPU seconds" if "cpu_seconds" in made else f"{made['seconds']} s"
-    return (
-        f"`{found['command']}`: {made['date']}, seeds {seeds[0]}–{seeds[-1]}, settings chosen on seed "
-        f"{found['tuning_seed']}; {made['machine']}, {spent}; {versions}.\n"
+    tuning = found["tuning_seed"]
+    chosen = (
+        f"seeds {seeds[0]}–{seeds[-1]}, settings chosen on seed {tuning}" if seeds else f"seed {tuning} alone"
     )
+    return f"`{found['command']}`: {made['date']}, {chosen}; {made['machine']}, {spent}; {versions}.\n"
 
 
 def renew(text: str, results: Results) -> str:

@@ -40,6 +40,8 @@ def interval(cell: Mapping[str, Any] | float) -> str:
         return "diverged"
     if abs(cell["mean"]) < 1e-12:
         return number(cell["mean"])
+    if len(cell.get("seeds", ())) == 1:
+        return number(cell["mean"])  # one run has no interval
     return f"{number(cell['mean'])} ±{number(cell['high'] - cell['mean'])}"
 
 

@@ -41,8 +41,8 @@ class Options:
     jobs: int = 1
     minutes: float = 0.0
     seeds: int = 3
-    updates: int = 40
-    rows: int = 64
+    updates: int = 20
+    rows: int = 128
     samples: int = SAMPLES
     start_rounds: int = 32
     tasks: Sequence[str] = tuple(TASKS)
@@ -199,7 +199,7 @@ class Worker:
         assert rate is not None
         begun = time.perf_counter()
         updates = self.options.updates
-        callback = _Points(self, job.task, {max(updates // 4, 1), max(updates // 2, 1), updates})
+        callback = _Points(self, job.task, {max(updates // 2, 1), updates})
         model = copy.deepcopy(self.start).requires_grad_(True)
         task, seen = TASKS[job.task], []
         scratch = self.options.output / "jobs" / f"{job.name}.scratch"

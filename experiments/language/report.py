@@ -44,38 +44,47 @@ def records(outcomes: Sequence[Mapping[str, Any]]) -> list[Record]:
 
 
 def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
-    """For each task: the start, π* for each β, and for those of GVPO, a row for each arm, and its curve.
+    """For each task whose start is known: the start, π* for each β, a row for each arm, and its curve.
 
     Besides what was measured, rows say `gap`, by how much their reward is below that of π* at their KL, and
     `kept`, their number of different right answers as a share of that of π* at their reward.
     """
-    tasks = dict.fromkeys(record.condition for record in found)
+    seeds = list(seeds) or [TUNING_SEED]
+    tasks = [record.condition for record in found if record.arm == "start"]
     return {task: _summary([r for r in found if r.condition == task], seeds) for task in tasks}
 
 
 def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
     best = [{**r.setting, **r.metrics} for r in found if r.arm == "optimum"]
     start = next(dict(r.metrics) for r in found if r.arm == "start")
+    shown = [r for r in found if r.seed in seeds and r.arm in LABELS]
+    rates = {
+        arm: {r.setting["lr"] for r in found if r.arm == arm and r.seed == TUNING_SEED} for arm in LABELS
+    }
     rows = []
-    for arm, label in LABELS.items():
-        for beta in dict.fromkeys(r.setting["beta"] for r in found if r.arm == arm and r.seed in seeds):
-            mine = [r for r in found if r.arm == arm and r.setting["beta"] == beta and r.seed in seeds]
-            last = max(r.setting["updates"] for r in mine)
-            curve = [
-                {"updates": at, **_intervals([r for r in mine if r.setting["updates"] == at], best)}
-                for at in sorted({r.setting["updates"] for r in mine})
-            ]
-            rows.append(
-                {
-                    "arm": f"{arm} {beta:g}",
-                    "label": label.format(f"{beta:g}"),
-                    "condition": mine[0].condition,
-                    "setting": {"lr": mine[0].setting["lr"], "beta": beta},
-                    "tried": len({r.setting["lr"] for r in found if r.arm == arm and r.seed == TUNING_SEED}),
-                    **_intervals([r for r in mine if r.setting["updates"] == last], best),
-                    "curve": curve,
-                }
-            )
+    for arm, beta, rate in sorted(
+        {(r.arm, r.setting["beta"], r.setting["lr"]) for r in shown},
+        key=lambda key: (list(LABELS).index(key[0]), *key[1:]),
+    ):
+        mine = [r for r in shown if (r.arm, r.setting["beta"], r.setting["lr"]) == (arm, beta, rate)]
+        updates = sorted({r.setting["updates"] for r in mine})
+        course = [
+            {"updates": at, **_intervals([r for r in mine if r.setting["updates"] == at], best)}
+            for at in updates
+        ]
+        # On the tuning seed alone, all rates are shown.
+        chosen = "" if seeds != [TUNING_SEED] else f", rate {rate:g}"
+        rows.append(
+            {
+                "arm": f"{arm} {beta:g}" + chosen,
+                "label": LABELS[arm].format(f"{beta:g}") + chosen,
+                "condition": mine[0].condition,
+                "setting": {"lr": rate, "beta": beta},
+                "tried": len(rates[arm]),
+                **course[-1],
+                "course": course,
+            }
+        )
     betas = {row["setting"]["beta"] for row in rows if row["arm"].startswith("gvpo ")}
     targets = [{"label": f"π* of β {p['beta']:g}", "condition": "", **p} for p in best if p["beta"] in betas]
     return {"start": start, "optimum": best, "targets": targets, "rows": rows}
@@ -151,16 +160,18 @@ def _points(points: Sequence[Mapping[str, Any]], *names: str) -> list[list[float
 
 
 def _draw_arms(axis: Any, here: Mapping[str, Any], x: str, y: str) -> None:
-    """Arms with a strength: their ends joined, one line. The others: their course from the start."""
+    """Arms of several strengths: their ends joined. The others: their courses from the start."""
     families = dict.fromkeys(row["arm"].split()[0] for row in here["rows"])
     for colour, family in zip(COLOURS, families, strict=False):
         rows = [row for row in here["rows"] if row["arm"].split()[0] == family]
         label = LABELS[family].removesuffix(", β {}")
-        if "{}" not in LABELS[family]:
-            course = [here["start"], *rows[0]["curve"]]
-            axis.plot(*_points(course, x, y), "o:", color=colour, markersize=3, linewidth=0.8, label=label)
-        else:
+        if len({row["setting"]["beta"] for row in rows}) > 1:
             order = sorted(rows, key=lambda row: row["setting"]["beta"])
             axis.plot(
                 *_points(order, x, y), "D-", color=colour, markersize=4, linewidth=1, label=f"{label} (β)"
             )
+            continue
+        for i, row in enumerate(rows):
+            course = _points([here["start"], *row["course"]], x, y)
+            named = label if i == 0 else None
+            axis.plot(*course, "o:", color=colour, markersize=3, linewidth=0.8, label=named)

@@ -91,11 +91,13 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
     by_task = report.summary(records, seeds)
     found = {
         "experiment": "language",
-        "command": f"gvpo lab language --device {options['device']} --jobs {options['jobs']}",
+        "command": "gvpo lab language "
+        + " ".join(f"--{name} {options[name]}" for name in ("device", "jobs", "updates", "rows", "minutes")),
         "made": made,
         "seeds": seeds,
         "tuning_seed": TUNING_SEED,
         "problem": {name: options[name] for name in ("updates", "rows", "samples", "rates")},
+        "runs": sum("rate" in outcome for outcome in outcomes),
         "tasks": list(by_task),
         **rounded(by_task),
     }
