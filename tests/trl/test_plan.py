@@ -65,6 +65,24 @@ def test_weights_copies_and_states(model: Path) -> None:
     assert odd.optimizer is None
 
 
+def test_autocast_keeps_copies_of_the_weights(model: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    common = ["--model_name_or_path", str(model), "--use_cpu", "true", "--bf16"]
+    copies = {flag: make_plan(parse_arguments([*common, flag])).copies for flag in ("true", "false")}
+    assert copies == {"true": 2 * base.num_parameters(), "false": 0}
+    weights = [sorted(p.shape) for p in base.model.layers.parameters() if p.dim() == 2]
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16 and sorted(tensor.shape) in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        base.model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=False)
+    assert len(kept) == len(weights)
+
+
 def test_plan_prints_and_writes_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

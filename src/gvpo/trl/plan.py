@@ -38,6 +38,7 @@ class Plan:
     Attributes:
         parameters: of the policy.
         reference: the second copy of the weights, if there is one.
+        copies: of float32 weights in bfloat16, which autocast keeps for the backward.
         gradients: of what is trained.
         optimizer: its state; None if unknown for this optimizer.
         head: the tile of logits and the sums of the gradients of head and embedding.
@@ -48,6 +49,7 @@ class Plan:
 
     parameters: int
     reference: int
+    copies: int
     gradients: int
     optimizer: int | None
     head: int
@@ -58,7 +60,8 @@ class Plan:
     @property
     def fixed(self) -> int:
         """What the update needs whatever the micro-batches."""
-        return self.parameters + self.reference + self.gradients + (self.optimizer or 0) + self.head
+        known = self.parameters + self.reference + self.copies + self.gradients + self.head
+        return known + (self.optimizer or 0)
 
     @property
     def largest_budget(self) -> int:
@@ -107,6 +110,7 @@ def make_plan(arguments: TrainArguments) -> Plan:
     return Plan(
         parameters=weights,
         reference=weights if training.reference == "initial" and peft is None else 0,
+        copies=weights // 2 if training.bf16 and dtype == torch.float32 else 0,
         gradients=trained * size,
         optimizer=None if relative is None else int(trained * (relative * size + absolute)),
         head=2 * tile_bytes(device) + 4 * text.vocab_size * text.hidden_size * sums,
@@ -173,6 +177,7 @@ def show_plan(arguments: TrainArguments, console: Console) -> Plan:
         ("always", "parameters", plan.parameters),
         ("always", f"reference ({training.reference})", plan.reference),
         ("generation", "keys and values of the completions", plan.cache),
+        ("update", "weights in bfloat16 (autocast)", plan.copies),
         ("update", "gradients", plan.gradients),
         ("update", f"optimizer ({getattr(training.optim, 'value', training.optim)})", plan.optimizer),
         ("update", "head: logits in tiles and its gradient", plan.head),
