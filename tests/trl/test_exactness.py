@@ -57,7 +57,7 @@ ROUTES = {
 CHECKPOINTED = ("two iterations", "initial", "two updates, trust", "replay, tools")
 
 
-def prepared(records, snapshots, *, model=None, tools=False, **changes):
+def prepared(records, snapshots, *, model=None, tools=False, rewards=None, **changes):
     """A trainer that sees the world through `records`."""
     settings = {
         "temperature": 0.7,
@@ -71,7 +71,7 @@ def prepared(records, snapshots, *, model=None, tools=False, **changes):
     return trainer(
         GVPOTrainer,
         model=canned_model(records) if model is None else model,
-        rewards=[records.digits, records.lengths],
+        rewards=rewards or [records.digits, records.lengths],
         train_dataset=demonstrated() if "demonstrations_per_group" in changes else dataset(),
         callbacks=[snapshots],
         rollout_func=records.tools if tools else None,

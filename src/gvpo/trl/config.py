@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from gvpo.errors import InputError
+from gvpo.trl.dynamic import DynamicConfig, check_dynamic
 from gvpo.trl.health_config import HealthConfig, check_health
 from gvpo.trl.offpolicy_config import OffPolicyConfig, check_off_policy
 
@@ -51,10 +52,11 @@ for _reason, _names in {
 
 
 @dataclass
-class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
+class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
     """Training arguments of `GVPOTrainer`: those of `trl.GRPOConfig`, with the differences below.
 
-    For replay, demonstrations and logged completions see `OffPolicyConfig`; for bad numbers `HealthConfig`.
+    For replay, demonstrations and logged completions see `OffPolicyConfig`; for the choice of prompts
+    `DynamicConfig`; for bad numbers `HealthConfig`.
 
     `per_device_train_batch_size × gradient_accumulation_steps × processes` responses make an optimizer step,
     as in TRL. How they are cut into micro-batches has no influence on the update.
@@ -101,6 +103,7 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
             self.world_size,
         )
         check_off_policy(self)
+        check_dynamic(self)
         check_health(self)
 
     def _check_gvpo(self) -> None:
@@ -120,10 +123,10 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
             raise InputError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 1 token.")
         if self.trust is not None and not 0 < self.trust < 1:
             raise InputError(f"trust={self.trust} must be a share between 0 and 1, such as 0.2.")
-        if self.trust is not None and (self.replay_ratio or self.offline is not None):
+        if self.trust is not None and (self.replays or self.offline is not None):
             raise InputError(
                 "trust needs to know how likely each token was when it was sampled, which is not kept with "
-                f"{'replayed groups' if self.replay_ratio else 'logged completions'}: leave trust out there."
+                f"{'replayed groups' if self.replays else 'logged completions'}: leave trust out there."
             )
         if str(getattr(self.optim, "value", self.optim)) in ("lomo", "adalomo"):
             raise InputError(
@@ -142,6 +145,11 @@ class GVPOConfig(OffPolicyConfig, HealthConfig, GRPOConfig):
                     f"{name}={value!r} has no meaning in GVPO ({reason}): remove it or leave it at "
                     f"{defaults[name]!r}."
                 )
+
+    @property
+    def replays(self) -> bool:
+        """Whether groups are stored, to come back."""
+        return bool(self.replay_ratio) or self.dynamic_sampling == "replay"
 
     @property
     def prompts_per_generation(self) -> int:
@@ -195,7 +203,7 @@ def check_size(dataset: Any, args: GVPOConfig) -> None:
 
 def warn_of_settings(args: GVPOConfig) -> None:
     """Warn where a setting defeats the method."""
-    fresh_only = args.offline is None and not args.replay_ratio
+    fresh_only = args.offline is None and not args.replays
     if fresh_only and args.reference == "rollout" and args.updates_per_rollout <= 1:
         warnings.warn(
             f"beta={args.beta} cannot be felt: with reference='rollout' and one update per rollout the "

@@ -22,7 +22,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gvpo.errors import InputError
 from gvpo.rewards.worker import RewardFailure, RewardTimeout, RewardWorker
@@ -45,6 +45,7 @@ class Incidents:
         entries: one record for each failure.
         tolerated: the share of all processes' rows that may fail before the run stops.
         processes: how many there are, each with as many rows.
+        rounds: which rows of all processes failed in each round of this generation (`gvpo.trl.dynamic`).
     """
 
     tolerated: float = 1.0
@@ -52,6 +53,7 @@ class Incidents:
     rows: set[int] = field(default_factory=set)
     first: tuple[str, str] = ("", "")
     entries: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[Tensor] = field(default_factory=list)
 
     def add(self, row: int, function: str, why: str, trace: str, prompt: Any, completion: Any) -> None:
         if not self.rows:
@@ -61,7 +63,7 @@ class Incidents:
 
     def beyond(self, rows: int) -> bool:
         """Whether so many of this process's `rows` failed that the run stops, whatever the others do."""
-        return len(self.rows) > self.tolerated * (rows * self.processes)
+        return len(self.rows) > self.tolerated * (rows * self.processes + sum(map(len, self.rounds)))
 
     def drain(self, path: Path, step: int) -> tuple[set[int], tuple[str, str]]:
         """Append the records to a file; return the rows and the first failure, and start anew."""

@@ -43,14 +43,16 @@ def total_rewards(
     weights: Float[Tensor, "functions"],
     names: Sequence[str],
     step: int,
+    *,
+    may_lack: bool = False,
 ) -> tuple[Float[Tensor, "all_rows"], Bool[Tensor, "all_rows"]]:
     """Weighted sum per row, and which rows some reward function could score.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, which only a part of a generation may lack.
     """
     valid = ~per_function.isnan().all(1)
-    if len(valid) and not valid.any():
+    if len(valid) and not valid.any() and not may_lack:
         raise InputError(
             f"Every reward function ({', '.join(names)}) returned None or NaN for all {len(valid)} "
             f"completions of a generation at step {step}: nothing can be learnt from them. Check that the "

@@ -28,6 +28,7 @@ from gvpo.replay.sampling import Weights
 from gvpo.replay.tokens import Encoder, fingerprint
 from gvpo.replay.view import rank_folder
 from gvpo.trl.config import GVPOConfig
+from gvpo.trl.dynamic import equal_groups, without_groups
 from gvpo.trl.metrics import Share
 
 Given = Sequence[list[int] | None]  # a row's demonstration, or None where it is sampled
@@ -269,6 +270,8 @@ class Replay:
         """
         self._first_numbers.setdefault(step, self.buffer.next_number)
         name = "initial" if self.args.reference == "initial" else f"step {step}"
+        if self.args.dynamic_sampling == "replay":  # those that are replaced are no replacement
+            batch = without_groups(batch, equal_groups(batch.rewards, batch.valid, self.k), self.k)
         self.buffer.append(
             groups_of(
                 batch,
@@ -282,32 +285,41 @@ class Replay:
         self.buffer.evict(self._earlier + step)
 
     def draw(
-        self, step: int, fresh: int, oldest: int, device: torch.device
-    ) -> tuple[GroupBatch, dict[str, Share]]:
-        """The replayed groups that go with `fresh` groups, whose oldest were sampled at step `oldest`.
+        self, fresh: GroupBatch, step: int, oldest: int
+    ) -> tuple[GroupBatch, GroupBatch, dict[str, Share]]:
+        """The `fresh` groups of a step, the oldest sampled at step `oldest`, and replayed ones beside them.
 
-        They have the reference log-probs that they were stored with, or none if these are not wanted.
+        These have the reference log-probs that they were stored with, or none if these are not wanted. With
+        dynamic_sampling="replay" fresh groups leave whose place they take.
 
         Raises:
             InputError: a group that was stored without.
         """
-        self._due += self.args.replay_ratio * fresh
+        self._due += self.args.replay_ratio * len(fresh) / self.k
         count = int(self._due)
         self._due -= count
+        fills = self.args.dynamic_sampling == "replay"
+        alike = (equal_groups(fresh.rewards, fresh.valid, self.k) & fills).nonzero()[:, 0]
         # Groups that are among the fresh ones are not replayed beside them.
         self._first_numbers = {s: n for s, n in self._first_numbers.items() if s >= oldest}
         mark = min(self._first_numbers.values(), default=self.buffer.next_number)
         now = self._earlier + step
-        groups = self.buffer.sample(count, sampling=self.sampling, step=now, before_number=mark)
+        groups = self.buffer.sample(count + len(alike), sampling=self.sampling, step=now, before_number=mark)
+        filled = alike[: len(groups)]
         ids = [-1 - self.rank - self.world * i for i in range(len(groups))]  # fresh groups count from 0
         stored = self.args.replay_reference == "stored"
-        batch = batch_of(groups, ids, device, stored=stored)
+        batch = batch_of(groups, ids, fresh.input_ids.device, stored=stored)
         if stored and groups and batch.reference_logps is None:
             raise InputError(
                 f"A group in {self.folder} was stored without reference log-probabilities: use "
                 "replay_reference='current'."
             )
-        return batch, self._shares(groups, now)
+        shares = self._shares(groups, now)
+        if fills:
+            fresh = without_groups(fresh, filled, self.k)
+            shares["dynamic/replaced"] = Share(len(filled))
+            shares["dynamic/unfilled"] = Share(len(alike) - len(filled))
+        return fresh, batch, shares
 
     def _shares(self, groups: Sequence[Group], step: int) -> dict[str, Share]:
         stored = self.buffer.index(step).ages.clip(min=0)

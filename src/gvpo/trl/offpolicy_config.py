@@ -75,10 +75,3 @@ def check_off_policy(args: Any) -> None:
     needs_columns = "offline" if args.offline is not None else "demonstrations_per_group"
     if (args.offline is not None or args.demonstrations_per_group) and args.remove_unused_columns:
         raise InputError(f"{needs_columns} needs remove_unused_columns=False (the default here).")
-    rows = args.per_device_train_batch_size * args.steps_per_generation
-    if args.replay_ratio and args.world_size > 1 and rows % args.num_generations:
-        raise InputError(
-            f"replay_ratio keeps whole groups in each of {args.world_size} processes, but a process has "
-            f"{rows} rows of a generation and groups have num_generations={args.num_generations}: make "
-            "per_device_train_batch_size × steps_per_generation a multiple of it."
-        )

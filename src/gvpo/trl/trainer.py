@@ -39,6 +39,7 @@ from gvpo.trl import (
 )
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings, warn_of_small_beta
+from gvpo.trl.dynamic import DynamicSampling, Generation
 from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health, check_failures, total_rewards
 from gvpo.trl.memory import Ceiling, Portions, memory_shares
@@ -176,7 +177,7 @@ class GVPOTrainer(ResumableTrainer):
         self.health = Health(self.args.max_bad_steps)
         self._window: list[Slice] = []
         self._awaits_optimizer: GroupBatch | None = None  # the batch whose gradient is in place
-        self._rewards_seen: Tensor | None = None
+        self._rewards_seen = torch.empty(0, 0)
         self._without_tokens: list[int] | None = None
 
     def _make_off_policy(self) -> None:
@@ -196,8 +197,13 @@ class GVPOTrainer(ResumableTrainer):
                         f"demonstrations_per_group does not go with {name}: completions are single turns."
                     )
             self.demonstrations = offpolicy.demonstrations_of(args, encoder, self.train_dataset)
-        if args.replay_ratio:
-            world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.dynamic = None
+        if args.chooses_prompts:
+            gather = self.accelerator.gather
+            self.dynamic = DynamicSampling(args, self.train_dataset, rank=rank, world=world, gather=gather)
+            self.checkpointed["prompts"] = self.dynamic.prompts
+        if args.replays:
             self.replay = self.checkpointed["replay"] = offpolicy.Replay(
                 args, encoder, rank=rank, world=world
             )
@@ -251,8 +257,9 @@ class GVPOTrainer(ResumableTrainer):
         failed = self._failed_rows = self.accelerator.gather(failed.to(self.accelerator.device))
         if failed.any():
             self._metrics[self._mode]["gvpo/reward_incidents"].append(float(failed.sum()))
-        tolerance = self.incidents.tolerated
-        check_failures(failed, first, tolerance=tolerance, step=step, folder=path.parent)
+        tolerance, rounds = self.incidents.tolerated, self.incidents.rounds
+        rounds.append(failed)
+        check_failures(torch.cat(rounds), first, tolerance=tolerance, step=step, folder=path.parent)
         return rewards
 
     # -------------------------------------------------------------------------------------------- groups
@@ -278,9 +285,12 @@ class GVPOTrainer(ResumableTrainer):
         if "pixel_values" in out:
             raise InputError("The data set has images, but GVPOTrainer trains text models only.")
         mine = slice(first_row, first_row + n)
-        assert self._rewards_seen is not None
         rewards, valid = total_rewards(
-            self._rewards_seen, self.reward_weights, self.reward_func_names, self.state.global_step
+            self._rewards_seen,
+            self.reward_weights,
+            self.reward_func_names,
+            self.state.global_step,
+            may_lack=len(self.incidents.rounds) > 1,
         )
         if training:
             warn_of_small_beta(self.args, rewards[valid])
@@ -307,8 +317,15 @@ class GVPOTrainer(ResumableTrainer):
             valid=valid,
         )
 
+    def _sample(self, inputs: list[dict[str, Any]]) -> Generation:
+        batch = self._generate_and_score_completions(inputs)
+        first_row = self.accelerator.process_index * len(inputs)
+        components = self._rewards_seen[first_row : first_row + len(inputs)]
+        return Generation(batch, components, self._given)
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The slice of the current call in training (generating when due); a whole batch in evaluation."""
+        self.incidents.rounds.clear()
         if not self.model.training:
             batch = self._generate_and_score_completions(generation_batch)
             if self.args.reference == "initial":
@@ -316,21 +333,22 @@ class GVPOTrainer(ResumableTrainer):
             return batch
         spg = self.args.steps_per_generation
         if self._step % (spg * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
-            slices = [Slice(part, self.state.global_step) for part in split(batch, spg)]
+            if self.dynamic is None:
+                generation = self._sample(generation_batch)
+            else:
+                generation, shares = self.dynamic(generation_batch, self._sample)
+                self._log(shares)
+            slices = [Slice(part, self.state.global_step) for part in split(generation.batch, spg)]
             self._attach_reference(slices)
             if self.replay is not None:
-                self._store(GroupBatch.concatenate([item.batch for item in slices]))
+                generation.batch = GroupBatch.concatenate([item.batch for item in slices])
+                self._store(self.replay, generation)
             self._buffered_inputs = slices
         return self._buffered_inputs[self._step % spg]
 
-    def _store(self, batch: GroupBatch) -> None:
-        assert self.replay is not None
-        assert self._rewards_seen is not None
-        first_row = self.accelerator.process_index * len(batch)
-        components = self._rewards_seen[first_row : first_row + len(batch)].T
-        named = dict(zip(self.reward_func_names, components, strict=True))
-        self.replay.store(batch, self.state.global_step, named, self._given)
+    def _store(self, replay: offpolicy.Replay, made: Generation) -> None:
+        named = dict(zip(self.reward_func_names, made.components.T, strict=True))
+        replay.store(made.batch, self.state.global_step, named, made.given)
 
     # ----------------------------------------------------------------------------------------- reference
 
@@ -392,6 +410,8 @@ class GVPOTrainer(ResumableTrainer):
         self._window, self._awaits_optimizer = [], None  # of an earlier call that was interrupted
         if not resume_from_checkpoint and self.replay is not None:
             self.replay.begin()
+        if not resume_from_checkpoint and self.dynamic is not None:
+            self.dynamic.prompts.begin()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -442,8 +462,8 @@ class GVPOTrainer(ResumableTrainer):
 
     def _with_replay(self, replay: offpolicy.Replay, batch: GroupBatch) -> GroupBatch:
         """The batch of an optimizer step and its share of replayed groups."""
-        fresh, oldest = len(batch) / replay.k, min(item.policy_step for item in self._window)
-        replayed, shares = replay.draw(self.state.global_step, fresh, oldest, batch.input_ids.device)
+        oldest = min(item.policy_step for item in self._window)
+        batch, replayed, shares = replay.draw(batch, self.state.global_step, oldest)
         self._log(shares)
         if self.args.replay_reference == "current" and self.args.reference == "initial":
             replayed.reference_logps = self._score_reference(replayed)
