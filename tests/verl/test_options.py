@@ -1,5 +1,7 @@
 """Other reference and scale, epochs in random order, verl's group filter: also the formula's updates."""
 
+from collections import Counter
+
 import pytest
 
 from tests.verl.harness import arguments, make_assets, replay, run
@@ -25,10 +27,8 @@ def test_initial_reference_published_scale_shuffled_epochs_and_filtered_groups(t
     assert [update.groups for update in done] == [[5, 5], [5]] * 4
     first, again = (set(update.dump["prompts"]) for update in (done[0], done[2]))
     assert first != again  # each epoch has its own mini-batches
-    asked = {row.tolist()[-len(responses) - 2] for u in done for row, responses in zip(u.dump["input_ids"], u.dump["responses"])}
-    print(asked)
     for update in done:
-        groups = zip(update.dump["prompts"], update.dump["rewards"].tolist(), strict=True)
-        assert len(set(groups)) > len(update.groups)
+        rewards = {*zip(update.dump["prompts"], update.dump["rewards"].tolist(), strict=True)}
+        assert min(Counter(prompt for prompt, _ in rewards).values()) > 1
         assert update.dump["metrics"]["gvpo/loss"] == pytest.approx(update.loss, rel=1e-3)
         assert update.dump["metrics"]["actor/grad_norm"] == pytest.approx(update.gradient_norm, rel=1e-3)

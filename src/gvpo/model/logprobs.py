@@ -94,6 +94,13 @@ def prepare_model(model: nn.Module) -> None:
     if hasattr(model, "_forward_before_gvpo"):
         return
     base: Any = model
+    for module in base.modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        # In evaluation mode on such CPUs bitsandbytes packs a layer for good, for a product without gradient.
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise InputError("The model's 4-bit weights are packed for inference: load the model anew.")
+        module.support_avx512bf16_for_cpu = False
     base._forward_before_gvpo = model.forward  # an attribute, not a closure, so that deepcopy rebinds it
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature

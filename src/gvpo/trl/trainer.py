@@ -45,7 +45,7 @@ from gvpo.trl.health import Health, check_failures, total_rewards
 from gvpo.trl.memory import Ceiling, Portions, memory_shares
 from gvpo.trl.metrics import Share, Timing, gathered, shares_of, timed
 from gvpo.trl.resume import ResumableTrainer, temporarily
-from gvpo.trl.rollouts import Slice, split, used_within, window_batch
+from gvpo.trl.rollouts import Slice, select, split, used_within, window_batch
 from gvpo.trl.watch import Watch, tolerate_loggers
 
 
@@ -105,8 +105,14 @@ class GVPOTrainer(ResumableTrainer):
                 )
                 for f in funcs
             ]
-        adapters = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
+        own = getattr(model, "peft_config", {})
+        adapters = bool(own) or kwargs.get("peft_config") is not None
         initial = args.reference == "initial"
+        if initial and own and "default" not in own:
+            raise InputError(
+                f"reference='initial' needs a copy of the adapter {', '.join(own)}, and TRL copies only "
+                "one of the name 'default': call it so."
+            )
         twin: nn.Module | None = None
         if initial and not isinstance(model, str) and not adapters:
             # Copied before TRL patches the forward, after which a copy would run the original's weights.
@@ -175,6 +181,7 @@ class GVPOTrainer(ResumableTrainer):
         self._collective = backend.collective_forward(self.model)
         self._portions, self._token_ceiling = Portions(), Ceiling()
         self.health = Health(self.args.max_bad_steps)
+        self._start_checked = False
         self._window: list[Slice] = []
         self._awaits_optimizer: GroupBatch | None = None  # the batch whose gradient is in place
         self._rewards_seen = torch.empty(0, 0)
@@ -392,9 +399,26 @@ class GVPOTrainer(ResumableTrainer):
         if self.args.reference == "rollout":
             return self._score_policy(batch).sum(1)
         model = self.accelerator.unwrap_model(self.model)
+        first = None
+        if self.state.global_step == 0 and not self._start_checked:
+            first = self._score_policy(select(batch, slice(0, 1))).sum(1)
         # TRL keeps a copy of an adapter that was there before training; a new one starts as the base model.
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            return self._score_policy(batch).sum(1)
+            reference = self._score_policy(batch).sum(1)
+        if first is not None:
+            self._check_start((first - reference[:1]).abs() / batch.lengths[:1])
+        return reference
+
+    def _check_start(self, apart: Tensor) -> None:
+        """Raise an InputError if the policy, before its first update, is not the reference: nats a token."""
+        self._start_checked = True
+        error = float(self.accelerator.gather(apart).max())
+        if error > (2e-3 if self.accelerator.mixed_precision == "no" else 0.05):
+            raise InputError(
+                f"The adapter does not start as the model that it is put on ({error:.2g} nats a token off), "
+                "which therefore is not the initial policy: use reference='rollout', or an adapter that "
+                "changes nothing at first (LoRA with init_lora_weights=True, say)."
+            )
 
     def _token_budget(self, batch: GroupBatch) -> int:
         args = self.args
