@@ -26,6 +26,7 @@ NAMES = (
     "generation",
     "scaling",
     "threads",
+    "long",
     "prefix",
     "quickstart",
     "families",

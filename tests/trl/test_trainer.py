@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset
 
 from gvpo.errors import InputError
@@ -150,6 +151,17 @@ def test_images_are_refused() -> None:
         patch.setattr(GVPOTrainer.__mro__[1], "_generate_and_score_completions", with_images)
         with pytest.raises(InputError, match="text models only"):
             run.train()
+
+
+@pytest.mark.parametrize("kind", ["tp_size", "cp_size", "sp_size"])
+def test_processes_that_share_sequences_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=f"{kind}=2, but GVPOTrainer gives each process rows of its own"):
+        config(parallelism_config=ParallelismConfig(**{kind: 2}))
+    config(parallelism_config=ParallelismConfig(dp_shard_size=2))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}", "2")
+    with pytest.raises(InputError, match=f"{kind}=2"):
+        config()
 
 
 def test_plain_grpo_config_is_refused() -> None:

@@ -113,6 +113,18 @@ def test_a_dynamic_batch_that_cannot_work_is_refused_with_the_numbers(override, 
         check(config(f"{ACTOR}.use_dynamic_bsz=True", override))
 
 
+def test_sequences_are_shared_in_flash_attention_only():
+    """verl patches no other kind, and would compute something else without a word."""
+    ulysses = f"{ACTOR}.ulysses_sequence_parallel_size=2"
+    attention = "+actor_rollout_ref.model.override_config.attn_implementation"
+    check(config(ulysses))
+    check(config(ulysses, f"{attention}=flash_attention_3"))
+    with pytest.raises(InputError, match=r"2 workers share a sequence.* \(not sdpa\)"):
+        check(config(ulysses, f"{attention}=sdpa"))
+    with pytest.raises(InputError, match="flash attention only"):
+        check(config(f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=4", f"{attention}=eager"))
+
+
 def test_verl_has_no_worker_that_shares_prompts():
     """Why `use_prefix_grouper` is refused; where this fails, that and docs/engines/verl.md want a look."""
     sources = list(Path(find_spec("verl").origin).parent.rglob("*.py"))

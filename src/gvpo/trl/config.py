@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from accelerate import ParallelismConfig
 from torch import Tensor
 from trl import GRPOConfig
 
@@ -133,6 +135,16 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
                 f"optim={self.optim} updates parameters during the backward of each micro-batch, but {_EXACT}"
                 ": use another optimizer."
             )
+
+        if self.parallelism_config or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+            shared = self.parallelism_config or ParallelismConfig()  # by accelerate launch
+            for name in ("tp_size", "cp_size", "sp_size"):
+                if getattr(shared, name) > 1:
+                    raise InputError(
+                        f"parallelism_config has {name}={getattr(shared, name)}, but GVPOTrainer gives each "
+                        "process rows of its own, and processes that share sequences would count them more "
+                        "than once: leave it at 1, shard with FSDP, or use Ulysses on verl."
+                    )
 
     def _refuse(self) -> None:
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}

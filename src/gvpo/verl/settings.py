@@ -163,6 +163,13 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
             )
     settings = read_settings(config)
     _check_sizes(config, settings)
+    attention = "actor_rollout_ref.model.override_config.attn_implementation"
+    kind = OmegaConf.select(config, attention, default=None) or "flash_attention_2"
+    if (ranks := _ranks_of_a_sequence(config.actor_rollout_ref.actor)) > 1 and not kind.startswith("flash"):
+        raise InputError(
+            f"{ranks} workers share a sequence, which verl's FSDP workers do in flash attention only: set "
+            f"{attention}=flash_attention_2 (not {kind}), or ulysses_sequence_parallel_size=1."
+        )
     notes = []
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     idle = [name for name in inert if name in given]
@@ -255,6 +262,12 @@ def _check_sizes(config: DictConfig, settings: Settings) -> None:
         _check_dynamic(config)
 
 
+def _ranks_of_a_sequence(actor: DictConfig, *others: str) -> int:
+    """How many ranks share a sequence, and so its tokens: by Ulysses, or by `others`."""
+    ulysses = ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
+    return int(max(OmegaConf.select(actor, name, default=1) for name in (*ulysses, *others)))
+
+
 def _check_dynamic(config: DictConfig) -> None:
     actor = config.actor_rollout_ref.actor
     if not config.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz:
@@ -263,10 +276,7 @@ def _check_dynamic(config: DictConfig) -> None:
             "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True as well."
         )
     longest = max(config.data.max_prompt_length + config.data.max_response_length, _PADDING_TOKENS)
-    # Ranks that share a sequence share its tokens.
-    ulysses = "ulysses_sequence_parallel_size"
-    sharing = (ulysses, f"fsdp_config.{ulysses}", "megatron.context_parallel_size")
-    ranks = max(OmegaConf.select(actor, name, default=1) for name in sharing)
+    ranks = _ranks_of_a_sequence(actor, "megatron.context_parallel_size")
     for name in ("actor.ppo_max_token_len_per_gpu", "rollout.log_prob_max_token_len_per_gpu"):
         tokens = OmegaConf.select(config.actor_rollout_ref, name)
         if tokens * ranks < longest:
