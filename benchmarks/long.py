@@ -11,16 +11,16 @@ from gvpo.step import GVPOStep
 
 ABOUT = (
     "MiB by which a GVPO step (scoring and gradient) on a group of two responses raises the memory of a "
-    "fresh process at its peak; hidden size 128, 2 layers, float32, one thread, micro-batches of one row. "
+    "fresh process at its peak; hidden size 64, 2 layers, float32, one thread, micro-batches of one row. "
     "matrices: gradients of head and embedding, which any method makes. logits: of one row, if kept."
 )
-TOKENS, PROMPT, HIDDEN = 8192, 512, 128
+TOKENS, PROMPT, HIDDEN = 8192, 512, 64
 
 
 def peak(vocabulary: int, tokens: int, prompt: int) -> float:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=tokens, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
