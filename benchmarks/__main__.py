@@ -27,6 +27,7 @@ NAMES = (
     "scaling",
     "threads",
     "long",
+    "dynamic",
     "prefix",
     "quickstart",
     "families",

@@ -18,9 +18,6 @@ from trl import ModelConfig, TrlParser
 
 from gvpo.errors import InputError
 from gvpo.trl.config import REFUSED, GVPOConfig
-from gvpo.trl.dynamic import DynamicConfig
-from gvpo.trl.health_config import HealthConfig
-from gvpo.trl.offpolicy_config import OffPolicyConfig
 
 
 @dataclass
@@ -107,7 +104,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     parser = _Parser((GVPOScriptArguments, GVPOConfig, ModelConfig), prog="gvpo train", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML file with any of these options.")
     defaults: dict[str, Any] = {}
-    explained = _explained(GVPOScriptArguments, OffPolicyConfig, DynamicConfig, HealthConfig, GVPOConfig)
+    explained = _explained(GVPOScriptArguments, *GVPOConfig.__mro__)
     for action in parser._actions:
         defaults.setdefault(action.dest, action.default)  # the first: --no_flag has the same destination
         if action.dest in REFUSED:  # still known, so that using it gets the reason
