@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.measure import Row, in_fresh_process
 
 ABOUT = (
-    "`gvpo quickstart` (addition, 100 steps of 32 groups of 8) with each way to deal with groups of equal "
+    "`gvpo quickstart` (addition, 30 steps of 32 groups of 8) with each way to deal with groups of equal "
     "rewards, one thread, seeds 0 to 2: greedy accuracy on 1,000 held-out problems, and what was sampled."
 )
 KINDS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def once(kind: str, seed: int, small: bool) -> Row:
         mock.patch.object(gvpo.sums, "WARMUP_STEPS", 2 if small else gvpo.sums.WARMUP_STEPS),
         mock.patch.object(gvpo.quickstart, "GVPOConfig", config),
     ):
-        steps = 5 if small else 100
+        steps = 5 if small else 30
         summary = gvpo.quickstart.quickstart("addition", seed, f"{folder}/run", steps=steps, console=console)
         lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [entry for entry in map(json.loads, lines) if "num_tokens" in entry]
