@@ -151,7 +151,16 @@ def quantised(tmp_path, shape):
     return load
 
 
-@pytest.mark.parametrize("changes", [{}, {"bnb_4bit_use_double_quant": True}, {"bnb_4bit_quant_type": "fp4"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bnb_4bit_use_double_quant": True},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"llm_int8_skip_modules": ["none"]},  # the head in 4 bits, too
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The fused head does not give", "ignore:Prompts are not shared")
 def test_a_step_on_four_bits_is_that_of_the_model_they_stand_for(quantised, changes):
     """Scored first without gradients, as it is after a rollout; prompts are shared."""
     model, twin = quantised(**changes)
@@ -161,11 +170,14 @@ def test_a_step_on_four_bits_is_that_of_the_model_they_stand_for(quantised, chan
         twin.get_parameter(name).data = value.detach().double()
     for batch in (random_batch(reference=True), random_batch(reference=True, prompt=(40, 50))):
         model.zero_grad()
-        report = GVPOStep(model, beta=0.5, token_budget=200)(batch)
+        step = GVPOStep(model, beta=0.5, token_budget=200)
+        report = step(batch)
         want, loss = literal_gradient(twin, batch, 0.5)
         assert relative_error(gradients(model), want) < 1e-5
         assert report.loss.item() == pytest.approx(loss, rel=1e-5)
-    assert report.shared_prompts > 0
+    whole_head = "llm_int8_skip_modules" not in changes
+    assert step.scorer.fused is whole_head
+    assert (report.shared_prompts > 0) is whole_head
 
 
 def test_a_run_on_four_bits_is_the_oracle_s(quantised):

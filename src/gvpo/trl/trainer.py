@@ -348,14 +348,11 @@ class GVPOTrainer(ResumableTrainer):
             slices = [Slice(part, self.state.global_step) for part in split(generation.batch, spg)]
             self._attach_reference(slices)
             if self.replay is not None:
-                generation.batch = GroupBatch.concatenate([item.batch for item in slices])
-                self._store(self.replay, generation)
+                whole = GroupBatch.concatenate([item.batch for item in slices])
+                named = dict(zip(self.reward_func_names, generation.components.T, strict=True))
+                self.replay.store(whole, self.state.global_step, named, generation.given)
             self._buffered_inputs = slices
         return self._buffered_inputs[self._step % spg]
-
-    def _store(self, replay: offpolicy.Replay, made: Generation) -> None:
-        named = dict(zip(self.reward_func_names, made.components.T, strict=True))
-        replay.store(made.batch, self.state.global_step, named, made.given)
 
     # ----------------------------------------------------------------------------------------- reference
 
