@@ -18,7 +18,7 @@ done
 pip install --quiet --disable-pip-version-check -c "$constraints" "$wheel[trl,reasoning-gym]"
 gvpo quickstart --output quickstart
 gvpo data reasoning_gym:chain_sum --size 8 -o data
-gvpo eval --model quickstart --data data/test.parquet --samples 2 --max-tokens 16 -o eval
+gvpo eval --model quickstart/model --data quickstart/held_out.jsonl --plain --reward exact --max-tokens 4 --batch-size 250 -o eval
 gvpo report quickstart eval -o report.html
 gvpo train --help >/dev/null
 pip install --quiet --disable-pip-version-check -c "$constraints" "$wheel[verl]"
