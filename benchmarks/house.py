@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "core": ("objective", "batch", "packing", "trust", "scoring", "step", "model"),
     "parts": ("machine", "run", "sums", "replay", "rewards", "data", "evaluate"),
     "engines": ("trl", "verl"),
-    "entrance": ("quickstart", "doctor", "cli", "__main__"),
+    "entrance": ("quickstart", "quickstart_llm", "doctor", "cli", "__main__"),
 }
 LEVEL = {room: level for level, rooms in enumerate(LAYERS.values()) for room in rooms}
 _MARKS = re.compile(r"(<!--house-->\n).*?(<!--/house-->)", re.DOTALL)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -43,21 +45,49 @@ def _root(
 
 @app.command()
 def quickstart(
-    task: Annotated[str, typer.Option(help="What to learn: addition or subtraction.")] = "addition",
+    llm: Annotated[
+        bool, typer.Option("--llm", help="A real one: SmolLM2-135M-Instruct, in minutes.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --llm: another chat model, a folder or Hub id.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Without --llm: addition or subtraction.  [default: addition]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    output: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/quickstart"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of GVPO.")] = 100,
-    beta: Annotated[float, typer.Option(help="Temperature of the implicit reward, above 0.")] = 0.2,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The run directory.  [default: runs/quickstart, or runs/quickstart-llm]"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of GVPO.  [default: 100, or 16 with --llm]")
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Temperature of the implicit reward, above 0.  [default: 0.2, or 0.1 with --llm]"),
+    ] = None,
 ) -> None:
-    """Watch a tiny language model learn by GVPO, in a minute, on a CPU."""
+    """Watch a language model learn by GVPO on a CPU: a tiny one in a minute, a real one in minutes."""
     import psutil
+    import torch
 
     from gvpo.machine import choose_threads
-    from gvpo.quickstart import quickstart as run
 
-    # More threads cost a model of this size more than they bring.
-    typer.echo(choose_threads(most=1))
-    run(task, seed, output, steps=steps, beta=beta, started=psutil.Process().create_time())
+    if wrong := "--task" if llm and task else "--model" if model and not llm else None:
+        raise InputError(f"{wrong} is for a quickstart {'without' if llm else 'with'} --llm: leave it out.")
+    given = {"task_name": task, "output": output, "steps": steps, "beta": beta, "model": model}
+    given = {name: value for name, value in given.items() if value is not None}
+    run: Callable[..., object]
+    if llm:
+        from gvpo.quickstart_llm import quickstart_llm as run
+    else:
+        from gvpo.quickstart import quickstart as run
+
+    # More threads than one cost the tiny model more than they bring. What is chosen holds for all that follows,
+    # which would take the work of what was before it for somebody else's.
+    typer.echo(choose_threads(run=output or Path("runs/quickstart-llm")) if llm else choose_threads(most=1))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    run(seed=seed, started=psutil.Process().create_time(), **given)
 
 
 @app.command(

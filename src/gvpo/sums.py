@@ -10,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
@@ -229,7 +230,6 @@ class Lesson:
         self.samples = [
             {"prompt": p.removeprefix("<bos>"), "before": b, "after": a, "answer": g} for p, b, a, g in rows
         ]
-        (self.run.path / "samples.json").write_text(json.dumps(self.samples[:100], indent=1) + "\n")
         return {
             "accuracy_before": self.accuracy(self.before),
             "accuracy_after": self.accuracy(after),
@@ -242,30 +242,55 @@ class Lesson:
 
     def finish(self, summary: dict[str, Any], title: str, x: str) -> None:
         """Write the summary and the picture, and show what was learnt."""
-        curve = self.run.curve
-        accuracy = [("greedy, held out", *curve("accuracy", "accuracy_200")), ("sampled", *curve("reward"))]
-        panels = [
-            ("accuracy", accuracy),
-            ("explained variance of the reward", [("", *curve("gvpo/explained_variance"))]),
-            ("KL to the initial policy (nats)", [("", *curve("gvpo/kl"))]),
-        ]
-        title = f"{title}: two-digit {self.name}"
-        plot_curves(self.run.path / "learning_curve.png", panels, title=title, x=x)
         self.run.finish(summary)
-        table = Table(title="Answers to held-out problems (least significant digit first)")
-        for column in ("problem", "before", "after", "right answer"):
-            table.add_column(column)
-        changed = [s for s in self.samples if s["before"] != s["after"]]
-        for s in (changed + self.samples)[:6]:
-            colour = {True: "green", False: "red"}
-            marked = (f"[{colour[s[key] == s['answer']]}]{s[key]}[/]" for key in ("before", "after"))
-            table.add_row(s["prompt"], *marked, s["answer"])
-        self.console.print(table)
-        self.console.print(
-            f"Greedy accuracy {summary['accuracy_before']:.1%} → "
-            f"[bold]{summary['accuracy_after']:.1%}[/bold], sampled "
-            f"{summary['sampled_accuracy_after']:.1%}, in {summary['seconds_total']:.0f} s "
-            f"({summary['seconds_generation']:.0f} s generation, {summary['seconds_update']:.0f} s updates).",
-            soft_wrap=True,
-        )
-        self.console.print(f"Model, metrics and learning_curve.png are in {self.run.path}.")
+        title = f"{title}: two-digit {self.name}"
+        show_learnt(self.run, self.console, summary, self.samples, title, x, "least significant digit first")
+
+
+def show_learnt(
+    run: RunDirectory,
+    console: Console,
+    summary: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+    title: str,
+    x: str,
+    how: str,
+) -> None:
+    """Write `samples.json` and `learning_curve.png`, and show some answers before and after.
+
+    Args:
+        run: with its metrics.
+        console: where to show.
+        summary: with the quickstart's keys.
+        samples: `prompt`, `before`, `after` and `answer` of each held-out problem.
+        title: of the picture.
+        x: what a step of the metrics is.
+        how: the answers are to be read.
+    """
+    (run.path / "samples.json").write_text(json.dumps(samples[:100], indent=1) + "\n")
+    accuracy = [
+        ("greedy, held out", *run.curve("accuracy", "accuracy_200")),
+        ("sampled", *run.curve("reward")),
+    ]
+    panels = [
+        ("accuracy", accuracy),
+        ("explained variance of the reward", [("", *run.curve("gvpo/explained_variance"))]),
+        ("KL to the initial policy (nats)", [("", *run.curve("gvpo/kl"))]),
+    ]
+    plot_curves(run.path / "learning_curve.png", panels, title=title, x=x)
+    table = Table(title=f"Answers to held-out problems ({how})")
+    for column in ("problem", "before", "after", "right answer"):
+        table.add_column(column)
+    changed = [s for s in samples if s["before"] != s["after"]]
+    for s in [*changed, *samples][:6]:
+        answers = (Text(s[key], "green" if s[key] == s["answer"] else "red") for key in ("before", "after"))
+        table.add_row(s["prompt"], *answers, s["answer"])
+    console.print(table)
+    console.print(
+        f"Greedy accuracy {summary['accuracy_before']:.1%} → "
+        f"[bold]{summary['accuracy_after']:.1%}[/bold], sampled "
+        f"{summary['sampled_accuracy_after']:.1%}, in {summary['seconds_total']:.0f} s "
+        f"({summary['seconds_generation']:.0f} s generation, {summary['seconds_update']:.0f} s updates).",
+        soft_wrap=True,
+    )
+    console.print(f"Model, metrics and learning_curve.png are in {run.path}.")

@@ -1,0 +1,111 @@
+"""The second quickstart, with a chat model too small to learn; `tests/real` has the real one."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from gvpo.cli import main
+from gvpo.quickstart_llm import problems
+from tests.test_quickstart import KEYS
+from tests.trl.chat_model import save_chat_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_chat_model(tmp_path_factory.mktemp("models") / "chat"))
+
+
+def command(model: str, output: Path, *more: str) -> list[str]:
+    words = ["quickstart", "--llm", "--model", model, "--output", str(output), "--steps", "6", *more]
+    return [sys.executable, "-m", "gvpo", *words]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_what_is_held_out_is_not_trained_on_in_any_order() -> None:
+    training, held_out = problems(3)
+    assert (len(training), len(held_out)) == (1000, 100)
+    asked = [
+        {frozenset(row["prompt"][-1]["content"].rstrip("?").replace(" or", ",").split(", ")) for row in rows}
+        for rows in (training, held_out)
+    ]
+    assert [len(triples) for triples in asked] == [1000, 100]
+    assert not asked[0] & asked[1]
+    assert all(row["answer"] in row["prompt"][-1]["content"] for row in held_out)
+    assert problems(3) == (training, held_out)
+    assert problems(4) != (training, held_out)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_another(model: str, tmp_path: Path) -> None:
+    whole = subprocess.run(command(model, tmp_path / "whole"), capture_output=True, text=True, check=True)
+    for what in ("gvpo eval", "gvpo train --config", "gvpo report", "right answer", "Greedy accuracy"):
+        assert what in whole.stdout
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(model, killed), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(killed.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "accuracy_after" not in json.dumps([*killed.glob("summary.json")], default=str)
+    subprocess.run(command(model, killed), stdout=subprocess.DEVNULL, check=True)
+
+    a, b = (load_file(run / "model.safetensors") for run in (tmp_path / "whole", killed))
+    assert all(value.equal(b[name]) for name, value in a.items())
+    assert summary(killed).keys() == KEYS | {"intervals", "model"}
+    timed = {"seconds_total", "seconds_generation", "seconds_update"}
+    assert {k: v for k, v in summary(killed).items() if k not in timed} == {
+        k: v for k, v in summary(tmp_path / "whole").items() if k not in timed
+    }
+    for name in ("learning_curve.png", "report.html", "samples.json", "held_out.jsonl", "recipe.yaml"):
+        assert (killed / name).stat().st_size > 0
+    assert not list(killed.glob("checkpoint-*"))
+    metrics = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "reward" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics if "accuracy" in line] == [0, 6]
+
+    # A finished run is shown again, and one with other settings is not mixed with it.
+    before = (killed / "model.safetensors").stat().st_mtime_ns
+    subprocess.run(command(model, killed), stdout=subprocess.DEVNULL, check=True)
+    assert (killed / "model.safetensors").stat().st_mtime_ns == before
+    other = subprocess.run(command(model, killed, "--seed", "1"), capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "holds a run of other settings: choose another --output" in other.stderr
+
+
+def test_a_model_that_will_not_do_gets_one_sentence_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = save_chat_model(tmp_path / "plain", template=None)
+    capsys.readouterr()
+    for name, why in {
+        str(tmp_path / "nowhere"): "there is no model at",
+        str(plain): "has no chat template",
+        "nobody/nothing": "has no tokenizer that can be loaded",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["quickstart", "--llm", "--model", name, "--output", str(tmp_path / "run")])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert why in said
+        assert said.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_options_of_the_other_quickstart_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--llm", "--task", "addition"], ["--model", "somewhere"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["quickstart", *words])
+        assert stopped.value.code == 2
+        assert "leave it out" in capsys.readouterr().err
