@@ -1,6 +1,6 @@
 """`gvpo quickstart --llm`: a language model that people know learns, on a laptop, by commands that all use.
 
-SmolLM2-135M-Instruct (or another chat model) is to name the largest of three numbers. `gvpo eval` examines
+SmolLM2-135M-Instruct (or another chat model) is asked which of two numbers is larger. `gvpo eval` examines
 it, `gvpo train` trains it with a recipe, and `gvpo eval` examines it again, on numbers that it has not seen.
 Killed, each of them goes on where it was, and so does the quickstart.
 """
@@ -34,21 +34,22 @@ from gvpo.trl.train import main as train
 
 TRAIN, HELD_OUT = 1000, 100
 _EXAMPLE = [
-    {"role": "system", "content": "Name the largest number."},
-    {"role": "user", "content": "37, 52 or 18?"},
+    {"role": "system", "content": "Answer with a number only."},
+    {"role": "user", "content": "Which is larger, 37 or 52?"},
     {"role": "assistant", "content": "52"},
 ]
 _RECIPE: dict[str, Any] = {
     "reward_funcs": ["exact"],
     "reference": "initial",
-    "learning_rate": 3e-5,
-    "lr_scheduler_type": "constant",
+    "learning_rate": 4e-5,
+    "warmup_steps": 2,
+    "lr_scheduler_type": "linear",
     "num_generations": 16,
     "per_device_train_batch_size": 128,
     "micro_batch_tokens": 1024,
     "max_completion_length": 6,
     "logging_steps": 1,
-    "save_steps": 4,
+    "save_steps": 6,
     "save_total_limit": 1,
     "report_to": "none",
 }
@@ -63,7 +64,7 @@ def quickstart_llm(
     seed: int = 0,
     output: str | Path = "runs/quickstart-llm",
     *,
-    steps: int = 16,
+    steps: int = 24,
     beta: float = 0.1,
     console: Console | None = None,
     started: float | None = None,
@@ -116,19 +117,21 @@ def quickstart_llm(
     for checkpoint in path.glob("checkpoint-*"):  # with the optimizer, three times the model's size
         shutil.rmtree(checkpoint)
     summary, samples = _summary(path), _samples(path, held_out)
-    show_learnt(run, console, summary, samples, "GVPO: the largest of three", "optimizer step", "greedy")
+    show_learnt(
+        run, console, summary, samples, "GVPO: which of two numbers is larger?", "optimizer step", "greedy"
+    )
     do("report", path, path / "before", path / "after", "--output", path / "report.html")
     return summary
 
 
 def problems(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Conversations and answers for training, and held out: no three numbers are in both, in any order."""
+    """Conversations and answers for training, and held out: no two numbers are in both, in either order."""
     draw = random.Random(seed)
     rows = []
-    for triple in draw.sample(list(combinations(range(10, 100), 3)), TRAIN + HELD_OUT):
-        a, b, c = draw.sample(triple, 3)
-        question = {"role": "user", "content": f"{a}, {b} or {c}?"}
-        rows.append({"prompt": [*_EXAMPLE, question], "answer": str(max(triple))})
+    for pair in draw.sample(list(combinations(range(10, 100), 2)), TRAIN + HELD_OUT):
+        a, b = draw.sample(pair, 2)
+        question = {"role": "user", "content": f"Which is larger, {a} or {b}?"}
+        rows.append({"prompt": [*_EXAMPLE, question], "answer": str(max(pair))})
     return rows[:TRAIN], rows[TRAIN:]
 
 
