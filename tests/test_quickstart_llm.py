@@ -32,16 +32,16 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
-def test_what_is_held_out_is_not_trained_on_in_any_order() -> None:
+def test_no_number_that_is_held_out_is_trained_on() -> None:
     training, held_out = problems(3)
-    assert (len(training), len(held_out)) == (1000, 100)
     asked = [
-        {frozenset(re.findall(r"\d+", row["prompt"][-1]["content"])) for row in rows}
-        for rows in (training, held_out)
+        [re.findall(r"\d+", row["prompt"][-1]["content"]) for row in rows] for rows in (training, held_out)
     ]
     assert [len(pairs) for pairs in asked] == [1000, 100]
-    assert not asked[0] & asked[1]
-    assert all(row["answer"] in row["prompt"][-1]["content"] for row in held_out)
+    assert not {n for pair in asked[0] for n in pair} & {n for pair in asked[1] for n in pair}
+    assert [row["answer"] for row in held_out] == [max(pair, key=int) for pair in asked[1]]
+    first = sum(pair[0] == row["answer"] for pair, row in zip(asked[0], training, strict=True))
+    assert 400 < first < 600  # the place says nothing
     assert problems(3) == (training, held_out)
     assert problems(4) != (training, held_out)
 

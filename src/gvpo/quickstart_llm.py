@@ -12,7 +12,6 @@ import random
 import shlex
 import shutil
 import time
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from gvpo.trl.train import main as train
 TRAIN, HELD_OUT = 1000, 100
 _EXAMPLE = [
     {"role": "system", "content": "Answer with a number only."},
-    {"role": "user", "content": "Which is larger, 37 or 52?"},
-    {"role": "assistant", "content": "52"},
+    {"role": "user", "content": "Which is larger, 3742 or 5216?"},
+    {"role": "assistant", "content": "5216"},
 ]
 _RECIPE: dict[str, Any] = {
     "reward_funcs": ["exact"],
@@ -44,8 +43,8 @@ _RECIPE: dict[str, Any] = {
     "learning_rate": 4e-5,
     "warmup_steps": 2,
     "lr_scheduler_type": "linear",
-    "num_generations": 16,
-    "per_device_train_batch_size": 128,
+    "num_generations": 32,
+    "per_device_train_batch_size": 256,
     "micro_batch_tokens": 1024,
     "max_completion_length": 6,
     "logging_steps": 1,
@@ -92,9 +91,8 @@ def quickstart_llm(
     check_writable(path)
     name = str(smollm2()) if model is None else model
     load_tokenizer(name, needs_template=True, advice="a chat model")
-    settings = {"model_name_or_path": name, "dataset_name": [str(path / "train.jsonl")], **_RECIPE}
-    settings |= {"output_dir": str(path), "seed": seed, "max_steps": steps, "beta": beta}
-    run, held_out = _prepare(path, settings)
+    settings = {"model_name_or_path": name, "seed": seed, "max_steps": steps, "beta": beta}
+    run, held_out = prepare(path, settings)
 
     def do(*words: str | Path) -> None:
         line = ["gvpo", *map(str, words)]
@@ -125,19 +123,23 @@ def quickstart_llm(
 
 
 def problems(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Conversations and answers for training, and held out: no two numbers are in both, in either order."""
-    draw = random.Random(seed)
+    """Conversations and answers for training, and held out: each number comes once, in one of them."""
+    numbers = random.Random(seed).sample(range(1000, 10_000), 2 * (TRAIN + HELD_OUT))
     rows = []
-    for pair in draw.sample(list(combinations(range(10, 100), 2)), TRAIN + HELD_OUT):
-        a, b = draw.sample(pair, 2)
+    for a, b in zip(numbers[::2], numbers[1::2], strict=True):
         question = {"role": "user", "content": f"Which is larger, {a} or {b}?"}
-        rows.append({"prompt": [*_EXAMPLE, question], "answer": str(max(pair))})
+        rows.append({"prompt": [*_EXAMPLE, question], "answer": str(max(a, b))})
     return rows[:TRAIN], rows[TRAIN:]
 
 
-def _prepare(path: Path, settings: dict[str, Any]) -> tuple[RunDirectory, list[dict[str, Any]]]:
-    """The run's directory with recipe and problems; and those that are held out."""
-    recipe, text = path / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False)
+def prepare(path: Path, settings: dict[str, Any]) -> tuple[RunDirectory, list[dict[str, Any]]]:
+    """Write problems and recipe, the fixed one with these settings; the directory, and what is held out.
+
+    Raises:
+        InputError: the directory has another recipe, or cannot be written to.
+    """
+    where = {"dataset_name": [str(path / "train.jsonl")], "output_dir": str(path)}
+    recipe, text = path / "recipe.yaml", yaml.safe_dump(settings | where | _RECIPE, sort_keys=False)
     if recipe.exists() and recipe.read_text(encoding="utf-8") != text:
         raise InputError(f"{path} holds a run of other settings: choose another --output, or remove it.")
     run = RunDirectory(path)

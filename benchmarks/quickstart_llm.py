@@ -1,0 +1,89 @@
+"""`gvpo quickstart --llm` in full, three seeds; and one of its steps with prompts shared or not.
+
+python -m benchmarks.quickstart_llm [SEED …]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.measure import RESULTS, Row, in_fresh_process, show, write
+from benchmarks.whole_step import Clock
+from gvpo.data import load_prompts
+from gvpo.model.smollm2 import packaged_smollm2
+from gvpo.model.tokenizer import load_tokenizer
+from gvpo.quickstart_llm import prepare
+from gvpo.rewards import load_reward
+from gvpo.run import read_metrics
+from gvpo.trl import GVPOTrainer
+from gvpo.trl.arguments import parse_arguments
+
+ABOUT = (
+    "`gvpo quickstart --llm`, one thread: accuracy on 100 held-out problems with 95 % intervals, CPU "
+    "seconds of everything, and minutes on the wall (whatever else the machine does), of which training."
+)
+ABOUT_STEP = (
+    "CPU seconds of the second training step of `gvpo quickstart --llm`, one thread, seed 0, each prompt "
+    "read once or by every row."
+)
+
+
+def once(seed: int) -> Row:
+    """A whole run, in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["quickstart", "--llm", "--seed", str(seed), "--output", folder]
+        started, environment = time.time(), os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, "-m", "gvpo", *words], env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"gvpo {' '.join(words)} ended with code {process.returncode}")
+        minutes = (time.time() - started) / 60
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+        seconds = sum(line.get("step_time", 0.0) for line in read_metrics(Path(folder) / "metrics.jsonl"))
+    row: Row = {"seed": seed}
+    for key, (low, high) in summary["intervals"].items():
+        name = key.replace("accuracy_", "").replace("sampled_after", "sampled")
+        row |= {name: summary[key], f"{name}, interval": f"{low:.2f} – {high:.2f}"}
+    return row | {"CPU s": used.ru_utime + used.ru_stime, "minutes": minutes, "training": seconds / 60}
+
+
+def step(shared: bool) -> float:
+    """CPU seconds of a training step. (The first checks the model besides.)"""
+    clock, model = Clock(), str(packaged_smollm2())
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), {"model_name_or_path": model, "seed": 0, "max_steps": 2, "beta": 0.1})
+        words = ["--config", f"{folder}/recipe.yaml", "--save_strategy", "no", "--disable_tqdm", "true"]
+        GVPOTrainer(
+            model,
+            load_reward("exact"),
+            parse_arguments([*words, "--share_prompts", str(shared)]).training,
+            train_dataset=load_prompts(f"{folder}/train.jsonl"),
+            processing_class=load_tokenizer(model, needs_template=True, advice=""),
+            callbacks=[clock],
+        ).train()
+    return clock.seconds[1]
+
+
+def main(seeds: list[int]) -> None:
+    shared, whole = (in_fresh_process(step, share) for share in (True, False))
+    steps: list[Row] = [{"shared s": shared, "whole rows s": whole, "whole / shared": whole / shared}]
+    show(Console(), ABOUT_STEP, steps)
+    write(RESULTS, "quickstart_llm_step", ABOUT_STEP, steps)
+    rows: list[Row] = []
+    for seed in seeds:
+        rows.append(once(seed))
+        show(Console(), ABOUT, rows)
+        write(RESULTS, "quickstart_llm", ABOUT, rows)
+
+
+if __name__ == "__main__":
+    main([int(word) for word in sys.argv[1:]] or [0, 1, 2])
