@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from gvpo.cli import main
-from gvpo.quickstart_llm import problems
+from gvpo.errors import InputError
+from gvpo.quickstart_llm import problems, quickstart_llm
 from tests.test_quickstart import KEYS
 from tests.trl.chat_model import save_chat_model
 
@@ -102,6 +103,10 @@ def test_a_model_that_will_not_do_gets_one_sentence_and_nothing_is_written(
         assert why in said
         assert said.count("\n") == 1
         assert not (tmp_path / "run").exists()
+    model = str(save_chat_model(tmp_path / "chat"))
+    with pytest.raises(InputError, match="GVPO needs a finite beta above 0"):
+        quickstart_llm(model, output=tmp_path / "run", beta=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_of_the_other_quickstart_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

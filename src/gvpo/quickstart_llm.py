@@ -13,6 +13,7 @@ import shlex
 import shutil
 import time
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from gvpo.model.smollm2 import smollm2
 from gvpo.model.tokenizer import load_tokenizer
 from gvpo.run import METRICS, RunDirectory, check_writable, replaced
 from gvpo.sums import show_learnt
+from gvpo.trl.arguments import parse_arguments
 from gvpo.trl.train import main as train
 
 TRAIN, HELD_OUT = 1000, 100
@@ -136,12 +138,16 @@ def prepare(path: Path, settings: dict[str, Any]) -> tuple[RunDirectory, list[di
     """Write problems and recipe, the fixed one with these settings; the directory, and what is held out.
 
     Raises:
-        InputError: the directory has another recipe, or cannot be written to.
+        InputError: a setting is wrong, or the directory has another recipe or cannot be written to.
     """
     where = {"dataset_name": [str(path / "train.jsonl")], "output_dir": str(path)}
     recipe, text = path / "recipe.yaml", yaml.safe_dump(settings | where | _RECIPE, sort_keys=False)
     if recipe.exists() and recipe.read_text(encoding="utf-8") != text:
         raise InputError(f"{path} holds a run of other settings: choose another --output, or remove it.")
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        parse_arguments(["--config", file.name])  # what is wrong is said before anything is made
     run = RunDirectory(path)
     training, held_out = problems(settings["seed"])
     run.write_lines("train.jsonl", training)
