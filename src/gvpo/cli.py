@@ -60,7 +60,7 @@ def quickstart(
         typer.Option(help="The run directory.  [default: runs/quickstart, or runs/quickstart-llm]"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps of GVPO.  [default: 100, or 24 with --llm]")
+        int | None, typer.Option(min=1, help="Optimizer steps of GVPO.  [default: 100, or 40 with --llm]")
     ] = None,
     beta: Annotated[
         float | None,

@@ -21,6 +21,7 @@ from gvpo.machine import usable_cores
 _EXTRAS = {
     "trl": ("gvpo train, eval, data, quickstart", "gvpo.trl"),
     "reasoning-gym": ("--dataset_name reasoning_gym:TASK", "reasoning_gym"),
+    "llm": ("gvpo quickstart --llm, without the Hub", "gguf"),
     "vllm": ("use_vllm, gvpo eval --backend vllm", "vllm"),
     "verl": ("python -m gvpo.verl, gvpo verl", "gvpo.verl.updates"),
 }

@@ -42,15 +42,14 @@ _EXAMPLE = [
 _RECIPE: dict[str, Any] = {
     "reward_funcs": ["exact"],
     "reference": "initial",
-    "learning_rate": 4e-5,
-    "warmup_steps": 2,
+    "learning_rate": 3e-5,
     "lr_scheduler_type": "linear",
     "num_generations": 32,
     "per_device_train_batch_size": 256,
     "micro_batch_tokens": 1024,
     "max_completion_length": 6,
     "logging_steps": 1,
-    "save_steps": 6,
+    "save_steps": 5,
     "save_total_limit": 1,
     "report_to": "none",
 }
@@ -65,7 +64,7 @@ def quickstart_llm(
     seed: int = 0,
     output: str | Path = "runs/quickstart-llm",
     *,
-    steps: int = 24,
+    steps: int = 40,
     beta: float = 0.1,
     console: Console | None = None,
     started: float | None = None,
@@ -117,9 +116,8 @@ def quickstart_llm(
     for checkpoint in path.glob("checkpoint-*"):  # with the optimizer, three times the model's size
         shutil.rmtree(checkpoint)
     summary, samples = _summary(path), _samples(path, held_out)
-    show_learnt(
-        run, console, summary, samples, "GVPO: which of two numbers is larger?", "optimizer step", "greedy"
-    )
+    title = "GVPO: which of two numbers is larger?"
+    show_learnt(run, console, summary, samples, title, "optimizer step", "greedy")
     do("report", path, path / "before", path / "after", "--output", path / "report.html")
     return summary
 

@@ -256,16 +256,10 @@ def show_learnt(
     x: str,
     how: str,
 ) -> None:
-    """Write `samples.json` and `learning_curve.png`, and show some answers before and after.
+    """Write `samples.json` and `learning_curve.png`, and show some answers (and how to read them).
 
-    Args:
-        run: with its metrics.
-        console: where to show.
-        summary: with the quickstart's keys.
-        samples: `prompt`, `before`, `after` and `answer` of each held-out problem.
-        title: of the picture.
-        x: what a step of the metrics is.
-        how: the answers are to be read.
+    `samples` have `prompt`, `before`, `after` and `answer`, `summary` the quickstart's keys; `x` is what a
+    step of the run's metrics is.
     """
     (run.path / "samples.json").write_text(json.dumps(samples[:100], indent=1) + "\n")
     accuracy = [
