@@ -18,12 +18,11 @@ from tests.trl.oracle import trained
 
 GSM8K = Path(__file__).parents[1] / "fixtures" / "rewards" / "gsm8k.jsonl"
 BETA = 0.1
-# What the way of training may differ by from float32 autograd, relative to the gradient's norm.
-WAYS: dict[str, tuple[dict[str, Any], float]] = {
-    "full": ({}, 1e-4),
-    "lora": ({}, 1e-4),
-    "checkpointing": ({"gradient_checkpointing": True}, 1e-4),
-    "bf16": ({"bf16": True}, 0.1),
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
 }
 Record = tuple[GroupBatch, dict[str, torch.Tensor], dict[str, torch.Tensor]]  # with parameters and gradients
 
@@ -64,10 +63,9 @@ def test_gradients_are_those_of_float32_autograd(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2, padding_side="left")
     prompts = load_prompts(f"gsm8k:{GSM8K}", size=8)
-    changes, tolerance = WAYS[way]
     model, twin = load(smollm2, way), load(smollm2, way)
     initial = copy.deepcopy(twin)
-    settings = {"bf16": False, "gradient_checkpointing": False, **changes}
+    settings = {"bf16": False, "gradient_checkpointing": False, **WAYS[way]}
     args = GVPOConfig(
         str(tmp_path), beta=BETA, reference="initial", num_generations=2, per_device_train_batch_size=4,
         max_completion_length=8, learning_rate=1e-2, optim="sgd", max_steps=2, micro_batch_tokens=180,
@@ -86,6 +84,12 @@ def test_gradients_are_those_of_float32_autograd(
         assert (batch.reference_logps - reference).abs().max() < (1.0 if way == "bf16" else 1e-3)
         twin.load_state_dict(before, strict=False)
         want, _ = literal_gradient(twin, batch, BETA)
+        tolerance = 1e-4
+        if way == "bf16":  # as near as plain autograd in bfloat16 is
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded, _ = literal_gradient(twin, batch, BETA)
+            tolerance = 1.2 * relative_error(rounded, want)
+            assert tolerance < 0.3
         assert relative_error(got, want) < tolerance, step
     if way == "full":
         check_cuts(twin, *records[1][::2])
