@@ -41,14 +41,8 @@ ABOUT_STEP = (
 )
 
 
-def runs(model: str, seeds: tuple[int, ...]) -> list[Row]:
-    """Whole runs in processes of their own, side by side where there are cores enough for that."""
-    together = len(seeds) if len(os.sched_getaffinity(0)) >= 2 * len(seeds) else 1
-    with ThreadPool(together) as pool:
-        return pool.map(partial(once, model), seeds, chunksize=1)
-
-
 def once(model: str, seed: int) -> Row:
+    """A whole run, in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["quickstart", "--llm", "--model", model, "--seed", str(seed), "--output", folder]
         started, environment = time.time(), os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -88,13 +82,18 @@ def step(model: str, shared: bool) -> float:
 
 
 def main(model: str) -> None:
-    shared, whole = (in_fresh_process(step, model, share) for share in (True, False))
+    jobs = [partial(in_fresh_process, step, model, shared) for shared in (True, False)]
+    jobs += [partial(once, model, seed) for seed in (0, 1, 2)]
+    # Side by side where there are cores enough for that.
+    with ThreadPool(len(jobs) if len(os.sched_getaffinity(0)) >= 2 * len(jobs) else 1) as pool:
+        shared, whole, *rows = pool.map(lambda job: job(), jobs, chunksize=1)
     steps: list[Row] = [{"shared s": shared, "whole rows s": whole, "whole / shared": whole / shared}]
-    show(Console(), ABOUT_STEP, steps)
-    write(RESULTS, "quickstart_llm_step", ABOUT_STEP, steps)
-    rows = runs(model, (0, 1, 2))
-    show(Console(), ABOUT, rows)
-    write(RESULTS, "quickstart_llm", ABOUT, rows)
+    for name, about, found in (
+        ("quickstart_llm_step", ABOUT_STEP, steps),
+        ("quickstart_llm", ABOUT, rows),
+    ):
+        show(Console(), about, found)
+        write(RESULTS, name, about, found)
 
 
 if __name__ == "__main__":
