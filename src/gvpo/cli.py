@@ -83,8 +83,8 @@ def quickstart(
     else:
         from gvpo.quickstart import quickstart as run
 
-    # More threads than one cost the tiny model more than they bring. What is chosen holds for all that follows,
-    # which would take the work of what was before it for somebody else's.
+    # More than one cost the tiny model more than they bring. The choice holds for all that follows, which
+    # would take the work of what was before it for somebody else's.
     typer.echo(choose_threads(run=output or Path("runs/quickstart-llm")) if llm else choose_threads(most=1))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     run(seed=seed, started=psutil.Process().create_time(), **given)
