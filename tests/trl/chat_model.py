@@ -11,9 +11,35 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+TOOL_TEMPLATE = TEMPLATE.replace(
+    "<|im_end|>",
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>",
+    1,
+)
+# Says how tool calls are read, without jmespath.
+TOOL_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "role": {"const": "assistant"},
+        "content": {"type": "string", "x-regex": r"^(.*?)(?:<tool_call>|<\|im_end\|>|$)"},
+        "tool_calls": {
+            "type": "array",
+            "x-regex-iterator": "<tool_call>(.*?)</tool_call>",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {"type": "object", "x-parser": "json"},
+                },
+            },
+        },
+    },
+}
 
-def save_chat_model(folder: Path, *, template: str | None = TEMPLATE, seed: int = 0) -> Path:
-    """Write the model and its tokenizer to `folder`."""
+
+def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A token a byte."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
@@ -24,6 +50,12 @@ def save_chat_model(folder: Path, *, template: str | None = TEMPLATE, seed: int 
     )
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_chat_model(folder: Path, *, template: str | None = TEMPLATE, seed: int = 0) -> Path:
+    """Write the model and its tokenizer to `folder`."""
+    tokenizer = chat_tokenizer(template)
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(

@@ -9,6 +9,7 @@ function, not in a completion, and always stops.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import json
@@ -32,6 +33,7 @@ _OF_THIS_PROCESS = ("trainer_state", "log_extra", "log_metric", "environments")
 # Time limits that calls which hang may cost a generation in all, and the share of one that a part gets.
 _LIMITS = 4.0
 _PART = 1 / 8
+_FUNCTION = "Reward function "
 _LEAST_SECONDS = 1.0  # a busy machine needs so long for nothing
 
 
@@ -55,10 +57,11 @@ class Incidents:
     entries: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[Tensor] = field(default_factory=list)
 
-    def add(self, row: int, function: str, why: str, trace: str, prompt: Any, completion: Any) -> None:
+    def add(self, row: int, what: str, why: str, trace: str, prompt: Any, completion: Any) -> None:
         if not self.rows:
-            self.first = f"Reward function {function} {why}", trace
+            self.first = f"{what} {why}", trace
         self.rows.add(row)
+        function = what.removeprefix(_FUNCTION)
         self.entries.append({"function": function, "why": why, "prompt": prompt, "completion": completion})
 
     def beyond(self, rows: int) -> bool:
@@ -81,7 +84,14 @@ class Incidents:
 
 
 def guard(
-    reward: Any, incidents: Incidents, *, group: int, timeout: float | None = None, worker: bool = False
+    reward: Any,
+    incidents: Incidents,
+    *,
+    group: int,
+    timeout: float | None = None,
+    worker: bool = False,
+    name: str | None = None,
+    apart: bool = False,
 ) -> Any:
     """A reward function whose failures go to `incidents`, with None as the reward. Reward models pass.
 
@@ -91,20 +101,22 @@ def guard(
         group: rows that are tried together after a call on all of them failed.
         timeout: seconds for a call, in a worker process.
         worker: use a worker process without a limit of time, too.
+        name: in messages; the function's by default.
+        apart: ask for each row on its own, once (an async function for all rows at the same time).
     """
     if isinstance(reward, str | nn.Module) or not callable(reward):
         return reward
     inner = reward
     while isinstance(inner, functools.partial):
         inner = inner.func
-    name = getattr(inner, "__name__", type(inner).__name__)
+    name = name or getattr(inner, "__name__", type(inner).__name__)
     if inspect.iscoroutinefunction(inner if inspect.isroutine(inner) else type(inner).__call__):
         if worker or timeout:
             raise InputError(
                 f"Reward function {name} is async, which a worker process cannot run: take one away."
             )
-        return _guard_async(reward, name, incidents)
-    guarded = _Guarded(reward, name, incidents, group)
+        return _guard_async(reward, name, incidents, apart)
+    guarded = _Guarded(reward, name, incidents, group, apart)
     if worker or timeout:
         guarded.worker = RewardWorker(reward, timeout)
 
@@ -119,15 +131,19 @@ def guard(
 class _Guarded:
     worker: RewardWorker | None = None
 
-    def __init__(self, reward: Callable[..., Any], name: str, incidents: Incidents, group: int) -> None:
+    def __init__(
+        self, reward: Callable[..., Any], name: str, incidents: Incidents, group: int, apart: bool = False
+    ) -> None:
         self.reward, self.name, self.incidents, self.group = reward, name, incidents, group
+        self.apart = apart
         self.hung = self.slowest = 0.0  # seconds: lost in this generation, and of the longest call that ended
 
     def __call__(self, **columns: Any) -> list[float | None]:
         count = len(columns["completions"])
         values: list[float | None] = [None] * count
         self.hung = 0.0
-        self._fill(values, columns, range(count))
+        for rows in _parts(count, self.apart):
+            self._fill(values, columns, rows)
         return values
 
     def _call(self, columns: dict[str, Any], part: bool) -> Any:
@@ -190,7 +206,7 @@ class _Guarded:
             error.trace if isinstance(error, RewardFailure) else "".join(traceback.format_exception(error))
         )
         prompts = columns.get("prompts") or [None] * (row + 1)
-        self.incidents.add(row, self.name, why, trace, prompts[row], columns["completions"][row])
+        self.incidents.add(row, _FUNCTION + self.name, why, trace, prompts[row], columns["completions"][row])
 
 
 def _select(columns: dict[str, Any], rows: range, count: int) -> dict[str, Any]:
@@ -220,22 +236,34 @@ def counted(values: Any, expected: int, name: str) -> Sequence[Any]:
     return values  # type: ignore[no-any-return]
 
 
-def _guard_async(reward: Callable[..., Any], name: str, incidents: Incidents) -> Callable[..., Any]:
-    """An async function fails as a whole: trying parts of it again could ask a server for much."""
+def _parts(count: int, apart: bool) -> list[range]:
+    return [range(i, i + 1) for i in range(count)] if apart else [range(count)]
+
+
+def _guard_async(
+    reward: Callable[..., Any], name: str, incidents: Incidents, apart: bool
+) -> Callable[..., Any]:
+    """A call of an async function fails as a whole: trying parts of it again could ask a server for much."""
 
     @functools.wraps(reward)
     async def wrapped(*args: Any, **columns: Any) -> list[float | None]:
         count = len(columns["completions"])
         guarded = _Guarded(reward, name, incidents, count)
-        try:
-            returned = await reward(*args, **columns)
-        except InputError:
-            raise
-        except Exception as error:
-            for row in range(count):
-                guarded._note(row, columns, error)
-            return [None] * count
-        return [guarded._number(i, value, columns) for i, value in enumerate(counted(returned, count, name))]
+
+        async def part(rows: range) -> list[float | None]:
+            try:
+                returned = await reward(*args, **_select(columns, rows, count))
+            except InputError:
+                raise
+            except Exception as error:
+                for row in rows:
+                    guarded._note(row, columns, error)
+                return [None] * len(rows)
+            values = zip(rows, counted(returned, len(rows), name), strict=True)
+            return [guarded._number(row, value, columns) for row, value in values]
+
+        parts = await asyncio.gather(*map(part, _parts(count, apart)))
+        return [value for values in parts for value in values]
 
     wrapped.__name__ = name
     return wrapped

@@ -23,6 +23,8 @@ class HealthConfig:
         reward_error_tolerance: share of a generation's rows that may fail before training stops all the same.
         reward_timeout: seconds for a call of a reward function, which then runs in a worker process.
         reward_worker: run each reward function in a worker process, with or without a limit of time.
+        tool_timeout: seconds for a call of a tool or of an environment's method, which then ends with an
+            error: a tool's is what the model reads, a reset's or a reward's costs the row. Default: no limit.
         max_bad_steps: a step with a log-probability, weight or gradient that is not finite is skipped and its
             inputs are kept in output_dir/incidents; training stops after so many in a row.
         warn_when: rules on logged metrics such as "gvpo/kl > 100"; each warns when it first holds.
@@ -33,6 +35,7 @@ class HealthConfig:
     reward_error_tolerance: float = 0.01
     reward_timeout: float | None = None
     reward_worker: bool = False
+    tool_timeout: float | None = None
     max_bad_steps: int = 3
     warn_when: list[str] = field(
         default_factory=lambda: ["gvpo/kl > 100", "gvpo/explained_variance < -4", "entropy < 0.001"]
@@ -79,8 +82,10 @@ def check_health(config: HealthConfig) -> None:
         )
     if not 0 <= config.reward_error_tolerance <= 1:
         raise InputError(f"reward_error_tolerance={config.reward_error_tolerance} must be from 0 to 1.")
-    if config.reward_timeout is not None and not config.reward_timeout > 0:
-        raise InputError(f"reward_timeout={config.reward_timeout} must be above 0 seconds.")
+    for name in ("reward_timeout", "tool_timeout"):
+        seconds = getattr(config, name)
+        if seconds is not None and not seconds > 0:
+            raise InputError(f"{name}={seconds} must be above 0 seconds.")
     if config.max_bad_steps < 1:
         raise InputError(f"max_bad_steps={config.max_bad_steps} must be at least 1.")
     for text in (*config.warn_when, *config.stop_when):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import textwrap
+import traceback
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -40,6 +41,7 @@ from gvpo.trl import (
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings, warn_of_small_beta
 from gvpo.trl.dynamic import DynamicSampling, Generation
+from gvpo.trl.episodes import Environments, check_rollout, limited
 from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health, check_failures, total_rewards
 from gvpo.trl.memory import Ceiling, Portions, memory_shares
@@ -128,20 +130,28 @@ class GVPOTrainer(ResumableTrainer):
             kwargs["train_dataset"] = offpolicy.Offline.dataset(args.prompts_per_generation)
             reward_funcs = reward_funcs or [offpolicy.unrewarded]
         own = len(reward_funcs or [])
+        self._environments = Environments(args.tool_timeout)
+        if kwargs.get("environment_factory") is not None:
+            kwargs["environment_factory"] = self._environments.made_by(kwargs["environment_factory"])
+        if kwargs.get("tools"):
+            kwargs["tools"] = [limited(tool, args.tool_timeout) for tool in kwargs["tools"]]
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
         with temporarily(args, beta=args.beta if initial and twin is None else 0.0):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
         if twin is not None:
             self.ref_model = self._prepare_reference(twin)
-        # An environment's own reward, which TRL has added.
-        k = args.num_generations or 1
-        self.reward_funcs[own:] = [guard(f, self.incidents, group=k) for f in self.reward_funcs[own:]]
+        # The environments' own rewards, which TRL has added: one is asked once, whatever befalls the others.
+        self.reward_funcs[own:] = [
+            guard(f, self.incidents, group=1, name=f"{name}.get_reward", apart=True)
+            for f, name in zip(self.reward_funcs[own:], self.reward_func_names[own:], strict=True)
+        ]
         rollout: Any = getattr(self, "rollout_func", None)
         if rollout is not None:
             self.rollout_func = functools.partial(self._roll_out, rollout)
         self.timing = Timing(self._metrics["train"], self.accelerator.device)
         self._make_step()
+        self._check_turns()
         self._make_off_policy()
         self.checkpointed |= {
             "health": self.health,
@@ -186,6 +196,16 @@ class GVPOTrainer(ResumableTrainer):
         self._awaits_optimizer: GroupBatch | None = None  # the batch whose gradient is in place
         self._rewards_seen = torch.empty(0, 0)
         self._without_tokens: list[int] | None = None
+
+    def _check_turns(self) -> None:
+        """Processes make different numbers of turns: none may wait for another in one."""
+        server = self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1)
+        together = server or (self._collective and not self.use_vllm)
+        if getattr(self, "tools", None) and self.accelerator.num_processes > 1 and together:
+            raise InputError(
+                "With tools, processes make different numbers of turns and so must generate each on its own: "
+                "use DDP, or vllm_mode='colocate' with vllm_tensor_parallel_size=1."
+            )
 
     def _make_off_policy(self) -> None:
         args = self.args
@@ -246,16 +266,22 @@ class GVPOTrainer(ResumableTrainer):
     def _roll_out(self, function: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """What a `rollout_func` returned."""
         out = dict(function(prompts, trainer))
-        if "completion_ids" in out:
-            out["completion_ids"] = self._ended(out["completion_ids"])
+        check_rollout(out, len(prompts), tools=bool(getattr(self, "tools", None)))
+        out["completion_ids"] = self._ended(out["completion_ids"])
         fill = {"logprobs": [0.0], "env_mask": [1]}
         return out | {name: [row or fill[name] for row in out[name]] for name in fill if out.get(name)}
 
     # ------------------------------------------------------------------------------------------- rewards
 
     @timed("rewards")
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        rewards = self._rewards_seen = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *others: Any) -> Tensor:
+        for row, environment in enumerate(getattr(self, "environments", None) or []):
+            if (error := self._environments.failure(environment)) is not None:
+                why = f"could not be reset ({type(error).__name__}: {error})"
+                trace = "".join(traceback.format_exception(error))
+                name = f"Environment {type(environment).__name__}"
+                self.incidents.add(row, name, why, trace, prompts[row], completions[row])
+        rewards = self._rewards_seen = super()._calculate_rewards(inputs, prompts, completions, *others)
         rank, step = self.accelerator.process_index, self.state.global_step
         path = Path(self.args.output_dir) / "incidents" / f"rewards-rank-{rank}.jsonl"
         mine, first = self.incidents.drain(path, step)
