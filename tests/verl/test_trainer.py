@@ -12,8 +12,12 @@ from tests.verl.records import updates
 pytestmark = pytest.mark.slow
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-UNEVEN = [  # mini-batches of 2, 2 and 1 prompts, and sessions of no row, one or two
+UNEVEN = [  # mini-batches of 2, 2 and 1 prompts, and sessions of several turns and no row, one or two
     "data.train_batch_size=5",
+    "data.max_response_length=20",
+    f"{ROLLOUT}.multi_turn.format=plus",
+    f"{ROLLOUT}.multi_turn.max_parallel_calls=2",
+    f"{ROLLOUT}.multi_turn.function_tool_path={Path(__file__).with_name('tools.py')}",
     f"{ROLLOUT}.agent.default_agent_loop=rewriting",
     f"{ROLLOUT}.agent.agent_loop_config_path={Path(__file__).with_name('agents.yaml')}",
 ]
@@ -74,6 +78,10 @@ def test_updates_of_two_workers_are_those_of_the_formula_however_ragged(assets, 
     assert all(abs(update.dump["metrics"]["gvpo/kl"]) > 1e-3 for update in done[1:3])
     lengths = [len(row) for update in done for row in update.dump["responses"]]
     assert len(set(lengths)) > 3
+    # What tools answered stands among the model's own tokens, and is none of them.
+    masks = ["".join(map(str, row.tolist())) for update in done for row in update.dump["response_mask"]]
+    assert sum("01" in mask for mask in masks) > 5
+    assert max(mask.count("01") for mask in masks) > 1
 
 
 def test_a_group_of_equal_rewards_takes_no_part_in_the_first_update(two_workers):
