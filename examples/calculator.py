@@ -159,7 +159,7 @@ def dataset(problems: list[tuple[int, int]]) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "answer": [str(a * b) for a, b in problems]})
 
 
-def main(seed: int, output: Path, *, warm_up_steps: int = 1200, steps: int = 60) -> dict:
+def main(seed: int, output: Path, *, warm_up_steps: int = 1200, steps: int = 80) -> dict:
     started = time.time()
     set_seed(seed)
     rng = random.Random(seed)
@@ -173,7 +173,7 @@ def main(seed: int, output: Path, *, warm_up_steps: int = 1200, steps: int = 60)
     warm_up(model, tokenizer, problems, warm_up_steps, rng)
     warmed_up = time.time()
     config = GVPOConfig(
-        output_dir=str(output), seed=seed, beta=0.2, reference="initial", max_steps=steps, learning_rate=5e-4,
+        output_dir=str(output), seed=seed, beta=0.1, reference="initial", max_steps=steps, learning_rate=1e-3,
         num_generations=8, per_device_train_batch_size=256, micro_batch_tokens=8000, max_completion_length=32,
         reward_weights=[1.0, -PRICE], max_tool_calling_iterations=2, tool_timeout=1.0,
         eval_strategy="steps", eval_steps=10, eval_on_start=True, per_device_eval_batch_size=200,
@@ -187,8 +187,8 @@ def main(seed: int, output: Path, *, warm_up_steps: int = 1200, steps: int = 60)
     trainer.train()
 
     def curve(kind: str, reward: str) -> tuple[list[float], list[float]]:
-        name = f"eval_{kind}_rewards/{reward}/mean"
-        points = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+        entries = [entry for entry in trainer.state.log_history if f"eval_{kind}_runtime" in entry]
+        points = [(entry["step"], entry[f"eval_rewards/{reward}/mean"]) for entry in entries]
         return [step for step, _ in points], [value for _, value in points]
 
     panels = [
@@ -199,7 +199,7 @@ def main(seed: int, output: Path, *, warm_up_steps: int = 1200, steps: int = 60)
         output / "calculator.png", panels, title="GVPO with a calculator, held out", x="optimizer step"
     )
     summary = {
-        f"{kind}_{reward}_{when}": curve(kind, reward)[1][place]
+        f"{kind}_{reward}_{when}": round(curve(kind, reward)[1][place], 3)
         for kind in ("easy", "hard")
         for reward in ("right", "calls")
         for when, place in (("start", 0), ("end", -1))

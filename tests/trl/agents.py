@@ -50,6 +50,7 @@ class Episodes:
     times: Counter = field(default_factory=Counter)
     open: list[Episode] = field(default_factory=list)
     generations: list[list[Row]] = field(default_factory=list)
+    messages: list[list[list[dict]]] = field(default_factory=list)  # as TRL has parsed them
     heard: set[str] = field(default_factory=set)  # from tools
 
     def say(self, ids: TOKENS) -> TOKENS:
@@ -85,6 +86,7 @@ class Episodes:
     ) -> list:
         """A reward function. What an environment thinks of the episode is noted, too."""
         self.generations.append([])
+        self.messages.append(copy.deepcopy(completions))
         values = []
         environments = others.get("environments") or [None] * len(prompts)
         for i, messages in enumerate(prompts):

@@ -53,9 +53,12 @@ def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_chat_model(folder: Path, *, template: str | None = TEMPLATE, seed: int = 0) -> Path:
+def save_chat_model(
+    folder: Path, *, template: str | None = TEMPLATE, schema: dict | None = None, seed: int = 0
+) -> Path:
     """Write the model and its tokenizer to `folder`."""
     tokenizer = chat_tokenizer(template)
+    tokenizer.response_schema = schema
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(

@@ -11,6 +11,7 @@ import pytest
 from trl.trainer import grpo_trainer
 
 from gvpo.errors import InputError
+from gvpo.replay.tokens import Encoder
 from gvpo.trl import GVPOTrainer
 from gvpo.trl.episodes import check_rollout, limited
 from tests.gloo import run_ranks
@@ -146,6 +147,37 @@ def test_environments_of_several_kinds_each_have_their_tools_and_rewards(tmp_pat
     steps = Oracle([episodes.generations], run.args, agent_policy()).run()
     compare(run.args, steps, snapshots, run.state.log_history)
     assert {"dingding", "{'error': 'Tool ring not found.'}"} <= episodes.heard
+
+
+def test_logged_episodes_are_learnt_as_they_were_made(tmp_path):
+    """Messages come back as the tokens and the mask that they were, and as the oracle's update."""
+    episodes = episodes_of({"tools": TOOLS})
+    prepared(episodes, Snapshots(), tmp_path / "first", tools=TOOLS, max_steps=1).train()
+    (generation,), (completions,) = episodes.generations, episodes.messages
+    data, logged = tasks(), []
+    encoder = Encoder(TOKENIZER, [TOKENIZER.eos_token_id])
+    for row, messages in zip(generation, completions, strict=True):
+        prompt = data[row.asked[0]]["prompt"]
+        row.rewards = [row.rewards[0] or 0.0]
+        logged.append({"prompt": prompt, "reward": row.rewards[0], "group": row.asked[0]})
+        if row.truncated:  # messages do not say where
+            logged[-1] |= {"completion_ids": row.completion, "counted": row.counts}
+            continue
+        assert encoder.episode(prompt, messages) == (row.completion, row.counts)
+        logged[-1]["completion"] = messages
+    assert sum(len(row.get("completion", [])) > 1 for row in logged) > 3
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    snapshots = Snapshots()
+    settings = {
+        "offline": str(tmp_path / "log.jsonl"),
+        "reference": "initial",
+        "num_iterations": 2,
+        "max_steps": 2,
+    }
+    run = prepared(Episodes(), snapshots, tmp_path / "second", rewards=None, train_dataset=None, **settings)
+    run.train()
+    steps = Oracle([episodes.generations], run.args, agent_policy()).run()
+    compare(run.args, steps, snapshots, run.state.log_history)
 
 
 # ---------------------------------------------------------------------------------------------- failures

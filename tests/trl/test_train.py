@@ -6,17 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from trl.trainer import grpo_trainer
 
 from gvpo.cli import main
 from gvpo.run import RunDirectory
 from gvpo.trl.arguments import parse_arguments
 from gvpo.trl.metrics import PARTS
-from tests.trl.chat_model import save_chat_model
+from tests.trl.chat_model import TOOL_SCHEMA, TOOL_TEMPLATE, save_chat_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "gsm8k_cpu.yaml"
@@ -207,6 +209,78 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert words in message
     assert not (inside / "out").exists()
     assert [p for p in sorted(inside.rglob("*.*")) if "__pycache__" not in str(p)] == before
+
+
+AGENTS = """
+class Game:
+    def reset(self, level, **_):
+        self.moves = 0
+        return f" level {level}"
+
+    def move(self, x: int) -> str:
+        \"\"\"Move.
+
+        Args:
+            x: Where to.
+        \"\"\"
+        self.moves += 1
+        return "moved"
+
+    def get_reward(self):
+        return self.moves
+
+
+class Silent(Game):
+    def get_reward(self):
+        return None
+
+
+class Rewardless(Game):
+    get_reward = None
+
+
+def short(prompts, trainer):
+    n = len(prompts)
+    return {"prompt_ids": [[5]] * n, "completion_ids": [[8, 9, 2]] * n, "logprobs": [[0.0] * 3] * n,
+            "env_mask": [[1, 0]] * n}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--environment", "agents:Game", "--keep_columns", "level"], None),
+        (
+            ["--environment", "agents:Silent", "--keep_columns", "level"],
+            "(Silent) returned None or NaN for all 8",
+        ),
+        (["--environment", "agents:Rewardless"], "cannot be trained: No reward source provided"),
+        (["--environment", "agents:Game"], "Environment Game could not be reset (TypeError: "),
+        (["--environment", "agents:Nothing"], "the environment 'agents:Nothing' cannot be imported"),
+        (["--tools", "agents:Game"], "the tool 'agents:Game' is no function"),
+        (["--rollout_func", "agents:short"], "an env_mask of 2 values for the 3 tokens of completion 0"),
+    ],
+)
+def test_environments_tools_and_rollout_functions_by_name(
+    given: list[str], words: str | None, inside: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """A game gives its own reward; what is not right about one, or about a mask, is told in one sentence."""
+    monkeypatch.setattr(grpo_trainer, "is_jmespath_available", lambda: True)  # TOOL_SCHEMA does without
+    monkeypatch.delitem(sys.modules, "agents", raising=False)
+    (inside / "agents.py").write_text(AGENTS)
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "level": i} for i in range(8)]
+    (inside / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = save_chat_model(inside / "model", template=TOOL_TEMPLATE, schema=TOOL_SCHEMA)
+    argv = ["train", "--model_name_or_path", str(model), "--dataset_name", "sums.jsonl", *SMALL, *given]
+    if words is not None:
+        assert words in fails(argv, capfd)
+        return
+    run(argv)
+    metrics = [json.loads(line) for line in (inside / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(
+        "rewards/Game/mean" in m and "rewards/accuracy/mean" not in m for m in metrics if "reward" in m
+    )
 
 
 def test_recipe_with_an_unknown_or_mistyped_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,9 @@ A file (.parquet or .jsonl) or a data set has either one row a group or one row 
     prompt                   | completion: answer     | reward: number   (| group: anything)   a row each
 
 Rows of one completion each make a group where `group` is the same, or the prompt if there is no such
-column. Optional columns, a list per group or one value per completion: `complete` (False where the completion
-was cut off and has no end-of-turn), `reference_logp(s)` (S' in nats) with `reference` (the name of the policy
+column. An answer of several messages is an episode: the assistant's make up S, what tools said is context.
+Optional columns, a list per group or one value per completion: `complete` (False where the completion was
+cut off and has no end-of-turn), `reference_logp(s)` (S' in nats) with `reference` (the name of the policy
 that they are from). Instead of texts there may be token ids: `prompt_ids` (of all, or a list for each
 completion), `completion_ids`, with `counted` (which of them make up S) and `valid` (False: takes no part), as
 `gvpo replay export` writes them.
@@ -162,13 +163,14 @@ def _prompts(row: Row, encoder: Encoder) -> list[list[int]]:
 
 
 def _response(cell: Row, row: Row, encoder: Encoder, longest: int | None) -> Response:
+    counted, logp = cell.get("counted"), cell.get("reference_logps")
+    prompt, said, complete = row.get("prompt") or "", cell.get("completions"), cell.get("complete", True)
     if "completion_ids" in cell:
         ids = check_ids(list(cell["completion_ids"]), encoder.vocabulary_size)
+    elif isinstance(prompt, list) and isinstance(said, list) and len(said) > 1:
+        ids, counted = encoder.episode(prompt, said, complete=complete)
     else:
-        ids = encoder.answer(
-            row.get("prompt") or "", cell["completions"], complete=cell.get("complete", True)
-        )
-    counted, logp = cell.get("counted"), cell.get("reference_logps")
+        ids = encoder.answer(prompt, said, complete=complete)
     if not ids:
         raise InputError("the completion is empty and has no end")
     if longest is not None and len(ids) > longest:

@@ -73,6 +73,38 @@ class Encoder:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids if complete or not ends else ids[:-1]
 
+    def episode(
+        self, prompt: Messages, turns: Messages, *, complete: bool = True
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of an assistant's turns and of what it read between them, and which of them are its own.
+
+        What it read after its last turn it did not answer, and is left out.
+
+        Raises:
+            InputError: as `answer`; turns that do not begin with the assistant's; or a chat template that
+                does not show earlier turns as they were written.
+        """
+        if turns[0]["role"] != "assistant":
+            raise InputError(f"the completion begins with a message of {turns[0]['role']}, not of assistant")
+        said, ids, own = list(prompt), list[int](), list[bool]()
+        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        for i, following in zip(places, [*places[1:], None], strict=True):
+            before = self._render(said, True)
+            mine = self.answer(said, turns[i : i + 1], complete=complete or following is not None)
+            ids, own = ids + mine, own + [True] * len(mine)
+            if following is None:
+                break
+            said += turns[i:following]
+            after = self._render(said, True)
+            both = self.tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+            if not after.startswith(before) or both[: len(mine)] != mine:
+                raise InputError(
+                    "the chat template changes earlier turns when later ones follow: give completion_ids and "
+                    "counted in place of messages"
+                )
+            ids, own = ids + both[len(mine) :], own + [False] * (len(both) - len(mine))
+        return check_ids(ids, self.vocabulary_size), own
+
     def _after(self, prompt: str | Messages, answer: str | Messages) -> str:
         """What follows the prompt's text."""
         if isinstance(prompt, str):

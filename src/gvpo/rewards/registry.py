@@ -70,7 +70,7 @@ def _load_one(name: str) -> RewardFunction:
             raise InputError(f"{name!r} has no length: write for example length:512.")
         return _with(functions.length, max_length=int(argument))
     if argument:
-        return _import(name)
+        return load_function(name)
     if known not in REWARDS:
         names = ", ".join(sorted(REWARDS))
         raise InputError(f"there is no reward {name!r}: choose one of {names}, or your own module:function.")
@@ -81,15 +81,20 @@ def _with(reward: RewardFunction, **settings: Any) -> RewardFunction:
     return functools.update_wrapper(functools.partial(reward, **settings), reward)
 
 
-def _import(spec: str) -> RewardFunction:
+def load_function(spec: str, what: str = "reward") -> Any:
+    """What `module:function` names; for an `environment` a class will do.
+
+    Raises:
+        InputError: it cannot be imported, or cannot be called.
+    """
     here = str(Path.cwd())
     sys.path.insert(0, here)  # a user's own module lies beside their data, not in an installed package
     try:
         function = pkgutil.resolve_name(spec)
     except Exception as error:
-        raise InputError(f"the reward {spec!r} cannot be imported ({error}): check its names.") from error
+        raise InputError(f"the {what} {spec!r} cannot be imported ({error}): check its names.") from error
     finally:
         sys.path.remove(here)
-    if inspect.isclass(function) or not callable(function):
-        raise InputError(f"the reward {spec!r} is no function: give a function, or an instance of a class.")
-    return function  # type: ignore[no-any-return]
+    if (inspect.isclass(function) and what != "environment") or not callable(function):
+        raise InputError(f"the {what} {spec!r} is no function: give a function, or an instance of a class.")
+    return function

@@ -40,8 +40,12 @@ class GVPOScriptArguments:
         instruction: text after each question; '' for none. Default: the data set's own.
         chat: send prompts through the chat template; --no_chat sends them as plain text.
         chat_template: a Jinja file to use in place of the tokenizer's chat template.
+        keep_columns: further columns of the data set, for reward functions of your own and environments.
         reward_funcs: accuracy, exact, format, length, length:512, reasoning_gym, module:function, or weighted
-            sums such as 'accuracy + 0.2*format'.
+            sums such as 'accuracy + 0.2*format'. Default: accuracy, or with an environment none but its own.
+        tools: functions that the model may call, each as module:function.
+        environment: what makes the environment of an episode, as module:class.
+        rollout_func: what samples in place of TRL, as module:function.
         resume: 'auto' goes on from the last checkpoint in output_dir, if any; or a checkpoint.
         plan: only tell how much memory each phase will need, and the largest micro-batch that fits.
         threads: of each process on a CPU. Default: OMP_NUM_THREADS, or the cores that are free.
@@ -61,19 +65,23 @@ class GVPOScriptArguments:
     instruction: str | None = None
     chat: bool = True
     chat_template: str | None = None
-    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
+    keep_columns: list[str] = field(default_factory=list)
+    reward_funcs: list[str] = field(default_factory=list)
+    tools: list[str] = field(default_factory=list)
+    environment: str | None = None
+    rollout_func: str | None = None
     resume: str | None = None
     plan: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dataset_name", "eval_dataset_name", "reward_funcs"):
+        for name in ("dataset_name", "eval_dataset_name", "reward_funcs", "tools", "keep_columns"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
-        if not self.reward_funcs:
-            raise InputError("reward_funcs is empty: name at least one reward.")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads={self.threads}: give 1 or more.")
+        if not self.reward_funcs and self.environment is None:
+            self.reward_funcs = ["accuracy"]
 
 
 @dataclass

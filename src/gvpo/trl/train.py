@@ -22,6 +22,7 @@ from gvpo.errors import InputError, first_line
 from gvpo.machine import choose_threads
 from gvpo.model.tokenizer import load_tokenizer, read_template
 from gvpo.rewards import load_reward
+from gvpo.rewards.registry import load_function
 from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import TrainArguments, parse_arguments
 from gvpo.trl.checkpoint import flaw, last_checkpoint
@@ -55,6 +56,11 @@ def main(argv: Sequence[str]) -> None:
             f"There are {len(rewards)} reward_funcs and {len(training.reward_weights)} reward_weights: "
             "give one weight each."
         )
+    agents = {
+        "tools": [load_function(spec, "tool") for spec in script.tools] or None,
+        "environment_factory": script.environment and load_function(script.environment, "environment"),
+        "rollout_func": script.rollout_func and load_function(script.rollout_func, "rollout_func"),
+    }
     if arguments.model.model_name_or_path is None:
         raise InputError("model_name_or_path is missing: give a folder with a model, or a Hub id.")
     checkpoint = _checkpoint(arguments)
@@ -68,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     if training.device.type == "cpu":
         threads = choose_threads(script.threads, run=Path(training.output_dir) if checkpoint else None)
         record["threads"] = torch.get_num_threads()
-    trainer = _trainer(arguments, rewards, train_dataset, eval_dataset)
+    trainer = _trainer(arguments, rewards, agents, train_dataset, eval_dataset)
     run = RunDirectory(training.output_dir)
     if trainer.accelerator.is_main_process:
         console.print(threads, end="\n" * bool(threads), soft_wrap=True)
@@ -142,7 +148,10 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
         script.dataset_size,
         source=script.dataset_source,
         revision=script.dataset_revision,
-        keep=[training.demonstration_column] if training.demonstrations_per_group else [],
+        keep=[
+            *script.keep_columns,
+            *([training.demonstration_column] if training.demonstrations_per_group else []),
+        ],
     )
     if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
         return train, None
@@ -151,7 +160,8 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
             "eval_strategy is set, but dataset_source is for training: give eval_dataset_name too."
         )
     names = script.eval_dataset_name or script.dataset_name
-    return train, _load(arguments, names, script.eval_dataset_split, script.eval_dataset_size)
+    split, size = script.eval_dataset_split, script.eval_dataset_size
+    return train, _load(arguments, names, split, size, keep=script.keep_columns)
 
 
 def _load(arguments: TrainArguments, names: list[str], split: str, size: int | None, **own: Any) -> Dataset:
@@ -183,7 +193,11 @@ def _load(arguments: TrainArguments, names: list[str], split: str, size: int | N
 
 
 def _trainer(
-    arguments: TrainArguments, rewards: list[Any], train: Dataset | None, held_out: Dataset | None
+    arguments: TrainArguments,
+    rewards: list[Any],
+    agents: dict[str, Any],
+    train: Dataset | None,
+    held_out: Dataset | None,
 ) -> GVPOTrainer:
     training, model = arguments.training, arguments.model
     trust = bool(getattr(training, "trust_remote_code", False))
@@ -205,13 +219,14 @@ def _trainer(
     try:
         return GVPOTrainer(
             model.model_name_or_path,
-            rewards if train is not None else None,
+            (rewards or None) if train is not None else None,
             training,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
             peft_config=get_peft_config(model),
             quantization_config=get_quantization_config(model),
+            **{name: given for name, given in agents.items() if given is not None},
         )
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, InputError):

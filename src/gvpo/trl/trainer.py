@@ -211,7 +211,10 @@ class GVPOTrainer(ResumableTrainer):
         args = self.args
         model = self.accelerator.unwrap_model(self.model)
         template = getattr(self, "chat_template", None)
-        encoder = offpolicy.encoder_for(model, self.processing_class, template, args.chat_template_kwargs)
+        options = dict(args.chat_template_kwargs or {})
+        if getattr(self, "tools", None):  # as in the prompts of a generation
+            options["tools"] = self.tools
+        encoder = offpolicy.encoder_for(model, self.processing_class, template, options)
         self.offline = self.demonstrations = self.replay = None
         self._given: offpolicy.Given = []  # demonstrations in the rows being generated
         if args.offline is not None:
