@@ -1,4 +1,4 @@
-"""What chance in an environment does to the optimum (docs/guide/agents.md): two turns, between them a coin."""
+"""What chance in an environment does to the optimum (docs/guide/agents.md): two turns, and a coin between."""
 
 import pytest
 import torch
