@@ -164,7 +164,8 @@ def _prompts(row: Row, encoder: Encoder) -> list[list[int]]:
 
 def _response(cell: Row, row: Row, encoder: Encoder, longest: int | None) -> Response:
     counted, logp = cell.get("counted"), cell.get("reference_logps")
-    prompt, said, complete = row.get("prompt") or "", cell.get("completions"), cell.get("complete", True)
+    prompt, complete = row.get("prompt") or "", cell.get("complete", True)
+    said: Any = cell.get("completions")
     if "completion_ids" in cell:
         ids = check_ids(list(cell["completion_ids"]), encoder.vocabulary_size)
     elif isinstance(prompt, list) and isinstance(said, list) and len(said) > 1:

@@ -90,8 +90,7 @@ def guard(
     group: int,
     timeout: float | None = None,
     worker: bool = False,
-    name: str | None = None,
-    apart: bool = False,
+    environment: str | None = None,
 ) -> Any:
     """A reward function whose failures go to `incidents`, with None as the reward. Reward models pass.
 
@@ -101,22 +100,23 @@ def guard(
         group: rows that are tried together after a call on all of them failed.
         timeout: seconds for a call, in a worker process.
         worker: use a worker process without a limit of time, too.
-        name: in messages; the function's by default.
-        apart: ask for each row on its own, once (an async function for all rows at the same time).
+        environment: the kind whose own reward this is. Each is asked once, on its own, async ones at once.
     """
     if isinstance(reward, str | nn.Module) or not callable(reward):
         return reward
     inner = reward
     while isinstance(inner, functools.partial):
         inner = inner.func
-    name = name or getattr(inner, "__name__", type(inner).__name__)
+    called = getattr(inner, "__name__", type(inner).__name__)
+    name, apart = (called, False) if environment is None else (f"{environment}.get_reward", True)
     if inspect.iscoroutinefunction(inner if inspect.isroutine(inner) else type(inner).__call__):
         if worker or timeout:
             raise InputError(
                 f"Reward function {name} is async, which a worker process cannot run: take one away."
             )
         return _guard_async(reward, name, incidents, apart)
-    guarded = _Guarded(reward, name, incidents, group, apart)
+    guarded = _Guarded(reward, name, incidents, group)
+    guarded.apart = apart
     if worker or timeout:
         guarded.worker = RewardWorker(reward, timeout)
 
@@ -130,12 +130,10 @@ def guard(
 
 class _Guarded:
     worker: RewardWorker | None = None
+    apart = False
 
-    def __init__(
-        self, reward: Callable[..., Any], name: str, incidents: Incidents, group: int, apart: bool = False
-    ) -> None:
+    def __init__(self, reward: Callable[..., Any], name: str, incidents: Incidents, group: int) -> None:
         self.reward, self.name, self.incidents, self.group = reward, name, incidents, group
-        self.apart = apart
         self.hung = self.slowest = 0.0  # seconds: lost in this generation, and of the longest call that ended
 
     def __call__(self, **columns: Any) -> list[float | None]:

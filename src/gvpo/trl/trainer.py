@@ -143,7 +143,7 @@ class GVPOTrainer(ResumableTrainer):
             self.ref_model = self._prepare_reference(twin)
         # The environments' own rewards, which TRL has added: one is asked once, whatever befalls the others.
         self.reward_funcs[own:] = [
-            guard(f, self.incidents, group=1, name=f"{name}.get_reward", apart=True)
+            guard(f, self.incidents, group=1, environment=name)
             for f, name in zip(self.reward_funcs[own:], self.reward_func_names[own:], strict=True)
         ]
         rollout: Any = getattr(self, "rollout_func", None)
