@@ -3,7 +3,7 @@
     pip install "gvpo[trl]"
     python examples/calculator.py --seed 0 --output runs/calculator
 
-A Llama of 0.2 M parameters first imitates a sloppy teacher, who knows the products of single digits by heart
+A Llama of 0.1 M parameters first imitates a sloppy teacher, who knows the products of single digits by heart
 and not those of two digits; for these he guesses, or calls the tool and often misreads a digit. Then
 `GVPOTrainer` rewards right answers, less 0.2 for each call. What is shown for held-out problems are episodes
 sampled as in training. With a model from the Hub `tokenizer` and `warm_up` go away: TRL knows how the common
@@ -12,7 +12,6 @@ ones call tools.
 
 import argparse
 import json
-import math
 import random
 import time
 from pathlib import Path
@@ -204,10 +203,10 @@ def main(seed: int, output: Path, *, warm_up_steps: int = 1200, steps: int = 80)
         for reward in ("right", "calls")
         for when, place in (("start", 0), ("end", -1))
     }
-    summary |= {"seed": seed, "steps": steps, "seconds_warm_up": round(warmed_up - started)}
-    summary["seconds_gvpo"] = round(time.time() - warmed_up)
+    summary |= {"seed": seed, "steps": steps, "parameters": sum(p.numel() for p in model.parameters())}
+    summary |= {"seconds_warm_up": round(warmed_up - started), "seconds_gvpo": round(time.time() - warmed_up)}
+    summary["cpu_seconds"] = round(time.process_time())
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    assert all(math.isfinite(value) for value in summary.values())
     print(json.dumps(summary, indent=1))
     return summary
 
