@@ -6,6 +6,8 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from trl.trainer import grpo_trainer
@@ -147,6 +149,39 @@ def test_environments_of_several_kinds_each_have_their_tools_and_rewards(tmp_pat
     steps = Oracle([episodes.generations], run.args, agent_policy()).run()
     compare(run.args, steps, snapshots, run.state.log_history)
     assert {"dingding", "{'error': 'Tool ring not found.'}"} <= episodes.heard
+
+
+class OwnTasks(Room):
+    def reset(self, **_):
+        return super().reset(self.number)
+
+
+def test_an_environment_may_bring_the_tasks(tmp_path):
+    """A group is then what the trainer asks for together."""
+    Room.made = 0
+    episodes = Episodes(names=("look",))
+    settings = {"environment_factory": OwnTasks, "train_dataset": None, "rewards": None, "max_steps": 2}
+    run = prepared(episodes, Snapshots(), tmp_path, **settings)
+    run.train()
+    assert Room.made == 16
+    assert [entry["gvpo/groups"] for entry in run.state.log_history if "loss" in entry] == [4, 4]
+    assert all(entry["gvpo/reward_variance"] > 0 for entry in run.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "sharded", "refused"), [(None, True, True), ("server", False, True), ("colocate", False, False)]
+)
+def test_processes_that_would_wait_for_each_other_in_a_turn_are_refused(vllm, sharded, refused):
+    run = SimpleNamespace(
+        tools=TOOLS,
+        use_vllm=vllm is not None,
+        vllm_mode=vllm,
+        args=SimpleNamespace(vllm_tensor_parallel_size=1),
+        accelerator=SimpleNamespace(num_processes=2),
+        _collective=sharded,
+    )
+    with pytest.raises(InputError, match="different numbers of turns") if refused else nullcontext():
+        GVPOTrainer._check_turns(run)
 
 
 def test_logged_episodes_are_learnt_as_they_were_made(tmp_path):
