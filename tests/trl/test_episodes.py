@@ -7,6 +7,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from trl.trainer import grpo_trainer
 from gvpo.errors import InputError
 from gvpo.replay.tokens import Encoder
 from gvpo.trl import GVPOTrainer
-from gvpo.trl.episodes import check_rollout, limited
+from gvpo.trl.episodes import Environments, check_rollout, limited
 from tests.gloo import run_ranks
 from tests.trl.agents import (
     LONGEST,
@@ -277,6 +278,22 @@ def test_async_rewards_of_environments_are_awaited_together_and_fail_apart(tmp_p
     run.train()
     assert run._failed_rows.nonzero()[:, 0].tolist() == [3, 7, 11, 15]
     assert Judge.most == 16
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Nothing can be set on it."""
+
+    def reset(self):
+        raise ConnectionError("no server")
+
+
+def test_environments_that_are_frozen_are_looked_after_too():
+    environments = Environments(None)
+    environment = environments.made_by({"one": Frozen})["one"]()
+    assert environments.failure(environment) is None
+    assert environment.reset() is None
+    assert isinstance(environments.failure(environment), ConnectionError)
 
 
 class Unrewarding(Room):

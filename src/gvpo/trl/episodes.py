@@ -90,9 +90,10 @@ class Environments:
             environment = factory()
             for name, _ in inspect.getmembers(type(environment), inspect.isfunction):
                 if not name.startswith("_"):
-                    setattr(environment, name, limited(getattr(environment, name), self.seconds))
-            if hasattr(environment, "reset"):
-                environment.reset = self._watched(environment, environment.reset)
+                    method = limited(getattr(environment, name), self.seconds)
+                    if name == "reset":
+                        method = self._watched(environment, method)
+                    object.__setattr__(environment, name, method)  # as the class may be frozen, or pydantic's
             return environment
 
         return make
