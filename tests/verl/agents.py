@@ -1,6 +1,7 @@
 """An agent with a tool, whose sessions leave no row, one or two, depending on what it sampled."""
 
 import json
+import re
 from copy import deepcopy
 from typing import Any
 
@@ -11,11 +12,11 @@ from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
 
 @ToolParser.register("plus")
 class PlusParser(ToolParser):
-    """What stands before a plus is a call, which a model of a few thousand parameters gets right."""
+    """What stands before a sign is a call, which a model of a few thousand parameters gets right."""
 
     async def extract_tool_calls(self, responses_ids: list[int], tools: Any = None) -> tuple[str, list]:
         text = self.tokenizer.decode(responses_ids, skip_special_tokens=True)
-        *texts, content = text.split("+")
+        *texts, content = re.split("[-+=]", text)
         return content, [FunctionCall(name="digits", arguments=json.dumps({"text": t})) for t in texts]
 
 
