@@ -172,15 +172,21 @@ class Beginnings:
     lengths: list[int]
 
     @classmethod
-    def of(cls, batch: GroupBatch, chosen: Bool[Tensor, "batch length"] | None = None) -> Beginnings:
-        """`chosen`: the completion's tokens, where `batch.completion_mask` has fewer (a trust mask)."""
+    def of(
+        cls, batch: GroupBatch, chosen: Bool[Tensor, "batch length"] | None = None, *, whole: bool = False
+    ) -> Beginnings:
+        """`chosen`: the completion's tokens, where `batch.completion_mask` has fewer (a trust mask).
+
+        `whole`: what follows a row's last chosen token is not left out, nor are rows without one.
+        """
         if not batch.input_ids.numel():
             none = [0] * len(batch)
             return cls(none, none, [None] * len(batch), [], [])
         kept = batch.completion_mask.clone()
         kept[:, :1] = False
         chosen = kept if chosen is None else kept | chosen
-        ends = torch.arange(1, kept.shape[1] + 1, device=kept.device).mul(kept).amax(1).tolist()
+        last = torch.arange(1, kept.shape[1] + 1, device=kept.device).mul(kept).amax(1)
+        ends = (batch.lengths if whole else last).tolist()
         starts = (chosen.byte().argmax(1) - 1).clamp(min=0).tolist()
         tokens = batch.input_ids.cpu().numpy()
         found: dict[bytes, int] = {}
@@ -194,6 +200,10 @@ class Beginnings:
             if of_row[-1] == len(rows):
                 rows.append(row)
         return cls(starts, ends, of_row, rows, [starts[row] for row in rows])
+
+    def rows_with(self, beginning: int) -> list[int]:
+        """The rows that have a beginning."""
+        return [row for row, its in enumerate(self.of_row) if its == beginning]
 
     @property
     def own(self) -> list[int]:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import Beginnings, GroupBatch, MicroBatch, widest_float
+from gvpo.model.balance import LoadBalance, Routing
 from gvpo.model.determinism import without_noise
 from gvpo.model.logprobs import TokenScorer, unwrap
 from gvpo.model.shared_prompts import (
@@ -89,11 +90,15 @@ def _without_fsdp_sync(model: FSDPModule) -> Iterator[None]:
 
 
 class Piece(NamedTuple):
-    """A micro-batch, the prompts after which its rows go on (None: whole rows), whether it is the last."""
+    """A micro-batch, the prompts after which its rows go on (None: whole rows), whether it is the last one.
+
+    `routing`: what its tokens stand for, where experts are balanced.
+    """
 
     micro: MicroBatch
     prompts: Continuation | None
     last: bool
+    routing: Routing | None = None
 
 
 class SequenceScorer:
@@ -143,21 +148,31 @@ class SequenceScorer:
 
     @torch.no_grad()
     def token_logps(
-        self, batch: GroupBatch, rows: Sequence[int] | None = None
+        self, batch: GroupBatch, rows: Sequence[int] | None = None, balance: LoadBalance | None = None
     ) -> Float[Tensor, "batch length"]:
-        """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out."""
+        """log p of each completion token, whose sum is S; 0 at all other tokens and for rows left out.
+
+        `balance`: is to count the experts of the rows' tokens.
+        """
         device, first = batch.input_ids.device, batch.first_equal
         asked = torch.arange(len(batch)) if rows is None else torch.tensor(rows, dtype=torch.long)
         asked = asked.to(device)
         distinct = first[asked].unique().tolist()
 
         def score() -> Tensor:
+            if balance is not None:
+                balance.begin(first)
             out = torch.zeros(batch.input_ids.shape, dtype=widest_float(device), device=device)
-            with closing(self._pieces(batch, distinct)) as pieces:
-                for micro, prompts, _ in pieces:
+            with closing(self._pieces(batch, distinct, balance=balance)) as pieces:
+                for micro, prompts, _, routing in pieces:
                     with self.backend.forward_context():
                         scores = self.scorer(
-                            self._bare, micro.input_ids, micro.lengths, micro.chosen, prompts=prompts
+                            self._bare,
+                            micro.input_ids,
+                            micro.lengths,
+                            micro.chosen,
+                            prompts=prompts,
+                            routing=routing,
                         )
                     if micro.rows:
                         out[micro.row_of, micro.column_of] = scores.logps.to(out.dtype)
@@ -176,6 +191,7 @@ class SequenceScorer:
         rows: Sequence[int],
         sums: VocabularyGradients | None = None,
         chosen: Bool[Tensor, "batch length"] | None = None,
+        balance: LoadBalance | None = None,
     ) -> Generator[Piece]:
         """The micro-batches of `rows` in turn. To be closed: attention is another one while it runs.
 
@@ -183,27 +199,38 @@ class SequenceScorer:
         last one, and a gradient of 0 is not the same to an optimizer with momentum as none.
         """
         lengths = batch.lengths.tolist()
-        beginnings, blocks = self._plan(batch, lengths, rows, chosen)
+        beginnings, blocks = self._plan(batch, lengths, rows, chosen, balance is not None)
         if sums is not None and not any(block.micro_batches for block in blocks):
             blocks[-1].micro_batches.append([])
         for block in blocks:
             if sums is not None:
                 sums.last = block is blocks[-1]
-            with nullcontext() if beginnings is None else self._read(batch, beginnings, block, sums) as cache:
+            read = (
+                nullcontext() if beginnings is None else self._read(batch, beginnings, block, sums, balance)
+            )
+            with read as cache:
                 for members in block.micro_batches:
                     ends_block = members is block.micro_batches[-1]
                     last = ends_block and block is blocks[-1]
                     self._retry_is_safe &= not self._shares(last and sums is not None)
-                    if beginnings is None:
-                        yield Piece(MicroBatch.of(batch, members, lengths), None, last)
-                        continue
-                    assert cache is not None
-                    where = [block.place(beginnings.of_row[row]) for row in members] or [None]
-                    micro = MicroBatch.of(batch, members, beginnings.ends, beginnings.starts)
-                    yield Piece(micro, Continuation(cache, where, ends_block), last)
+                    micro, prompts = MicroBatch.of(batch, members, lengths), None
+                    if beginnings is not None:
+                        assert cache is not None
+                        where = [block.place(beginnings.of_row[row]) for row in members] or [None]
+                        micro = MicroBatch.of(batch, members, beginnings.ends, beginnings.starts)
+                        prompts = Continuation(cache, where, ends_block)
+                    routing = None
+                    if balance is not None:
+                        routing = Routing(balance, [[row] for row in members], micro.lengths)
+                    yield Piece(micro, prompts, last, routing)
 
     def _plan(
-        self, batch: GroupBatch, lengths: list[int], rows: Sequence[int], chosen: Tensor | None
+        self,
+        batch: GroupBatch,
+        lengths: list[int],
+        rows: Sequence[int],
+        chosen: Tensor | None,
+        whole_rows: bool,
     ) -> tuple[Beginnings | None, list[Block]]:
         """Blocks of micro-batches, and the beginnings that they share if that costs less than whole rows.
 
@@ -212,7 +239,7 @@ class SequenceScorer:
         beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget)
         blocks = [Block([], plan)]
         if self._way != "whole":
-            found = Beginnings.of(batch, chosen)
+            found = Beginnings.of(batch, chosen, whole=whole_rows)
             model, whole = unwrap(self.model), padded_cost(lengths, plan)
             # Ranks that go together must all plan: one's rows may gain nothing where another's gain much.
             limit = math.inf if self.backend.collective_forward(self.model) else whole
@@ -230,7 +257,12 @@ class SequenceScorer:
 
     @contextmanager
     def _read(
-        self, batch: GroupBatch, beginnings: Beginnings, block: Block, sums: VocabularyGradients | None
+        self,
+        batch: GroupBatch,
+        beginnings: Beginnings,
+        block: Block,
+        sums: VocabularyGradients | None,
+        balance: LoadBalance | None,
     ) -> Iterator[PromptCache]:
         """Read a block's beginnings; while it is open, its rows can go on after them."""
         model = self._bare
@@ -240,6 +272,9 @@ class SequenceScorer:
             if not lengths:  # a filler, for ranks that have nothing to do
                 lengths, ids = [1], ids.new_zeros(1, 1)
             cache = PromptCache(lengths, original, self._way == "merged", sums)
+            if balance is not None:
+                rows = [beginnings.rows_with(b) for b in block.beginnings]
+                cache.routing = Routing(balance, rows, torch.tensor(lengths, device=ids.device))
             self._retry_is_safe &= not self._shares(last=False)
             with self.backend.forward_context():
                 cache.hidden = model(input_ids=ids, gvpo=cache)

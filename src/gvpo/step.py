@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gvpo.batch import GroupBatch, widest_float
+from gvpo.model.balance import LoadBalance, Routing
 from gvpo.model.determinism import without_noise
-from gvpo.model.logprobs import TokenScores
+from gvpo.model.logprobs import TokenScores, unwrap
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.objective import GVPOLoss, gvpo_loss
 from gvpo.scoring import Backend, Piece, SequenceScorer, is_out_of_memory
@@ -81,6 +82,8 @@ class GVPOStep(SequenceScorer):
         trust: leave out the gradient of tokens whose probability has already moved by more than this share
             of what it was at rollout, in the direction of their weight (`gvpo.trust`); between 0 and 1. Not
             part of the published algorithm; None for the formula as it is.
+        router_aux_loss_coef: of a mixture of experts: add the gradient of this times the load-balancing loss
+            of the whole step (`gvpo.model.balance`). It takes a pass over all rows, also those of weight 0.
 
     Examples:
         >>> step = GVPOStep(model, beta=0.1)
@@ -89,24 +92,51 @@ class GVPOStep(SequenceScorer):
     """
 
     def __init__(
-        self, model: nn.Module, *, beta: float = 0.1, trust: float | None = None, **others: Any
+        self,
+        model: nn.Module,
+        *,
+        beta: float = 0.1,
+        trust: float | None = None,
+        router_aux_loss_coef: float = 0.0,
+        **others: Any,
     ) -> None:
         super().__init__(model, **others)
         self.beta, self.trust = beta, trust
+        self.balance = LoadBalance.of(unwrap(model), router_aux_loss_coef) if router_aux_loss_coef else None
+
+    def _decide(self, batch: GroupBatch) -> None:
+        super()._decide(batch)
+        if self.balance is None or self.balance.checked:
+            return
+        assert self.scorer.probe is not None
+        ids, lengths, chosen = self.scorer.probe
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        self.balance.begin(torch.arange(2, device=ids.device))
+        with torch.no_grad(), self.backend.forward_context():
+            routing = Routing(self.balance, [[0], [1]], lengths)
+            self.scorer(self._bare, ids, lengths, chosen, routing=routing)
+            own = self._bare(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+        self.balance.close(None, 1)
+        self.balance.check(unwrap(self.model), own, self._agree)
 
     @torch.no_grad()
     def weigh(self, batch: GroupBatch) -> tuple[GVPOLoss, Float[Tensor, "batch length"] | None]:
         """Loss, weights and metrics of `batch` before any update; and its `token_logps`, if needed."""
+        token_logps, balance = None, self.balance
+        if balance is not None:
+            token_logps = self.token_logps(batch, balance=balance)
+            balance.close(self.backend.process_group, self.backend.averaged_over(self.model))
         if batch.reference_logps is None:
             # θ is θ': Rθ = 0 whatever S is, and the weights need no forward (docs/theory.md, fact 3).
             policy = reference = torch.zeros(len(batch), device=batch.input_ids.device)
             token_logps = None
         else:
-            token_logps = self.token_logps(batch, _rows_to_score(batch))
-            policy = token_logps.sum(1)
-            # Free rows have no score: 0 on both sides, for Rθ = 0.
-            reference = batch.reference_logps
-            reference = reference if batch.on_policy is None else reference.masked_fill(batch.on_policy, 0.0)
+            if token_logps is None:
+                token_logps = self.token_logps(batch, _rows_to_score(batch))
+            policy, reference = token_logps.sum(1), batch.reference_logps
+            if batch.on_policy is not None:  # free rows have no score: 0 on both sides, for Rθ = 0
+                token_logps = token_logps.masked_fill(batch.on_policy[:, None], 0.0)
+                policy, reference = (x.masked_fill(batch.on_policy, 0.0) for x in (policy, reference))
         result = gvpo_loss(
             policy.to(widest_float(policy.device)),
             reference,
@@ -116,6 +146,8 @@ class GVPOStep(SequenceScorer):
             mask=batch.valid,
             process_group=self.backend.process_group,
         )
+        if balance is not None:
+            result.metrics.update(aux_loss=balance.loss, expert_load_max=balance.load_max)
         return result, token_logps
 
     def __call__(self, batch: GroupBatch) -> StepReport:
@@ -179,8 +211,12 @@ class GVPOStep(SequenceScorer):
         weights = torch.zeros_like(each).index_add_(0, first, each)
         times = torch.zeros_like(each).index_add_(0, first, (each != 0).to(each))
         sums = VocabularyGradients(with_embedding=not self.backend.collective_forward(self.model))
+        rows = weights.nonzero()[:, 0].tolist()
+        if self.balance is not None:
+            self.balance.stands_for(first)
+            rows = first.unique().tolist()
         done, entropy, scored = replace(report), each.new_zeros(()), each.new_zeros(())
-        with closing(self._pieces(batch, weights.nonzero()[:, 0].tolist(), sums, chosen)) as pieces:
+        with closing(self._pieces(batch, rows, sums, chosen, self.balance)) as pieces:
             for piece in pieces:
                 sums.last = piece.last
                 with nullcontext() if piece.last else self.backend.without_sync(self.model):
@@ -205,14 +241,18 @@ class GVPOStep(SequenceScorer):
                 micro.per_token(weights),
                 sums,
                 piece.prompts,
+                piece.routing,
             )
         assert scores.nll is not None
         loss = scores.nll
-        if piece.prompts is not None and piece.prompts.last and self.backend.collective_forward(self.model):
-            # FSDP gathers a layer's parameters for its backward when a gradient reaches its output.
-            hidden = piece.prompts.cache.hidden
-            assert hidden is not None
-            loss = loss + hidden[..., :0].sum()
+        if piece.prompts is not None and piece.prompts.last:
+            cache = piece.prompts.cache
+            if cache.routing is not None:
+                loss = loss + cache.routing.loss.to(loss)
+            if self.backend.collective_forward(self.model):
+                # FSDP gathers a layer's parameters for its backward when a gradient reaches its output.
+                assert cache.hidden is not None
+                loss = loss + cache.hidden[..., :0].sum()
         self.backend.backward(loss, last=piece.last)
         return scores
 

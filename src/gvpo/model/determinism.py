@@ -45,6 +45,15 @@ def without_noise(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def is_reentrant(model: nn.Module) -> bool:
+    """Whether gradients are checkpointed so that nothing inside of a layer has a graph."""
+    return any(
+        getattr(m, "gradient_checkpointing", False)
+        and getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        for m in model.modules()
+    )
+
+
 @torch.no_grad()
 def random_module(model: nn.Module, run: Callable[[], object]) -> str:
     """The innermost module that gave two outputs for the same input in two calls of `run`, by name."""

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 from gvpo.errors import InputError
+from gvpo.model.balance import Routing
 from gvpo.model.determinism import apart, random_module
 from gvpo.model.fused_head import LogitTransform, WeightedNLL, chunked_logps, tile_bytes, tile_rows
 from gvpo.model.head import head_parameters, is_linear, probed
@@ -35,8 +36,9 @@ PROBE_TOKENS = 24  # of the row that a model is checked with
 class TokenScores(NamedTuple):
     """Scores of the chosen tokens of a micro-batch, row by row.
 
-    `nll` is −Σ_t weight_t log p_t (None if no weights were given) and carries the gradient; `logps` and
-    `entropy` are in nats, without gradient (entropy is None in a pass without weights).
+    `nll` is −Σ_t weight_t log p_t (None if no weights were given), and with it the part of a load-balancing
+    loss that was asked for; it carries the gradient. `logps` and `entropy` are in nats, without gradient
+    (entropy is None in a pass without weights).
     """
 
     nll: Float[Tensor, ""] | None
@@ -59,6 +61,7 @@ class ScoreRequest:
     sums: VocabularyGradients | None = None
     tile_bytes: int | None = None
     shared_prompts: Continuation | None = None
+    routing: Routing | None = None
 
     def score(self, hidden: Float[Tensor, "rows length dim"], head: nn.Module) -> TokenScores:
         weight, bias = head_parameters(head)
@@ -109,9 +112,13 @@ def prepare_model(model: nn.Module) -> None:
             return self._forward_before_gvpo(*args, **kwargs)
         if gvpo.shared_prompts is not None:
             kwargs["shared_prompts"] = gvpo.shared_prompts
+        if gvpo.routing is not None:
+            kwargs["output_router_logits"] = True
         with embedding_summed(self, gvpo.sums):
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return gvpo.score(hidden, self.get_output_embeddings())
+            output = self.base_model(*args, use_cache=False, **kwargs)
+        if gvpo.routing is not None:
+            gvpo.routing.see(output)
+        return gvpo.score(output.last_hidden_state, self.get_output_embeddings())
 
     base.forward = types.MethodType(forward, model)
 
@@ -136,6 +143,7 @@ class TokenScorer:
     fused: bool | None = None
     tile_bytes: int | None = None
     checked: bool = field(init=False, default=False)
+    probe: Probe | None = field(init=False, default=None)  # what it was checked with
     _transform: LogitTransform = field(init=False, default_factory=LogitTransform)
     _options: dict[str, bool] = field(init=False, default_factory=dict)  # of the model's own forward
 
@@ -160,12 +168,13 @@ class TokenScorer:
         token_weights: Float[Tensor, "tokens"] | None = None,
         sums: VocabularyGradients | None = None,
         prompts: Continuation | None = None,
+        routing: Routing | None = None,
     ) -> TokenScores:
         """Score the tokens where `chosen` is True (never in column 0), each given the ones before it.
 
         `model` is this scorer's model or a wrapper of it (DDP, FSDP). Rows are left-aligned: padding
         comes after the first `lengths[i]` tokens, where no causal model can see it, so no mask is needed.
-        With `prompts` the rows go on after those.
+        With `prompts` the rows go on after those. With `routing` their routers are looked at.
 
         Raises:
             InputError: at first use, if scores are random or depend on padding.
@@ -174,13 +183,15 @@ class TokenScorer:
             self.check(model, input_ids, lengths)
         # An adapter may have been put on the head, or taken off, since the check.
         if not (self.fused and is_linear(unwrap(self.model).get_output_embeddings())):
-            return self._from_logits(model, input_ids, lengths, chosen, token_weights)
+            return self._from_logits(model, input_ids, lengths, chosen, token_weights, routing)
         request = self._request(input_ids, chosen, token_weights, sums)
-        request.shared_prompts = prompts
+        request.shared_prompts, request.routing = prompts, routing
         inputs = input_ids[:, :-1]
+        if routing is not None:  # the last token predicts none, but is routed
+            inputs, request.chosen = input_ids, F.pad(request.chosen, (0, 1))
         where = {} if prompts is None else {"position_ids": prompts.positions(inputs)}
         scores: TokenScores = model(input_ids=inputs, gvpo=request, **where)
-        return scores
+        return scores if routing is None else _with_loss(scores, routing)
 
     def _request(
         self,
@@ -207,17 +218,22 @@ class TokenScorer:
         lengths: Tensor,
         chosen: Tensor,
         token_weights: Tensor | None,
+        routing: Routing | None,
     ) -> TokenScores:
-        logits = model(input_ids=input_ids, attention_mask=_mask(input_ids, lengths), **self._options).logits
+        options = self._options | ({} if routing is None else {"output_router_logits": True})
+        output = model(input_ids=input_ids, attention_mask=_mask(input_ids, lengths), **options)
+        if routing is not None:
+            routing.see(output)
         # Prompt tuning puts virtual tokens before the row.
-        logits = logits[:, -input_ids.shape[1] : -1][chosen[:, 1:]]
+        logits = output.logits[:, -input_ids.shape[1] : -1][chosen[:, 1:]]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         all_logps = F.log_softmax(logits, dim=-1)
         logps = all_logps.gather(1, input_ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
         if token_weights is None:
             return TokenScores(None, logps, None)
         entropy = -(all_logps.exp() * all_logps).detach().sum(-1)
-        return TokenScores(-(logps * token_weights.to(logps)).sum(), logps.detach(), entropy)
+        scores = TokenScores(-(logps * token_weights.to(logps)).sum(), logps.detach(), entropy)
+        return scores if routing is None else _with_loss(scores, routing)
 
     @torch.no_grad()
     def check(
@@ -235,7 +251,8 @@ class TokenScorer:
             InputError: scores are random even in evaluation mode, or depend on what pads a row.
         """
         self.checked = True
-        probe = Probe.of(input_ids, lengths, min(PROBE_TOKENS, positions(unwrap(self.model))))
+        size = min(PROBE_TOKENS, positions(unwrap(self.model)))
+        probe = self.probe = Probe.of(input_ids, lengths, size)
         wide = next(self.model.parameters()).dtype.itemsize >= 4
         tolerance = 2e-3 if wide and not torch.is_autocast_enabled(input_ids.device.type) else 0.05
         differs = ""
@@ -339,6 +356,11 @@ class Probe(NamedTuple):
         ends = torch.tensor([size, half], device=ids.device)
         at = torch.arange(size, device=ids.device)
         return cls(ids, ends, (at > 0) & (at < ends[:, None]))
+
+
+def _with_loss(scores: TokenScores, routing: Routing) -> TokenScores:
+    nll = scores.nll
+    return scores if nll is None else scores._replace(nll=nll + routing.loss.to(nll))
 
 
 def _mask(input_ids: Tensor, lengths: Tensor) -> Int[Tensor, "rows length"]:

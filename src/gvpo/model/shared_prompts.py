@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gvpo.model.balance import Routing
 from gvpo.model.merged_attention import MergedAttention
 from gvpo.model.vocabulary import VocabularyGradients
 
@@ -47,6 +48,7 @@ class PromptCache:
         self, lengths: list[int], original: str, merged: bool = True, sums: VocabularyGradients | None = None
     ) -> None:
         self.lengths, self.original, self.merged, self.sums = lengths, original, merged, sums
+        self.routing: Routing | None = None  # of a mixture of experts whose load is balanced
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of each layer
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}
         self.hidden: Tensor | None = None  # what the forward ended with
@@ -71,7 +73,7 @@ class PromptCache:
         """Let go of the memory, whoever still holds the cache."""
         self.kept.clear()
         self.gradients.clear()
-        self.hidden = None
+        self.hidden = self.routing = None
 
     def keys_and_values(self, layer: int, last: bool) -> tuple[Tensor, Tensor]:
         """With their graph for the last micro-batch, else without."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from gvpo.model.determinism import is_reentrant
 from gvpo.model.logprobs import TokenScorer, unwrap
 from gvpo.model.shared_prompts import Continuation, PromptCache, attention_shared
 
@@ -33,12 +34,7 @@ def obstacle(model: Any) -> str | None:
         return f"attn_implementation={config._attn_implementation!r} is not one of {', '.join(_ATTENTIONS)}"
     if changing := ropes & {"dynamic", "longrope"}:
         return f"its rotary embedding ({changing.pop()}) depends on the length of what is run"
-    # Under reentrant checkpointing nothing inside of a layer has a graph.
-    if any(
-        getattr(m, "gradient_checkpointing", False)
-        and getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
-        for m in model.modules()
-    ):
+    if is_reentrant(model):
         return "gradient checkpointing is reentrant (use_reentrant=False shares)"
     return None
 

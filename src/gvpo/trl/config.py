@@ -28,7 +28,6 @@ REFUSED: dict[str, str] = {
     "scale_rewards": "GVPO fits the rewards as they are; to scale them, scale beta",
     "multi_objective_aggregation": "GVPO fits the weighted sum of the rewards as they are",
     "top_entropy_quantile": "GVPO's weights belong to whole sequences, not to chosen tokens",
-    "router_aux_loss_coef": f"{_EXACT}, and a load-balancing loss does",
     "sync_ref_model": "a group's reference must stay fixed; reference='rollout' follows the policy exactly",
     "ref_model_mixup_alpha": "sync_ref_model has no meaning in GVPO",
     "ref_model_sync_steps": "sync_ref_model has no meaning in GVPO",
@@ -75,6 +74,8 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
         trust: for rollouts that are used for several updates: leave out the gradient of tokens whose
             probability has already moved by more than this share since the rollout (0.2, say), in the
             direction of their row's weight. Not part of the published algorithm; off by default.
+        router_aux_loss_coef: for mixtures of experts: coefficient of the load-balancing loss of the whole
+            optimizer step, over all processes. None is 0 (and not the model's own, as in GRPO): no such loss.
 
     Raises:
         InputError: for options of GRPO that have no meaning here (each by name and with the reason), and
@@ -86,6 +87,7 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
     micro_batch_tokens: int | None = None
     share_prompts: bool = True
     trust: float | None = None
+    router_aux_loss_coef: float | None = None  # TRL has it from 1.16 on
     # TRL's, at the only values that have a meaning here:
     loss_type: str = "gvpo"
     scale_rewards: str = "none"
@@ -125,6 +127,9 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
             raise InputError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 1 token.")
         if self.trust is not None and not 0 < self.trust < 1:
             raise InputError(f"trust={self.trust} must be a share between 0 and 1, such as 0.2.")
+        coefficient = self.router_aux_loss_coef or 0.0
+        if not (math.isfinite(coefficient) and coefficient >= 0):
+            raise InputError(f"router_aux_loss_coef={coefficient} must be a finite number of 0 or more.")
         if self.trust is not None and (self.replays or self.offline is not None):
             raise InputError(
                 "trust needs to know how likely each token was when it was sampled, which is not kept with "
@@ -150,8 +155,6 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
         for name, reason in REFUSED.items():
             value = getattr(self, name, defaults.get(name))
-            if name == "router_aux_loss_coef" and value == 0:
-                continue
             if name in defaults and value != defaults[name]:
                 raise InputError(
                     f"{name}={value!r} has no meaning in GVPO ({reason}): remove it or leave it at "

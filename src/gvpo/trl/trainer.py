@@ -136,7 +136,7 @@ class GVPOTrainer(ResumableTrainer):
         if kwargs.get("tools"):
             kwargs["tools"] = [limited(tool, args.tool_timeout) for tool in kwargs["tools"]]
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
-        with temporarily(args, beta=args.beta if initial and twin is None else 0.0):
+        with temporarily(args, beta=args.beta if initial and twin is None else 0.0, router_aux_loss_coef=0.0):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
         if twin is not None:
@@ -181,7 +181,14 @@ class GVPOTrainer(ResumableTrainer):
             "float32_head": self.args.cast_lm_head_to_fp32,
             "share_prompts": self.args.share_prompts,
         }
-        self._gvpo_step = GVPOStep(self.model, beta=self.args.beta, trust=self.args.trust, **common)
+        coefficient = self.args.router_aux_loss_coef or 0.0
+        self._gvpo_step = GVPOStep(
+            self.model,
+            beta=self.args.beta,
+            trust=self.args.trust,
+            router_aux_loss_coef=coefficient,
+            **common,
+        )
         weigh = self.timing.during("scoring")(self._gvpo_step.weigh)
         self._gvpo_step.weigh = weigh  # type: ignore[method-assign]
         # None where the policy scores for its reference: itself at rollout, or without its adapters.
