@@ -6,6 +6,10 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -13,6 +17,7 @@ from gvpo import scoring
 from gvpo.errors import InputError
 from gvpo.step import GVPOStep
 from gvpo.trl.rollouts import select
+from tests.gloo import run_ranks
 from tests.models import SHAPE, gradients, literal_logps, random_batch, relative_error, tiny_model
 from tests.test_objective import literal_loss
 
@@ -155,3 +160,34 @@ def test_what_cannot_be_balanced_is_refused_by_a_sentence():
     step.balance.top_k = 1  # as another formula would count
     with pytest.raises(InputError, match="balances its experts by another loss"):
         step(random_batch())
+
+
+def errors_of(rank, world, kind):
+    """Relative errors of the gradient where rank 0 has some, all or none of the rows."""
+    scoring.prompt_cost = lambda model: 0.0
+    errors = []
+    for first in (5, 0, 14):
+        model, batch = tiny_mixture(), long_batch()
+        expected, balance = literal(model, batch)
+        if kind == "ddp":
+            wrapped = DistributedDataParallel(model)
+        else:
+            if "checkpointed" in kind:
+                model.train()
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            mesh = init_device_mesh("cpu", (world,))
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        rows = slice(0, first) if rank == 0 else slice(first, None)
+        report = step_of(wrapped, 400)(select(batch, rows))
+        got = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients(model).items()}
+        errors += [relative_error(got, expected), abs(report.metrics["aux_loss"].item() / balance - 1)]
+    return errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2, checkpointed"])
+def test_ranks_balance_their_experts_together(kind):
+    for errors in run_ranks(errors_of, 2, kind):
+        assert max(errors) < CLOSE, errors
