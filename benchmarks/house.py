@@ -23,7 +23,7 @@ Graph = dict[str, set[str]]
 # From the ground up: a room (a folder, or a file alone) imports from its own layer and those below.
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "_version"),
-    "core": ("objective", "batch", "packing", "trust", "scoring", "step", "model"),
+    "core": ("objective", "images", "batch", "packing", "trust", "scoring", "step", "model"),
     "parts": ("machine", "run", "sums", "replay", "rewards", "data", "evaluate"),
     "engines": ("trl", "verl"),
     "entrance": ("quickstart", "quickstart_llm", "doctor", "cli", "__main__"),

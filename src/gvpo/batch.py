@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gvpo.images import Images
+
 
 @dataclass
 class GroupBatch:
@@ -29,6 +31,7 @@ class GroupBatch:
             `reference_logps` are not looked at and which need no scoring pass. None: no rows.
         rollout_logps: log p of each completion token under the policy of the rollout, in nats; NaN where
             that is not known. Only a step with a trust mask looks at them.
+        images: of the rows' prompts, for a vision-language model.
     """
 
     input_ids: Int[Tensor, "batch length"]
@@ -40,6 +43,7 @@ class GroupBatch:
     reference_logps: Float[Tensor, "batch"] | None = None
     on_policy: Bool[Tensor, "batch"] | None = None
     rollout_logps: Float[Tensor, "batch length"] | None = None
+    images: Images | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -93,14 +97,22 @@ class GroupBatch:
 
     @cached_property  # looked for once by scoring and update
     def first_equal(self) -> Int[Tensor, "batch"]:
-        """For each row the first of the same tokens, the same of them chosen: it has the same score."""
-        ids, chosen = self.input_ids.cpu().numpy(), self.completion_mask.cpu().numpy()
+        """For each row the first of the same tokens and images, the same of them chosen: of one score."""
+        ids, chosen, images = (
+            self.input_ids.cpu().numpy(),
+            self.completion_mask.cpu().numpy(),
+            self.image_keys(),
+        )
         found: dict[bytes, int] = {}
         first = [
-            found.setdefault(ids[row, :n].tobytes() + chosen[row, :n].tobytes(), row)
+            found.setdefault(images[row] + ids[row, :n].tobytes() + chosen[row, :n].tobytes(), row)
             for row, n in enumerate(self.lengths.tolist())
         ]
         return torch.tensor(first, dtype=torch.long, device=self.input_ids.device)
+
+    def image_keys(self) -> list[bytes]:
+        """For each row bytes that tell its images from others'."""
+        return [b""] * len(self) if self.images is None else self.images.keys()
 
     def as_on_policy(self) -> GroupBatch:
         """The same rows measured against the policy, to stand beside others that have reference log-probs."""
@@ -147,6 +159,7 @@ class GroupBatch:
             cat("reference_logps"),
             flags("on_policy", False),
             rollout_logps(),
+            Images.concatenate([part.images for part in parts], [len(part) for part in parts]),
         )
 
 
@@ -188,7 +201,7 @@ class Beginnings:
         last = torch.arange(1, kept.shape[1] + 1, device=kept.device).mul(kept).amax(1)
         ends = (batch.lengths if whole else last).tolist()
         starts = (chosen.byte().argmax(1) - 1).clamp(min=0).tolist()
-        tokens = batch.input_ids.cpu().numpy()
+        tokens, images = batch.input_ids.cpu().numpy(), batch.image_keys()
         found: dict[bytes, int] = {}
         of_row: list[int | None] = []
         rows: list[int] = []
@@ -196,7 +209,7 @@ class Beginnings:
             if not start:
                 of_row.append(None)
                 continue
-            of_row.append(found.setdefault(tokens[row, :start].tobytes(), len(rows)))
+            of_row.append(found.setdefault(images[row] + tokens[row, :start].tobytes(), len(rows)))
             if of_row[-1] == len(rows):
                 rows.append(row)
         return cls(starts, ends, of_row, rows, [starts[row] for row in rows])
@@ -204,6 +217,10 @@ class Beginnings:
     def rows_with(self, beginning: int) -> list[int]:
         """The rows that have a beginning."""
         return [row for row, its in enumerate(self.of_row) if its == beginning]
+
+    def hold_images(self, batch: GroupBatch) -> bool:
+        """Whether all images of the rows are in what they begin with."""
+        return batch.images is None or not batch.images.within(batch.input_ids, self.starts, self.ends)
 
     @property
     def own(self) -> list[int]:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,9 +23,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import Beginnings, GroupBatch, MicroBatch, widest_float
+from gvpo.errors import InputError
 from gvpo.model.balance import LoadBalance, Routing
 from gvpo.model.determinism import without_noise
-from gvpo.model.logprobs import TokenScorer, unwrap
+from gvpo.model.logprobs import RowImages, TokenScorer, TokenScores, unwrap
 from gvpo.model.shared_prompts import (
     Continuation,
     PromptCache,
@@ -32,7 +34,7 @@ from gvpo.model.shared_prompts import (
     prompt_cost,
     token_weight,
 )
-from gvpo.model.sharing_check import way_to_share
+from gvpo.model.sharing_check import Sample, way_to_share
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.packing import Block, padded_cost, plan_blocks, plan_micro_batches
 
@@ -92,13 +94,14 @@ def _without_fsdp_sync(model: FSDPModule) -> Iterator[None]:
 class Piece(NamedTuple):
     """A micro-batch, the prompts after which its rows go on (None: whole rows), whether it is the last one.
 
-    `routing`: what its tokens stand for, where experts are balanced.
+    `routing`: what its tokens stand for, where experts are balanced; `images`: of whole rows.
     """
 
     micro: MicroBatch
     prompts: Continuation | None
     last: bool
     routing: Routing | None = None
+    images: RowImages | None = None
 
 
 class SequenceScorer:
@@ -130,7 +133,9 @@ class SequenceScorer:
         self.token_budget = token_budget
         self.backend = backend or Backend(dist.group.WORLD if dist.is_initialized() else None)
         self.scorer = TokenScorer(model, temperature, float32_head)
-        self._way: str | None = None if share_prompts else "whole"  # None: not decided yet
+        # How rows share their prompts, text and others; None: not decided yet.
+        self._way: str | None = None if share_prompts else "whole"
+        self._way_with_images = self._way
         self._retry_is_safe = False
 
     @property
@@ -164,16 +169,8 @@ class SequenceScorer:
                 balance.begin(first)
             out = torch.zeros(batch.input_ids.shape, dtype=widest_float(device), device=device)
             with closing(self._pieces(batch, distinct, balance=balance)) as pieces:
-                for micro, prompts, _, routing in pieces:
-                    with self.backend.forward_context():
-                        scores = self.scorer(
-                            self._bare,
-                            micro.input_ids,
-                            micro.lengths,
-                            micro.chosen,
-                            prompts=prompts,
-                            routing=routing,
-                        )
+                for piece in pieces:
+                    scores, micro = self._score(self._bare, piece), piece.micro
                     if micro.rows:
                         out[micro.row_of, micro.column_of] = scores.logps.to(out.dtype)
             return out
@@ -184,6 +181,27 @@ class SequenceScorer:
         out = torch.zeros_like(scores)
         out[asked] = scores[first[asked]]
         return out
+
+    def _score(
+        self,
+        model: nn.Module,
+        piece: Piece,
+        token_weights: Float[Tensor, "tokens"] | None = None,
+        sums: VocabularyGradients | None = None,
+    ) -> TokenScores:
+        micro = piece.micro
+        with self.backend.forward_context():
+            return self.scorer(
+                model,
+                micro.input_ids,
+                micro.lengths,
+                micro.chosen,
+                token_weights,
+                sums,
+                piece.prompts,
+                piece.routing,
+                piece.images,
+            )
 
     def _pieces(
         self,
@@ -213,7 +231,9 @@ class SequenceScorer:
                     ends_block = members is block.micro_batches[-1]
                     last = ends_block and block is blocks[-1]
                     self._retry_is_safe &= not self._shares(last and sums is not None)
-                    micro, prompts = MicroBatch.of(batch, members, lengths), None
+                    micro, prompts, images = MicroBatch.of(batch, members, lengths), None, None
+                    if beginnings is None and batch.images is not None:
+                        images = partial(batch.images.arguments, members)
                     if beginnings is not None:
                         assert cache is not None
                         where = [block.place(beginnings.of_row[row]) for row in members] or [None]
@@ -222,7 +242,7 @@ class SequenceScorer:
                     routing = None
                     if balance is not None:
                         routing = Routing(balance, [[row] for row in members], micro.lengths)
-                    yield Piece(micro, prompts, last, routing)
+                    yield Piece(micro, prompts, last, routing, images)
 
     def _plan(
         self,
@@ -238,8 +258,8 @@ class SequenceScorer:
         """
         beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget)
         blocks = [Block([], plan)]
-        if self._way != "whole":
-            found = Beginnings.of(batch, chosen, whole=whole_rows)
+        found = None if self._way_of(batch) == "whole" else Beginnings.of(batch, chosen, whole=whole_rows)
+        if found is not None and found.hold_images(batch):
             model, whole = unwrap(self.model), padded_cost(lengths, plan)
             # Ranks that go together must all plan: one's rows may gain nothing where another's gain much.
             limit = math.inf if self.backend.collective_forward(self.model) else whole
@@ -268,16 +288,19 @@ class SequenceScorer:
         model = self._bare
         with attention_shared(unwrap(model)) as original:
             lengths = [beginnings.lengths[b] for b in block.beginnings]
-            ids = batch.input_ids[[beginnings.rows[b] for b in block.beginnings], : max(lengths, default=1)]
+            having = [beginnings.rows[b] for b in block.beginnings]
+            ids, images = batch.input_ids[having, : max(lengths, default=1)], None
             if not lengths:  # a filler, for ranks that have nothing to do
                 lengths, ids = [1], ids.new_zeros(1, 1)
-            cache = PromptCache(lengths, original, self._way == "merged", sums)
+            elif batch.images is not None:
+                images = batch.images.select(having)
+            cache = PromptCache(lengths, original, self._way_of(batch) == "merged", sums)
             if balance is not None:
                 rows = [beginnings.rows_with(b) for b in block.beginnings]
                 cache.routing = Routing(balance, rows, torch.tensor(lengths, device=ids.device))
             self._retry_is_safe &= not self._shares(last=False)
             with self.backend.forward_context():
-                cache.hidden = model(input_ids=ids, gvpo=cache)
+                cache.read(model, ids, images)
             try:
                 yield cache
             finally:
@@ -322,15 +345,27 @@ class SequenceScorer:
             micro = MicroBatch.of(batch, list(range(len(batch))), batch.lengths.tolist())
             with self.backend.forward_context():
                 self.scorer.check(self._bare, micro.input_ids, micro.lengths, self._agree)
+        collective = self.backend.collective_forward(self.model)
+        shared: dict[str, Any] = {"context": self.backend.forward_context, "collective": collective}
         if self._way is None:
             self._way = way_to_share(
-                self.scorer,
-                self._bare,
-                batch.input_ids.device,
-                self.backend.forward_context,
-                self.backend.collective_forward(self.model),
-                self._agree,
+                self.scorer, self._bare, batch.input_ids.device, **shared, agree=self._agree
             )
+        if batch.images is None:
+            return
+        if collective:
+            raise InputError(
+                "The batch has images, which ranks that gather their parameters (FSDP, ZeRO-3) would have to "
+                "run equally often: use DDP or one process."
+            )
+        if self._way_with_images is None and (sample := Sample.with_images(batch)) is not None:
+            # Ranks may choose differently, as the gradient is the same.
+            self._way_with_images = way_to_share(
+                self.scorer, self._bare, batch.input_ids.device, **shared, agree=bool, sample=sample
+            )
+
+    def _way_of(self, batch: GroupBatch) -> str:
+        return (self._way if batch.images is None else self._way_with_images) or "whole"
 
     def _agree(self, holds: bool) -> bool:
         """Whether something holds on all ranks."""

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gvpo.batch import GroupBatch, widest_float
+from gvpo.images import vision_parameters
 from gvpo.model.balance import LoadBalance, Routing
 from gvpo.model.determinism import without_noise
 from gvpo.model.logprobs import TokenScores, unwrap
@@ -231,20 +233,13 @@ class GVPOStep(SequenceScorer):
         return done
 
     def _backward(self, piece: Piece, weights: Tensor, sums: VocabularyGradients) -> TokenScores:
-        micro = piece.micro
-        with self.backend.forward_context():
-            scores = self.scorer(
-                self.model,
-                micro.input_ids,
-                micro.lengths,
-                micro.chosen,
-                micro.per_token(weights),
-                sums,
-                piece.prompts,
-                piece.routing,
-            )
+        scores = self._score(self.model, piece, piece.micro.per_token(weights), sums)
         assert scores.nll is not None
         loss = scores.nll
+        ddp = isinstance(self.model, DistributedDataParallel) and not self.model.find_unused_parameters
+        if piece.last and ddp:  # it waits for all gradients, and this rank's rows may have no images
+            vision = vision_parameters(unwrap(self.model))
+            loss = loss + sum(p.flatten()[:0].sum().to(loss) for p in vision)
         if piece.prompts is not None and piece.prompts.last:
             cache = piece.prompts.cache
             if cache.routing is not None:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from gvpo.errors import InputError
 from gvpo.model.determinism import is_reentrant
 
-
 _NO_LOGITS = "has no router logits, which router_aux_loss_coef balances experts by: leave it out."
 
 

@@ -31,6 +31,7 @@ from gvpo.model.shared_prompts import Continuation, PromptCache
 from gvpo.model.vocabulary import VocabularyGradients, embedding_summed
 
 PROBE_TOKENS = 24  # of the row that a model is checked with
+RowImages = Callable[[Tensor], dict[str, Tensor]]  # from tokens of some rows to arguments of a model
 
 
 class TokenScores(NamedTuple):
@@ -62,6 +63,10 @@ class ScoreRequest:
     tile_bytes: int | None = None
     shared_prompts: Continuation | None = None
     routing: Routing | None = None
+
+    def see(self, output: Any) -> None:
+        if self.routing is not None:
+            self.routing.see(output)
 
     def score(self, hidden: Float[Tensor, "rows length dim"], head: nn.Module) -> TokenScores:
         weight, bias = head_parameters(head)
@@ -116,8 +121,7 @@ def prepare_model(model: nn.Module) -> None:
             kwargs["output_router_logits"] = True
         with embedding_summed(self, gvpo.sums):
             output = self.base_model(*args, use_cache=False, **kwargs)
-        if gvpo.routing is not None:
-            gvpo.routing.see(output)
+        gvpo.see(output)
         return gvpo.score(output.last_hidden_state, self.get_output_embeddings())
 
     base.forward = types.MethodType(forward, model)
@@ -169,12 +173,14 @@ class TokenScorer:
         sums: VocabularyGradients | None = None,
         prompts: Continuation | None = None,
         routing: Routing | None = None,
+        images: RowImages | None = None,
     ) -> TokenScores:
         """Score the tokens where `chosen` is True (never in column 0), each given the ones before it.
 
         `model` is this scorer's model or a wrapper of it (DDP, FSDP). Rows are left-aligned: padding
         comes after the first `lengths[i]` tokens, where no causal model can see it, so no mask is needed.
-        With `prompts` the rows go on after those. With `routing` their routers are looked at.
+        With `prompts` the rows go on after those. With `routing` their routers are looked at. `images` gives
+        what the model takes of the rows besides their tokens.
 
         Raises:
             InputError: at first use, if scores are random or depend on padding.
@@ -183,14 +189,16 @@ class TokenScorer:
             self.check(model, input_ids, lengths)
         # An adapter may have been put on the head, or taken off, since the check.
         if not (self.fused and is_linear(unwrap(self.model).get_output_embeddings())):
-            return self._from_logits(model, input_ids, lengths, chosen, token_weights, routing)
+            return self._from_logits(model, input_ids, lengths, chosen, token_weights, routing, images)
         request = self._request(input_ids, chosen, token_weights, sums)
         request.shared_prompts, request.routing = prompts, routing
         inputs = input_ids[:, :-1]
         if routing is not None:  # the last token predicts none, but is routed
             inputs, request.chosen = input_ids, F.pad(request.chosen, (0, 1))
-        where = {} if prompts is None else {"position_ids": prompts.positions(inputs)}
-        scores: TokenScores = model(input_ids=inputs, gvpo=request, **where)
+        more = {} if images is None else images(inputs)
+        if prompts is not None:
+            more["position_ids"] = prompts.positions(inputs)
+        scores: TokenScores = model(input_ids=inputs, gvpo=request, **more)
         return scores if routing is None else _with_loss(scores, routing)
 
     def _request(
@@ -219,8 +227,11 @@ class TokenScorer:
         chosen: Tensor,
         token_weights: Tensor | None,
         routing: Routing | None,
+        images: RowImages | None,
     ) -> TokenScores:
-        options = self._options | ({} if routing is None else {"output_router_logits": True})
+        options: dict[str, Any] = self._options | ({} if images is None else images(input_ids))
+        if routing is not None:
+            options["output_router_logits"] = True
         output = model(input_ids=input_ids, attention_mask=_mask(input_ids, lengths), **options)
         if routing is not None:
             routing.see(output)

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gvpo.images import Images
 from gvpo.model.balance import Routing
 from gvpo.model.merged_attention import MergedAttention
 from gvpo.model.vocabulary import VocabularyGradients
@@ -49,6 +50,9 @@ class PromptCache:
     ) -> None:
         self.lengths, self.original, self.merged, self.sums = lengths, original, merged, sums
         self.routing: Routing | None = None  # of a mixture of experts whose load is balanced
+        self.images: Images | None = None  # of the prompts
+        self.blocks: Tensor | None = None  # `Images.blocks` of them
+        self.shifts = [0] * len(lengths)  # by which positions after a prompt are not its length
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of each layer
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}
         self.hidden: Tensor | None = None  # what the forward ended with
@@ -62,18 +66,38 @@ class PromptCache:
         self.kept.setdefault(_index(layer), (k, v))
         window = _window(layer, kwargs)
         mask = None
-        if self.original == "eager" or (window is not None and window < q.shape[2]):
+        implementation = self.original
+        if self.blocks is not None:
+            mask = _mask(q, q.new_zeros(len(q), dtype=torch.long), 0, window, self.blocks)
+            implementation = "eager" if self.original == "eager" else "sdpa"
+        elif self.original == "eager" or (window is not None and window < q.shape[2]):
             mask = _mask(q, q.new_zeros(len(q), dtype=torch.long), 0, window)
-        return _own_attention(layer, self.original)(layer, q, k, v, mask, **kwargs)[0]
+        return _own_attention(layer, implementation)(layer, q, k, v, mask, **kwargs)[0]
+
+    def see(self, output: Any) -> None:
+        if self.routing is not None:
+            self.routing.see(output)
+        shifts = getattr(output, "rope_deltas", None)
+        if self.images is not None and shifts is not None:  # without images it is that of an earlier call
+            self.shifts = shifts.flatten().tolist()
 
     def score(self, hidden: Tensor, head: nn.Module) -> Tensor:
         return hidden
+
+    def read(
+        self, model: nn.Module, input_ids: Int[Tensor, "prompts length"], images: Images | None = None
+    ) -> None:
+        """Run the prompts through a model; attention must be that of `attention_shared`."""
+        more = {} if images is None else images.arguments(range(len(input_ids)), input_ids)
+        if images is not None and more:
+            self.images, self.blocks = images, images.blocks(input_ids)
+        self.hidden = model(input_ids=input_ids, gvpo=self, **more)
 
     def clear(self) -> None:
         """Let go of the memory, whoever still holds the cache."""
         self.kept.clear()
         self.gradients.clear()
-        self.hidden = self.routing = None
+        self.hidden = self.routing = self.images = self.blocks = None
 
     def keys_and_values(self, layer: int, last: bool) -> tuple[Tensor, Tensor]:
         """With their graph for the last micro-batch, else without."""
@@ -124,7 +148,9 @@ class Continuation:
 
     def positions(self, input_ids: Int[Tensor, "rows width"]) -> Int[Tensor, "rows width"]:
         device = input_ids.device
-        return self.lengths(device)[:, None] + torch.arange(input_ids.shape[1], device=device)
+        shifts = [0 if p is None else self.cache.shifts[p] for p in self.prompt_of]
+        begin = self.lengths(device) + torch.tensor(shifts, device=device)
+        return begin[:, None] + torch.arange(input_ids.shape[1], device=device)
 
     def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         index = _index(layer)
@@ -168,15 +194,24 @@ class _Summed(torch.autograd.Function):
 
 
 def _mask(
-    q: Tensor, lengths: Int[Tensor, "rows"], prefix: int, window: int | None
+    q: Tensor,
+    lengths: Int[Tensor, "rows"],
+    prefix: int,
+    window: int | None,
+    blocks: Int[Tensor, "rows width"] | None = None,
 ) -> Float[Tensor, "rows 1 width keys"]:
-    """0 where a row's own tokens may look, −∞ elsewhere; keys are `prefix` padded ones and then its own."""
+    """0 where a row's own tokens may look, −∞ elsewhere; keys are `prefix` padded ones and then its own.
+
+    Tokens of one block (of `blocks`, from 0 on) see each other, later ones too.
+    """
     own = torch.arange(q.shape[2], device=q.device)
     before = torch.arange(prefix, device=q.device).expand(len(lengths), -1)
     position = lengths[:, None] + own
     keys = torch.cat([before.masked_fill(before >= lengths[:, None], sys.maxsize), position], 1)
     distance = position[:, :, None] - keys[:, None]
     seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    if blocks is not None:
+        seen = seen | ((blocks[:, :, None] == blocks[:, None]) & (blocks >= 0)[:, None])
     return torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, torch.finfo(q.dtype).min)[:, None]
 
 
@@ -256,7 +291,7 @@ def attention_shared(model: Any) -> Iterator[str]:
     Yields the name of the model's own implementation.
     """
     _registry()
-    config = model.config
+    config = model.config.get_text_config()  # vision has attention of its own
     before = config._attn_implementation
     config._attn_implementation = _NAME
     try:
