@@ -67,6 +67,21 @@ class Images:
             of_row.append(torch.where(part.of_row < 0, -1, part.of_row + places[id(part.sets)]))
         return replace(given[0], of_row=torch.cat(of_row), sets=sets)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, to be stored; see `from_tensors`."""
+        used = [i for i in self.of_row.unique().tolist() if i >= 0]
+        of_row = torch.tensor([used.index(i) if i >= 0 else -1 for i in self.of_row.tolist()])
+        sets = {f"{j}.{name}": x.clone() for j, i in enumerate(used) for name, x in self.sets[i].items()}
+        return {"of_row": of_row, **sets}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], token: int, types: str) -> Images:
+        of_row = tensors["of_row"]
+        sets: list[ImageSet] = [{} for _ in range(max(of_row.tolist(), default=-1) + 1)]
+        for place, _, name in (key.partition(".") for key in tensors if key != "of_row"):
+            sets[int(place)][name] = tensors[f"{place}.{name}"]
+        return cls(of_row, sets, token, types)
+
     def keys(self) -> list[bytes]:
         """For each row bytes that tell its images from others'."""
         return [f"image {i};".encode() for i in self.of_row.tolist()]

@@ -140,19 +140,6 @@ def test_model_card_and_tracker_know_gvpo(tmp_path: Path) -> None:
     assert events
 
 
-def test_images_are_refused() -> None:
-    run = trainer(max_steps=1)
-    original = GVPOTrainer.__mro__[1]._generate_and_score_completions
-
-    def with_images(self: Any, inputs: Any) -> Any:
-        return {**original(self, inputs), "pixel_values": torch.zeros(1)}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GVPOTrainer.__mro__[1], "_generate_and_score_completions", with_images)
-        with pytest.raises(InputError, match="text models only"):
-            run.train()
-
-
 @pytest.mark.parametrize("kind", ["tp_size", "cp_size", "sp_size"])
 def test_processes_that_share_sequences_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=f"{kind}=2, but GVPOTrainer gives each process rows of its own"):

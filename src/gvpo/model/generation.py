@@ -93,4 +93,5 @@ def _can_share(model: Any, kwargs: dict[str, Any]) -> bool:
         and config.cache_implementation is None
         and not config.prefill_chunk_size
         and not model.config.is_encoder_decoder
+        and not hasattr(model.config, "vision_config")  # which may count positions in another way
     )

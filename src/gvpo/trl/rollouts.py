@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gvpo.batch import GroupBatch
+from gvpo.images import Images
 
-_FIELDS = [field.name for field in fields(GroupBatch)]  # tensors of a row each
+_FIELDS = [field.name for field in fields(GroupBatch) if field.name != "images"]  # tensors of a row each
 
 
 @dataclass
@@ -35,7 +36,7 @@ def select(batch: GroupBatch, rows: Any) -> GroupBatch:
     """The batch of some rows: a slice, a mask or indices."""
     given: dict[str, Any] = {name: getattr(batch, name) for name in _FIELDS}
     picked: dict[str, Any] = {name: None if v is None else v[rows] for name, v in given.items()}
-    return GroupBatch(**picked)
+    return GroupBatch(**picked, images=None if batch.images is None else batch.images.select(rows))
 
 
 def window_batch(slices: list[Slice], *, on_policy: bool) -> GroupBatch:
@@ -67,6 +68,10 @@ def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> Non
         if (value := getattr(item.batch, name)) is not None
     }
     state = {**state, "policy_steps": [item.policy_step for item in slices]}
+    for i, images in enumerate(item.batch.images for item in slices):
+        if images is not None:
+            tensors |= {f"{i}.images.{name}": value for name, value in images.tensors().items()}
+            state["images"] = [images.token, images.types]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
     try:
@@ -86,5 +91,13 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[s
             values: dict[str, Any] = {
                 name: file.get_tensor(f"{i}.{name}").to(device) for name in _FIELDS if f"{i}.{name}" in names
             }
+            mark = f"{i}.images."
+            stored = {
+                name.removeprefix(mark): file.get_tensor(name).to(device)
+                for name in names
+                if name.startswith(mark)
+            }
+            if stored:
+                values["images"] = Images.from_tensors(stored, *state["images"])
             slices.append(Slice(GroupBatch(**values), policy_step))
     return slices, state

@@ -44,6 +44,7 @@ from gvpo.trl.dynamic import DynamicSampling, Generation
 from gvpo.trl.episodes import Environments, check_rollout, limited
 from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health, check_failures, total_rewards
+from gvpo.trl.images import images_of, read, unread
 from gvpo.trl.memory import Ceiling, Portions, memory_shares
 from gvpo.trl.metrics import Share, Timing, gathered, shares_of, timed
 from gvpo.trl.resume import ResumableTrainer, temporarily
@@ -63,7 +64,8 @@ class GVPOTrainer(ResumableTrainer):
 
     Raises:
         InputError: a reward function that raises, returns the wrong number of values, or nothing but
-            None/NaN for a whole generation; images (text models only).
+            None/NaN for a whole generation; an image that cannot be read, or images with replay or
+            demonstrations.
     """
 
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 (as in the parent)
@@ -119,6 +121,10 @@ class GVPOTrainer(ResumableTrainer):
         if initial and not isinstance(model, str) and not adapters:
             # Copied before TRL patches the forward, after which a copy would run the original's weights.
             twin = copy.deepcopy(model)
+        if others:  # the train_dataset and the eval_dataset
+            others = (*(unread(data) for data in others[:2]), *others[2:])
+        for name in {"train_dataset", "eval_dataset"} & kwargs.keys():
+            kwargs[name] = unread(kwargs[name])
         dataset = kwargs.get("train_dataset", others[0] if others else None)
         check_size(dataset, args)
         if args.offline is not None:
@@ -247,10 +253,16 @@ class GVPOTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------ sampling
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        # Processors know an empty list for a row without images, but not TRL's None.
+        return ids, None if images is None else [some or [] for some in images], fields
+
     @timed("generation")
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
         sample = super()._generate_single_turn
-        alone = not self._collective and not self.use_vllm
+        # Images are not cut into portions: TRL has those of all rows in one.
+        alone = not self._collective and not self.use_vllm and not (others and others[0])
         if alone:
             sample = functools.partial(self._portions, sample)
         with shared_prompts(unwrap(self.model)) if alone else nullcontext():
@@ -309,7 +321,7 @@ class GVPOTrainer(ResumableTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GroupBatch:
         """This process's rows of a generation. Rewards and groups come from all processes, in rank order."""
-        training, n = self.model.training, len(inputs)
+        training, n, inputs = self.model.training, len(inputs), read(inputs)
         k = self.num_generations if training else self.num_generations_eval
         first_row = self.accelerator.process_index * n
         # Unique over the run, so that groups of two generations in one optimizer step stay apart.
@@ -325,8 +337,12 @@ class GVPOTrainer(ResumableTrainer):
         every = self.args.steps_per_generation * self.num_iterations
         with temporarily(self.args, gradient_accumulation_steps=every):
             out = super()._generate_and_score_completions(inputs)
-        if "pixel_values" in out:
-            raise InputError("The data set has images, but GVPOTrainer trains text models only.")
+        pictures = images_of(out, self.accelerator.unwrap_model(self.model))
+        apart = {"replay_ratio": self.replay, "demonstrations_per_group": self.demonstrations}
+        if pictures is not None and (names := [name for name, part in apart.items() if part is not None]):
+            raise InputError(
+                f"{names[0]} does not go with images in prompts, which are not stored: leave one out."
+            )
         mine = slice(first_row, first_row + n)
         rewards, valid = total_rewards(
             self._rewards_seen,
@@ -358,6 +374,7 @@ class GVPOTrainer(ResumableTrainer):
             rewards,
             first_group + rows // k,
             valid=valid,
+            images=pictures,
         )
 
     def _sample(self, inputs: list[dict[str, Any]]) -> Generation:
