@@ -1,7 +1,10 @@
 """Images in a trainer: the parameters of each step, from rows that went through the processor one by one."""
 
 import copy
+import json
+import re
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from datasets import Dataset, Image
 from PIL import Image as Pillow
 
+from gvpo.cli import main
 from gvpo.errors import InputError
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts
 from tests.gloo import run_ranks
@@ -136,3 +140,47 @@ def test_rollouts_in_flight_keep_their_images(tmp_path: Any) -> None:
 def test_a_data_set_s_images_are_read_in_their_turn() -> None:
     run = vision_trainer("gemma3", train_dataset=pictures(), max_steps=1)
     assert "bytes" in run.train_dataset[0]["images"][0]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A working directory with a model, pictures and questions; and the command that trains on them."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_vision_model("gemma3", torch.float32)
+    model.save_pretrained("model")
+    processor("gemma3").save_pretrained("model")
+    noise = np.random.default_rng(0)
+    rows = []
+    for i in range(4):
+        Pillow.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(f"{i}.png")
+        rows.append({"question": f"how{i}", "answer": str(i), "picture": f"{i}.png"})
+    Path("shop.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        "train", "--model_name_or_path", "model", "--dataset_name", "shop.jsonl", "--image_column", "picture",
+        "--output_dir", "out", "--reward_funcs", "length:8", "--num_generations", "4", "--max_steps", "1",
+        "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--report_to", "none",
+        "--max_completion_length", "8",
+    ]  # fmt: skip
+
+
+def test_the_command_trains_on_images(shop: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(shop)
+    assert stopped.value.code == 0, capfd.readouterr().err
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["steps"] == 1
+
+
+def test_the_command_names_an_image_that_cannot_be_read(
+    shop: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(4):
+        Path(f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stopped:
+        main(shop)
+    assert stopped.value.code == 2
+    errors = capfd.readouterr().err
+    assert re.search(
+        r"^gvpo: The image \d\.png of the prompt .* cannot be read \(cannot identify", errors, re.M
+    )
+    assert "Traceback" not in errors

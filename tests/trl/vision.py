@@ -10,12 +10,13 @@ from tokenizers import AddedToken
 from transformers import (
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
 
 from tests.trl.common import CHARACTERS, CannedTrainer, config, tokenizer
-from tests.vision import IMAGE, WIDTH, tiny_vision_model
+from tests.vision import WIDTH, tiny_vision_model
 
 _CHAT = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -43,8 +44,12 @@ def processor(kind: str) -> Any:
         return _WithoutVideos(images, words, None, chat_template=chat)
     names = ["<image_soft_token>", "<start_of_image>", "<end_of_image>"]
     words.add_special_tokens({"additional_special_tokens": [AddedToken(n) for n in names]})
-    words.image_token, words.boi_token, words.eoi_token = names
-    words.image_token_id = IMAGE
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer,
+        padding_side="left",
+        extra_special_tokens=dict(zip(("image_token", "boi_token", "eoi_token"), names, strict=True)),
+        **{f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")},
+    )
     words.chat_template = chat = _CHAT.replace("IMAGE", "<start_of_image>")
     images = Gemma3ImageProcessorPil(size={"height": 4 * WIDTH, "width": 4 * WIDTH})
     return Gemma3Processor(images, words, chat_template=chat, image_seq_length=4)

@@ -21,7 +21,13 @@ def read_template(path: str | Path | None) -> str | None:
 
 
 def load_tokenizer(
-    model: str, chat_template: str | None = None, *, needs_template: bool, advice: str, **options: Any
+    model: str,
+    chat_template: str | None = None,
+    *,
+    needs_template: bool,
+    advice: str,
+    images: bool = False,
+    **options: Any,
 ) -> Any:
     """The tokenizer of a model, padding on the left, with a chat template where one is needed.
 
@@ -30,30 +36,35 @@ def load_tokenizer(
         chat_template: to use in place of the tokenizer's own.
         needs_template: the prompts are conversations.
         advice: what gives it a template, or does without: "--chat-template FILE, or --plain".
+        images: the processor instead, which takes images too.
         options: of `AutoTokenizer.from_pretrained`.
 
     Raises:
         InputError: there is no model, tokenizer or template.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1 or Path(model).exists()
     if looks_local and not Path(model).is_dir():
         raise InputError(f"there is no model at {model}: give a folder that holds one, or a Hub id.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
+        load = AutoProcessor if images else AutoTokenizer
+        processor = load.from_pretrained(model, padding_side="left", **options)
     except Exception as error:  # a dozen unrelated types, by what is missing
         raise InputError(
-            f"{model} has no tokenizer that can be loaded ({first_line(error)}): save the tokenizer beside "
-            "the model."
+            f"{model} has no {'processor' if images else 'tokenizer'} that can be loaded "
+            f"({first_line(error)}): save it beside the model."
         ) from error
+    if images and not hasattr(processor, "image_processor"):
+        raise InputError(f"{model} takes no images: give a vision-language model, or leave image_column out.")
+    tokenizer = getattr(processor, "tokenizer", processor)
     if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if needs_template and not tokenizer.chat_template:
+        processor.chat_template = chat_template
+    if needs_template and not processor.chat_template:
         raise InputError(
             f"the tokenizer of {model} has no chat template: give one with {advice} to send the questions as "
             "they are."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return processor

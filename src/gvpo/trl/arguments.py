@@ -36,6 +36,8 @@ class GVPOScriptArguments:
         eval_dataset_size: how many prompts of it, drawn with the seed. Default: all.
         prompt_column: column of the prompt or question.
         answer_column: column of the ground truth.
+        image_column: column with the image of each prompt, or a list of them: files, or as `datasets` keeps
+            images. It takes a vision-language model.
         system_prompt: first message of each conversation.
         instruction: text after each question; '' for none. Default: the data set's own.
         chat: send prompts through the chat template; --no_chat sends them as plain text.
@@ -61,6 +63,7 @@ class GVPOScriptArguments:
     eval_dataset_size: int | None = None
     prompt_column: str | None = None
     answer_column: str | None = None
+    image_column: str | None = None
     system_prompt: str | None = None
     instruction: str | None = None
     chat: bool = True
@@ -78,6 +81,10 @@ class GVPOScriptArguments:
         for name in ("dataset_name", "eval_dataset_name", "reward_funcs", "tools", "keep_columns"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        if self.image_column is not None and not self.chat:
+            raise InputError(
+                "image_column needs conversations, which say where images stand: leave no_chat out."
+            )
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads={self.threads}: give 1 or more.")
         if not self.reward_funcs and self.environment is None:

@@ -29,11 +29,17 @@ def unread(dataset: Any) -> Any:
     features = getattr(dataset, "features", None) or {}
     for name in COLUMNS:
         feature = features.get(name)
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(mode=feature.mode, decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(name, List(Image(mode=feature.feature.mode, decode=False)))
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, Image):
+            stored = Image(mode=inner.mode, decode=False)
+            dataset = dataset.cast_column(name, stored if inner is feature else List(stored))
     return dataset
+
+
+def named(dataset: Any, column: str) -> Any:
+    """The data set with the images of `column` under TRL's name for one or for several."""
+    ours = "images" if isinstance(dataset[0][column], list) else "image"
+    return dataset if ours == column else dataset.rename_column(column, ours)
 
 
 def read(inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -60,7 +66,7 @@ def _read(value: Any, row: Mapping[str, Any]) -> Any:
     if stored is None and not local:
         return value  # an image already, or what the processor fetches
     try:
-        image = Pillow.open(path if stored is None else BytesIO(stored))
+        image = Pillow.open(str(path) if stored is None else BytesIO(stored))
         image.load()
         return image
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
@@ -98,13 +104,12 @@ def images_of(out: Mapping[str, Any], model: Any) -> Images | None:
     rows: list[ImageSet | None] = [
         {name: values[i] for name, values in by_row.items()} if counts[i] else None for i in range(n)
     ]
-    token = getattr(model.config, "image_token_id", None)
-    if token is None:
-        token = getattr(model.config, "image_token_index", -1)
+    names = ("image_token_id", "image_token_index")
+    token: int = next((t for name in names if (t := getattr(model.config, name, None)) is not None), -1)
     types = next((name for name in ("mm_token_type_ids", "token_type_ids") if name in out), "")
     if types:
         ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)
-        if not torch.equal(out[types].bool(), ids == token):
+        if not bool((out[types].bool() == (ids == token)).all()):
             raise InputError(
                 f"{types} of {type(model).__name__} marks other tokens than images': train it without images."
             )

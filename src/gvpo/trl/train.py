@@ -26,6 +26,7 @@ from gvpo.rewards.registry import load_function
 from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import TrainArguments, parse_arguments
 from gvpo.trl.checkpoint import flaw, last_checkpoint
+from gvpo.trl.images import named
 from gvpo.trl.plan import show_plan
 from gvpo.trl.trainer import GVPOTrainer
 from gvpo.trl.watch import RunCallback, StopOnSignal
@@ -148,10 +149,7 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
         script.dataset_size,
         source=script.dataset_source,
         revision=script.dataset_revision,
-        keep=[
-            *script.keep_columns,
-            *([training.demonstration_column] if training.demonstrations_per_group else []),
-        ],
+        keep=[training.demonstration_column] if training.demonstrations_per_group else [],
     )
     if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
         return train, None
@@ -161,11 +159,20 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
         )
     names = script.eval_dataset_name or script.dataset_name
     split, size = script.eval_dataset_split, script.eval_dataset_size
-    return train, _load(arguments, names, split, size, keep=script.keep_columns)
+    return train, _load(arguments, names, split, size)
 
 
-def _load(arguments: TrainArguments, names: list[str], split: str, size: int | None, **own: Any) -> Dataset:
+def _load(
+    arguments: TrainArguments,
+    names: list[str],
+    split: str,
+    size: int | None,
+    *,
+    keep: Sequence[str] = (),
+    **own: Any,
+) -> Dataset:
     script, seed = arguments.script, arguments.training.seed
+    images = [] if script.image_column is None else [script.image_column]
     columns = {"prompt": script.prompt_column, "answer": script.answer_column}
     parts = [
         load_prompts(
@@ -177,10 +184,13 @@ def _load(arguments: TrainArguments, names: list[str], split: str, size: int | N
             system_prompt=script.system_prompt,
             instruction=script.instruction,
             chat=script.chat,
+            keep=[*script.keep_columns, *keep, *images],
             **own,
         )
         for name in names
     ]
+    for column in images:
+        parts = [named(part, column) for part in parts]
     if len(parts) == 1:
         return parts[0]
     if len({type(part[0]["prompt"]) for part in parts}) > 1:
@@ -207,6 +217,7 @@ def _trainer(
         read_template(arguments.script.chat_template),
         needs_template=train is not None and not isinstance(train[0]["prompt"], str),
         advice="--chat_template FILE, or --no_chat",
+        images=arguments.script.image_column is not None,
         revision=model.model_revision,
         trust_remote_code=trust,
     )
