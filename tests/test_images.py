@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from gvpo import scoring
@@ -30,9 +31,11 @@ def literal(model, batch):
     return gradients(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("budget", [1, 150, 10_000])
+@pytest.mark.parametrize(
+    ("kind", "share", "budget"),
+    [(kind, share, budget) for kind in KINDS for share in (True, False) for budget in (1, 150, 10_000)]
+    + [("qwen3-vl", True, 150)],
+)
 def test_the_gradient_is_the_formula_s(kind, share, budget, monkeypatch):
     monkeypatch.setattr(scoring, "prompt_cost", lambda model: 0.0)  # as under a large model
     model, batch = tiny_vision_model(kind), vision_batch(kind)
@@ -47,13 +50,20 @@ def test_the_gradient_is_the_formula_s(kind, share, budget, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["on-policy", "checkpointed", "own logits", "an image among a row's own"])
+@pytest.mark.parametrize(
+    "case", ["on-policy", "checkpointed", "LoRA", "own logits", "an image among a row's own"]
+)
 def test_it_goes_with_everything_else_in_a_step(kind, case, monkeypatch):
     monkeypatch.setattr(scoring, "prompt_cost", lambda model: 0.0)
     model, batch = tiny_vision_model(kind), vision_batch(kind, reference=case != "on-policy")
     if case == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+    elif case == "LoRA":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
     elif case == "own logits":
         model.config.get_text_config().lm_head_scale = 2.5  # unknown to the fused head, and to the model
     elif case == "an image among a row's own":  # as a tool's: it is context, after tokens that count
@@ -66,7 +76,7 @@ def test_it_goes_with_everything_else_in_a_step(kind, case, monkeypatch):
         warnings.simplefilter("ignore")
         report = step(batch)
     assert step.scorer.fused is (case != "own logits")
-    assert (report.shared_prompts > 0) is (case in ("on-policy", "checkpointed"))
+    assert (report.shared_prompts > 0) is (case in ("on-policy", "checkpointed", "LoRA"))
     assert relative_error(gradients(model), expected) < CLOSE
 
 

@@ -9,6 +9,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from gvpo.batch import GroupBatch
@@ -36,6 +38,18 @@ def tiny_vision_model(kind: str, dtype: torch.dtype = torch.float64, **changes: 
             vision_start_token_id=BEGIN, vision_end_token_id=END, tie_word_embeddings=True,
         )  # fmt: skip
         model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    elif kind == "qwen3-vl":
+        text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+        vision = {
+            "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": WIDTH,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+            "initializer_range": 0.2,
+        }  # fmt: skip
+        config = Qwen3VLConfig(
+            text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=IMAGE + 3,
+            vision_start_token_id=BEGIN, vision_end_token_id=END, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = Qwen3VLForConditionalGeneration(config)
     else:
         text |= {"sliding_window": 8, "query_pre_attn_scalar": 8, **changes}
         vision = {
@@ -53,7 +67,7 @@ def tiny_vision_model(kind: str, dtype: torch.dtype = torch.float64, **changes: 
 
 def random_images(kind: str, count: int, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], int]:
     """What a processor makes of so many images, and how many tokens stand for each."""
-    if kind == "qwen2.5-vl":
+    if kind.startswith("qwen"):
         grid = torch.tensor([[1, 4, 4], [1, 2, 4]])[torch.randint(2, (), generator=generator)].expand(
             count, 3
         )
@@ -89,7 +103,7 @@ def vision_batch(kind: str, k: int = 3, seed: int = 0, *, reference: bool = True
         torch.rand(4 * k, generator=generator, dtype=torch.float64),
         [i // k for i in order],
     )
-    types = "mm_token_type_ids" if kind == "qwen2.5-vl" else "token_type_ids"
+    types = "mm_token_type_ids" if kind.startswith("qwen") else "token_type_ids"
     batch.images = Images.of([sets[i // k] for i in order], torch.device("cpu"), IMAGE, types)
     if reference:
         batch.reference_logps = torch.randn(4 * k, generator=generator, dtype=torch.float64) * 3 - 20
