@@ -194,7 +194,7 @@ class TokenScorer:
         request.shared_prompts, request.routing = prompts, routing
         inputs = input_ids[:, :-1]
         if routing is not None:  # the last token predicts none, but is routed
-            inputs, request.chosen = input_ids, F.pad(request.chosen, (0, 1))
+            inputs, request.at = input_ids, F.pad(chosen[:, 1:], (0, 1)).flatten().nonzero()[:, 0]
         more = {} if images is None else images(inputs)
         if prompts is not None:
             more["position_ids"] = prompts.positions(inputs)
