@@ -42,7 +42,7 @@ class Images:
                 continue
             of_row.append(found.setdefault(_digest(row), len(sets)))
             if of_row[-1] == len(sets):
-                sets.append(row)
+                sets.append({name: value.clone() for name, value in row.items()})  # of a slice of many
         return cls(torch.tensor(of_row, device=device), sets, token, types)
 
     def select(self, rows: Any) -> Images:

@@ -16,6 +16,7 @@ from gvpo.verl.main import _CONFIG, V060, V09, _refuse, check_versions
 from gvpo.verl.settings import check, prepare, read_settings
 
 ACTOR = "actor_rollout_ref.actor"
+EXPERTS = "megatron.override_transformer_config"
 SIZES = [
     f"{ACTOR}.ppo_micro_batch_size_per_gpu=16",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
@@ -69,6 +70,8 @@ def test_published_scale_is_micro_batch_over_n_and_initial_reference_switches_th
         (f"{ACTOR}.policy_loss.loss_mode=vanilla", "loss_mode"),
         (f"{ACTOR}.entropy_coeff=0.01", "entropy_coeff"),
         ("critic.enable=True", "critic.enable"),
+        (f"+{ACTOR}.{EXPERTS}.moe_aux_loss_coeff=0.01", "moe_aux_loss_coeff=0.01 does not go with GVPO"),
+        (f"+{ACTOR}.{EXPERTS}.moe_router_load_balancing_type=aux_loss", "balancing_type=aux_loss"),
         ("trainer.v1.trainer_mode=colocate_async", "trainer_mode"),
         ("trainer.use_v1=False", "use_v1"),
         ("algorithm.rollout_correction.rollout_is=token", "rollout_is"),
