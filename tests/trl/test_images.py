@@ -12,9 +12,11 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from PIL import Image as Pillow
+from trl import GRPOTrainer
 
 from gvpo.cli import main
 from gvpo.errors import InputError
+from gvpo.trl import GVPOTrainer
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts
 from tests.gloo import run_ranks
 from tests.models import relative_error
@@ -121,9 +123,29 @@ def test_an_image_that_cannot_be_read_is_named() -> None:
         vision_trainer("gemma3", train_dataset=Dataset.from_list(missing), max_steps=1).train()
 
 
-def test_images_are_not_replayed() -> None:
+def test_images_are_not_replayed_nor_demonstrated() -> None:
     with pytest.raises(InputError, match="replay_ratio does not go with images in prompts"):
-        vision_trainer("gemma3", replay_ratio=1.0, max_steps=1).train()
+        vision_trainer("gemma3", GVPOTrainer, replay_ratio=1.0, max_steps=1).train()
+    shown = pictures().add_column("demonstrations", [["7"]] * 16)
+    with pytest.raises(InputError, match="demonstrations_per_group does not go with images in prompts"):
+        vision_trainer(
+            "gemma3", GVPOTrainer, demonstrations_per_group=1, max_steps=1, train_dataset=shown
+        ).train()
+
+
+def test_an_engine_is_told_none_for_a_row_without_images() -> None:
+    """And a processor an empty list: TRL gives both what the other wants."""
+    run, told = vision_trainer("gemma3", GVPOTrainer, max_steps=1, train_dataset=pictures(4)), []
+    original = GRPOTrainer._generate_single_turn
+
+    def listen(self: Any, prompt_ids: Any, images: Any, *others: Any, **more: Any) -> Any:
+        told.extend(images)
+        return original(self, prompt_ids, images, *others, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_single_turn", listen)
+        run.train()
+    assert {None if some is None else len(some) for some in told} == {None, 1, 2}
 
 
 def test_rollouts_in_flight_keep_their_images(tmp_path: Any) -> None:

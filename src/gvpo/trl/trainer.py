@@ -261,8 +261,12 @@ class GVPOTrainer(ResumableTrainer):
     @timed("generation")
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
         sample = super()._generate_single_turn
+        images = bool(others) and others[0] is not None
+        if images:
+            self._refuse_to_store_images()
+            others = ([some or None for some in others[0]], *others[1:])  # as vLLM knows rows without
         # Images are not cut into portions: TRL has those of all rows in one.
-        alone = not self._collective and not self.use_vllm and not (others and others[0])
+        alone = not self._collective and not self.use_vllm and not images
         if alone:
             sample = functools.partial(self._portions, sample)
         with shared_prompts(unwrap(self.model)) if alone else nullcontext():
@@ -276,6 +280,13 @@ class GVPOTrainer(ResumableTrainer):
         if self._without_tokens is not None:  # a later turn of a conversation with tools
             return ids, logps
         return self._ended(ids), None if logps is None else [row or [0.0] for row in logps]
+
+    def _refuse_to_store_images(self) -> None:
+        for name, part in (("replay_ratio", self.replay), ("demonstrations_per_group", self.demonstrations)):
+            if part is not None:
+                raise InputError(
+                    f"{name} does not go with images in prompts, which are not stored: leave one out."
+                )
 
     def _ended(self, ids: list[list[int]]) -> list[list[int]]:
         """Completions with a token each, as TRL looks at the last one; notes which were without."""
@@ -338,11 +349,8 @@ class GVPOTrainer(ResumableTrainer):
         with temporarily(self.args, gradient_accumulation_steps=every):
             out = super()._generate_and_score_completions(inputs)
         pictures = images_of(out, self.accelerator.unwrap_model(self.model))
-        apart = {"replay_ratio": self.replay, "demonstrations_per_group": self.demonstrations}
-        if pictures is not None and (names := [name for name, part in apart.items() if part is not None]):
-            raise InputError(
-                f"{names[0]} does not go with images in prompts, which are not stored: leave one out."
-            )
+        if pictures is not None:
+            self._refuse_to_store_images()
         mine = slice(first_row, first_row + n)
         rewards, valid = total_rewards(
             self._rewards_seen,
