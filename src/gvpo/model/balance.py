@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gvpo.errors import InputError
 from gvpo.model.determinism import is_reentrant
 
-_NO_LOGITS = "has no router logits, which router_aux_loss_coef balances experts by: leave it out."
+_NO_LOGITS = "has no router logits by which its experts could be balanced: leave router_aux_loss_coef out."
 
 
 class LoadBalance:
