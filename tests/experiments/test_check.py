@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_documentation_agrees_with_the_results() -> None:
     evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert "<!--lab-table:language|" in evidence
     for experiment in EXPERIMENTS:
         assert f"<!--lab-table:{experiment}|" in evidence
         assert not json.loads((ROOT / "results" / experiment / "summary.json").read_text())["quick"]
