@@ -58,7 +58,7 @@ class Method:
 
 _DR_GRPO = {"loss_type": "dr_grpo", "scale_rewards": "none"}
 _GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
-# Prompts this short: a pass that shares them launches five times as many operations, and it is those that cost.
+# A pass that shares prompts this short launches five times as many operations, and it is those that cost.
 _ALONE = {"share_prompts": False}
 METHODS = {
     "gvpo": Method(GVPOTrainer, GVPOConfig, (0.1, 0.25, 0.5), {"reference": "initial"} | _ALONE),
