@@ -277,8 +277,8 @@ def token_weight(model: Any) -> float:
 def prompt_cost(model: Any) -> float:
     """What attending to one more prompt costs a micro-batch, in tokens of work.
 
-    They are calls, as many for any width: on a CPU 50 tokens' work under a model of width 64; on an H100 5,000
-    to 5,300 tokens' under one of width 896 (`docs/gpu.md`), where a token's work grows with the width squared.
+    They are calls, as many for any width: on a CPU 50 tokens' work under a model of width 64; on an H100
+    5,000 to 5,300 tokens' under one of width 896 (`docs/gpu.md`), where that grows with the width squared.
     """
     width = float(model.config.get_text_config().hidden_size)
     return 4.2e9 / width**2 if next(model.parameters()).is_cuda else 3200 / width
