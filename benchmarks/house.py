@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "_version"),
     "core": ("objective", "images", "batch", "packing", "trust", "scoring", "step", "model"),
     "parts": ("machine", "run", "sums", "replay", "rewards", "data", "evaluate"),
-    "engines": ("trl", "verl"),
+    "engines": ("trl", "verl", "vllm"),
     "entrance": ("quickstart", "quickstart_llm", "doctor", "cli", "__main__"),
 }
 LEVEL = {room: level for level, rooms in enumerate(LAYERS.values()) for room in rooms}

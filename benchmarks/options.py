@@ -30,8 +30,8 @@ EXPLAINED: dict[str, str] = {
     "top_p top_k min_p": "the same, with a warning where they narrow the sampler: the optimum is unique for "
     "samplers that can give every response",
     "vllm_structured_outputs_regex": "the same; the optimum is then that among the responses which match",
-    "router_aux_loss_coef": "the balancing loss of the whole step; `None` is 0, not the model's own coefficient "
-    "([experts](engines/trl.md#mixtures-of-experts))",
+    "router_aux_loss_coef": "the balancing loss of the whole step; `None` is 0, not the model's own "
+    "coefficient ([experts](engines/trl.md#mixtures-of-experts))",
     "mask_truncated_completions": "the same: truncated rows leave their group",
     "cast_lm_head_to_fp32": "the same, in the fused head too",
     "shuffle_dataset": "the same, also where [prompts are chosen](guide/dynamic.md) by GVPO",

@@ -53,6 +53,8 @@ def errors_of(rank: int, world: int, kind: str, head: str, prompt: tuple[int, in
                     model.gradient_checkpointing_enable({"use_reentrant": False})
                 for layer in model.model.layers:
                     fully_shard(layer, mesh=mesh)
+                if kind == "fsdp2, own head":  # docs/upstream/trl-fsdp2-head.md
+                    fully_shard(model.lm_head, mesh=mesh)
                 wrapped = fully_shard(model, mesh=mesh)
             # Checkpointed, a shared token's keys take more memory than the rest of it.
             budget = 800 if "checkpointed" in kind else 4 * prompt[1] + 24
@@ -111,6 +113,7 @@ def out_of_memory_on_rank_one(rank: int, world: int) -> float:
         ("ddp", "llama", (2, 9)),
         ("fsdp2", "untied", (2, 9)),
         ("fsdp2", "llama", (2, 9)),
+        ("fsdp2, own head", "untied", (2, 9)),
         # Long enough to be shared.
         ("ddp", "llama", (30, 50)),
         ("fsdp2", "llama", (30, 50)),

@@ -134,6 +134,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
     world: int, wanted: int, tmp_path: Path
 ) -> None:
+    """Rollouts in flight included: docs/upstream/trl-resume-rollouts.md."""
     """SIGKILL at random moments of a run, checkpoint writing included, each followed by a resume."""
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -184,6 +185,7 @@ def _resume_everywhere(rank: int, world: int, folder: Path) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_resumed_in_any_epoch_a_run_is_the_same(world: int, tmp_path: Path) -> None:
+    """On two processes: docs/upstream/accelerate-cpu-ranks.md."""
     assert run_ranks(_resume_everywhere, world, tmp_path) == [[]] * world
 
 
@@ -210,6 +212,7 @@ def test_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_finished_run_makes_no_further_step(tmp_path: Path) -> None:
+    """docs/upstream/transformers-finished-run.md."""
     done = checkpoints(tmp_path, optim="adamw_torch")
     again = trainer(output_dir=str(tmp_path), optim="adamw_torch")
     again.train(resume_from_checkpoint=True)

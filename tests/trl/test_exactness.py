@@ -19,7 +19,7 @@ ROUTES = {
     "steps across generations": {"gradient_accumulation_steps": 6, "steps_per_generation": 4},
     "several generations a step": {"steps_per_generation": 2},
     "a slice twice in a step": {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 2},
-    "initial": {"reference": "initial"},
+    "initial": {"reference": "initial"},  # docs/upstream/trl-fused-forward-copy.md
     "initial, two iterations": {"reference": "initial", "num_iterations": 2},
     "initial, a slice twice in a step": {
         "reference": "initial", "steps_per_generation": 1, "num_iterations": 2, "max_steps": 2

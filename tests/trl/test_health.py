@@ -182,7 +182,10 @@ def test_odd_completions_give_finite_steps(kind: str, reference: str) -> None:
 
 @pytest.mark.parametrize("reference", ["rollout", "initial"])
 def test_a_completion_without_tokens_has_no_log_probability(reference: str) -> None:
-    """S = 0 under policy and reference: the end that TRL is given for it was not sampled."""
+    """S = 0 under policy and reference: the end that TRL is given for it was not sampled.
+
+    docs/upstream/trl-empty-completion.md.
+    """
 
     def by_place(completions: list[str], **_: Any) -> list[float]:
         assert completions[::2] == [""] * 16

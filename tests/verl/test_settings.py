@@ -129,7 +129,8 @@ def test_sequences_are_shared_in_flash_attention_only():
 
 
 def test_verl_has_no_worker_that_shares_prompts():
-    """Why `use_prefix_grouper` is refused; where this fails, that and docs/engines/verl.md want a look."""
+    """Why `use_prefix_grouper` is refused; where this fails, that, docs/engines/verl.md and
+    docs/upstream/verl-prefix-grouper.md want a look."""
     sources = list(Path(find_spec("verl").origin).parent.rglob("*.py"))
     assert any(path.name == "prefix_grouper_utils.py" for path in sources)
     assert [path for path in sources if "prefix_grouper_utils" in path.read_text(encoding="utf-8")] == []

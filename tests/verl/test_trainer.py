@@ -68,6 +68,7 @@ def assert_exact(assets, dumps, **how):
 
 @pytest.mark.timeout(400)
 def test_updates_of_two_workers_are_those_of_the_formula_however_ragged(assets, two_workers):
+    """In one environment with TRL: docs/upstream/verl-beside-trl.md."""
     dumps, *_ = two_workers
     done = assert_exact(assets, dumps)
     sizes = [update.groups for update in done]

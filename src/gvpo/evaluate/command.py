@@ -38,6 +38,10 @@ def evaluate(
     backend: Annotated[
         Literal["transformers", "vllm"], typer.Option(help="What samples; vllm needs the extra gvpo[vllm].")
     ] = "transformers",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Precision; vLLM makes half precision of a float32 model unless told."),
+    ] = "auto",
     reward: Annotated[
         str, typer.Option(help="What is right, as in training: accuracy, exact …")
     ] = "accuracy",
@@ -83,6 +87,7 @@ def evaluate(
         instruction=instruction,
         chat_template=read_template(chat_template),
         backend=backend,
+        dtype=dtype,
         seed=seed,
     )
     _evaluate(settings, parse_columns(column or []), output, compare)
@@ -123,7 +128,9 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
     )
 
     kind = VLLMSampler if settings.backend == "vllm" else TransformersSampler
-    make_sampler = partial(kind, settings.model, tokenizer, settings.sampling, chat=chat)
+    make_sampler = partial(
+        kind, settings.model, tokenizer, settings.sampling, chat=chat, dtype=settings.dtype
+    )
     if settings.backend == "transformers" and not torch.cuda.is_available():
         console.print(choose_threads(run=output), soft_wrap=True)
     run = RunDirectory(output)

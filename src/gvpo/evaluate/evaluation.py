@@ -39,6 +39,7 @@ class Settings:
         chat: prompts as conversations.
         system_prompt, instruction, chat_template: of the prompts.
         backend: "transformers" or "vllm".
+        dtype: precision of the model; "auto" is its own.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Settings:
     instruction: str | None = None
     chat_template: str | None = None
     backend: str = "transformers"
+    dtype: str = "auto"
     seed: int = 0
 
 
@@ -113,6 +115,7 @@ def _start(run: RunDirectory, settings: Settings, prompts: datasets.Dataset) -> 
     path = run.path / "config.yaml"
     started = (run.path / SAMPLES).exists() or (run.path / _PARTS).exists()
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if started and path.exists() else config
+    before = {"dtype": "auto"} | before  # of a directory from before there was a choice
     for key, value in config.items():
         if before.get(key) != value:
             raise InputError(

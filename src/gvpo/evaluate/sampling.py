@@ -4,6 +4,7 @@ What is sampled depends on the prompt batch and its seed alone, never on what ra
 evaluation that was cut off goes on as if it had not been.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,13 +47,17 @@ class Sampler(ABC):
         tokenizer: of the model (`gvpo.model.tokenizer`).
         options: how to sample.
         chat: whether the prompts are conversations, whose rendered text has all special tokens already.
+        dtype: precision, such as "float32". "auto" is that of the saved model, of which vLLM makes half
+            precision where it is float32.
 
     Raises:
         InputError: the model or the engine cannot be loaded.
     """
 
-    def __init__(self, model: str, tokenizer: Any, options: SamplingOptions, *, chat: bool) -> None:
-        self.tokenizer, self.options, self.chat = tokenizer, options, chat
+    def __init__(
+        self, model: str, tokenizer: Any, options: SamplingOptions, *, chat: bool, dtype: str = "auto"
+    ) -> None:
+        self.tokenizer, self.options, self.chat, self.dtype = tokenizer, options, chat, dtype
         try:
             self._load(model)
         except InputError:
@@ -75,17 +80,14 @@ class Sampler(ABC):
 
 
 class TransformersSampler(Sampler):
-    """Batches through `generate`, a prompt read once for all its rows; on a GPU when there is one.
-
-    In the precision of the saved model.
-    """
+    """Batches through `generate`, a prompt read once for all its rows; on a GPU when there is one."""
 
     def _load(self, model: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=self.dtype).to(device).eval()
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
@@ -124,13 +126,18 @@ class VLLMSampler(Sampler):
     """Batches through vLLM (the extra `gvpo[vllm]`), with a seed for each request."""
 
     def _load(self, model: str) -> None:
+        # In this process: requests are scheduled in a fixed order, and nobody waits for a killed engine
+        # (docs/upstream/vllm-killed-engine.md).
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM  # type: ignore[import-not-found]
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise InputError(
                 "vLLM is not installed: pip install 'gvpo[vllm]', or use transformers."
             ) from error
-        self.engine = LLM(model=model)
+        # Compiling takes a laptop longer than many an evaluation.
+        self.engine = LLM(model=model, dtype=self.dtype, enforce_eager=current_platform.is_cpu())
 
     def sample(self, texts: Sequence[str], seed: int) -> list[Completion]:
         from vllm import SamplingParams
@@ -141,6 +148,13 @@ class VLLMSampler(Sampler):
             {"prompt_token_ids": self.tokenizer(text, add_special_tokens=special)["input_ids"]}
             for text in texts
         ]
-        outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
+        try:
+            outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
+        except Exception as error:
+            if not type(error).__module__.startswith("vllm."):
+                raise
+            raise InputError(
+                f"vLLM gives no completions ({first_line(error)}): mend it, and the same command goes on."
+            ) from error
         drawn = [request.outputs[0] for request in outputs]
         return [Completion(one.text, len(one.token_ids), one.finish_reason == "length") for one in drawn]

@@ -76,6 +76,8 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
             direction of their row's weight. Not part of the published algorithm; off by default.
         router_aux_loss_coef: for mixtures of experts: coefficient of the load-balancing loss of the whole
             optimizer step, over all processes. None is 0 (and not the model's own, as in GRPO): no such loss.
+        vllm_engine_kwargs: more arguments of `vllm.LLM`, or others than TRL's, such as {"dtype": "float32"};
+            with `use_vllm` in colocate mode.
 
     Raises:
         InputError: for options of GRPO that have no meaning here (each by name and with the reason), and
@@ -88,11 +90,14 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
     share_prompts: bool = True
     trust: float | None = None
     router_aux_loss_coef: float | None = None  # TRL has it from 1.16 on
+    vllm_engine_kwargs: dict | str | None = None
     # TRL's, at the only values that have a meaning here:
     loss_type: str = "gvpo"
     scale_rewards: str = "none"
     vllm_importance_sampling_correction: bool = False
     disable_dropout: bool = True
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_kwargs"]  # noqa: RUF012 (as in the parent)
 
     def __post_init__(self) -> None:
         self._check_gvpo()
@@ -109,6 +114,11 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
         check_off_policy(self)
         check_dynamic(self)
         check_health(self)
+        if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
+            raise InputError(
+                "vllm_engine_kwargs are for use_vllm with vllm_mode='colocate': vllm serve gives a server "
+                "its own."
+            )
 
     def _check_gvpo(self) -> None:
         if not (isinstance(self.beta, int | float) and math.isfinite(self.beta) and self.beta > 0):

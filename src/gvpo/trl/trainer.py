@@ -17,7 +17,6 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from gvpo.trl.memory import Ceiling, Portions, memory_shares
 from gvpo.trl.metrics import Share, Timing, gathered, shares_of, timed
 from gvpo.trl.resume import ResumableTrainer, temporarily
 from gvpo.trl.rollouts import Slice, select, split, used_within, window_batch
+from gvpo.trl.vllm import engine_errors, engine_of
 from gvpo.trl.watch import Watch, tolerate_loggers
 
 
@@ -142,7 +142,8 @@ class GVPOTrainer(ResumableTrainer):
         if kwargs.get("tools"):
             kwargs["tools"] = [limited(tool, args.tool_timeout) for tool in kwargs["tools"]]
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
-        with temporarily(args, beta=args.beta if initial and twin is None else 0.0, router_aux_loss_coef=0.0):
+        kept = {"beta": args.beta if initial and twin is None else 0.0, "router_aux_loss_coef": 0.0}
+        with temporarily(args, **kept), engine_of(args):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
         if twin is not None:
@@ -269,7 +270,7 @@ class GVPOTrainer(ResumableTrainer):
         alone = not self._collective and not self.use_vllm and not images
         if alone:
             sample = functools.partial(self._portions, sample)
-        with shared_prompts(unwrap(self.model)) if alone else nullcontext():
+        with shared_prompts(unwrap(self.model)) if alone else engine_errors(self.args):
             if any(ids is not None for ids in self._given):
                 whole = self.use_vllm  # it wants every group whole
                 ids, logps = offpolicy.complete(
