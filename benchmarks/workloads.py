@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.measure import Laps, clock, laps_of
 from gvpo.batch import GroupBatch, MicroBatch
+from gvpo.model.shared_prompts import start_cost
 from gvpo.packing import plan_micro_batches
 from gvpo.trl import GVPOConfig, GVPOTrainer
 from gvpo.trl.rollouts import Slice, window_batch
@@ -247,7 +248,7 @@ def floor(
     """Weighted fine-tuning on exactly the rows that have weight: torch's cross-entropy on the positions
     that count, in the same packed micro-batches. What no group-based update with this head can undercut."""
     lengths = batch.lengths.tolist()
-    plan = plan_micro_batches(lengths, weights.nonzero()[:, 0].tolist(), token_budget)
+    plan = plan_micro_batches(lengths, weights.nonzero()[:, 0].tolist(), token_budget, start_cost(model))
     micros = [MicroBatch.of(batch, rows, lengths) for rows in plan]
     parts = [
         (m.input_ids[:, :-1], m.chosen[:, 1:], m.input_ids[:, 1:][m.chosen[:, 1:]], m.per_token(weights))

@@ -1,13 +1,16 @@
 """Plans: every row once, within the budget, no worse than any other contiguous cut."""
 
 from itertools import combinations, pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo.batch import Beginnings
+from gvpo.model.shared_prompts import start_cost
 from gvpo.packing import START_COST, padded_cost, plan_blocks, plan_micro_batches
+from tests.models import tiny_model
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -40,6 +43,17 @@ def test_no_contiguous_cut_is_cheaper(lengths, budget):
         if all(len(m) * lengths[m[0]] <= budget for m in plan):
             best = min(best, cost(plan, lengths))
     assert cost(plan_micro_batches(lengths, ordered, budget), lengths) == best
+
+
+def test_fewer_micro_batches_where_starting_one_costs_much():
+    lengths = [100, 90, 60, 50, 20, 10]
+    counts = [len(plan_micro_batches(lengths, range(6), 300, cost)) for cost in (1, 64, 10_000)]
+    assert counts == [6, 3, 2]
+    for kind, cost in ((True, 9e9 / 32**2), (False, START_COST)):
+        model = SimpleNamespace(
+            config=tiny_model().config, parameters=lambda kind=kind: iter([SimpleNamespace(is_cuda=kind)])
+        )
+        assert start_cost(model) == cost
 
 
 def test_no_rows_need_no_micro_batch():

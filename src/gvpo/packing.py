@@ -9,7 +9,7 @@ import numpy as np
 
 from gvpo.batch import Beginnings
 
-# What starting one more micro-batch costs, in tokens of work: breaks ties towards fewer, larger ones.
+# What one more micro-batch costs on a CPU, in tokens of work: breaks ties towards fewer, larger ones.
 START_COST = 64
 
 
@@ -25,7 +25,9 @@ class Block:
         return None if beginning is None else self.beginnings.index(beginning)
 
 
-def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], token_budget: int) -> list[list[int]]:
+def plan_micro_batches(
+    lengths: Sequence[int], rows: Sequence[int], token_budget: int, start_cost: float = START_COST
+) -> list[list[int]]:
     """Split `rows` into micro-batches with the fewest padded tokens, longest rows first.
 
     A micro-batch of n rows is as wide as its longest, so it costs n · width tokens; n · width stays within
@@ -36,6 +38,7 @@ def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], token_budget
         lengths: tokens of every row of the batch.
         rows: the rows to place (indices into `lengths`).
         token_budget: padded tokens per micro-batch, at least 1.
+        start_cost: what starting one more micro-batch costs, in tokens of work.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1 token, got {token_budget}.")
@@ -49,7 +52,7 @@ def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], token_budget
     for start, row in enumerate(ordered):
         width = max(lengths[row], 1)
         most = min(n - start, max(1, token_budget // width))
-        cost = best[start] + counts[:most] * width + START_COST
+        cost = best[start] + counts[:most] * width + start_cost
         ends = slice(start + 1, start + 1 + most)
         cut[ends] = np.where(cost < best[ends], start, cut[ends])
         best[ends] = np.minimum(best[ends], cost)
@@ -68,6 +71,7 @@ def plan_blocks(
     weight: float = 1.0,
     prompt_cost: float = 0.0,
     limit: float = float("inf"),
+    start_cost: float = START_COST,
 ) -> tuple[list[Block], float]:
     """Blocks in which `rows` share their beginnings, and what they cost in tokens of work.
 
@@ -80,6 +84,7 @@ def plan_blocks(
         token_budget: padded tokens in memory at once.
         weight: memory that a token of a beginning takes, in tokens.
         prompt_cost: what attending to one more beginning costs a micro-batch, in tokens of work.
+        start_cost: as in `plan_micro_batches`.
         limit: no plan is sought, and the cost is infinite, where none can cost less.
     """
     own, of_row = beginnings.own, beginnings.of_row
@@ -91,16 +96,18 @@ def plan_blocks(
         return best
     for share in (0.25, 0.5, 0.75):
         blocks, cost = [], 0.0
-        parts = plan_micro_batches(beginnings.lengths, used, max(1, int(share * token_budget / weight)))
+        most = max(1, int(share * token_budget / weight))
+        parts = plan_micro_batches(beginnings.lengths, used, most, start_cost)
         for index, part in enumerate(parts or [[]]):
             members = {*part, None} if index == 0 else set(part)
             read = len(part) * max((beginnings.lengths[b] for b in part), default=0)
             room = max(1, token_budget - int(read * weight))
-            plan = plan_micro_batches(own, [row for row in rows if of_row[row] in members], room)
+            own_rows = [row for row in rows if of_row[row] in members]
+            plan = plan_micro_batches(own, own_rows, room, start_cost)
             # Rows of one beginning go next to each other.
             plan = [sorted(micro, key=lambda row: (of_row[row] is None, of_row[row], row)) for micro in plan]
             pairs = sum(len({of_row[row] for row in micro}) for micro in plan)
-            cost += read + START_COST + padded_cost(own, plan) + prompt_cost * pairs
+            cost += read + start_cost + padded_cost(own, plan, start_cost) + prompt_cost * pairs
             blocks.append(Block(part, plan))
         if cost < best[1]:
             best = blocks, cost
@@ -109,6 +116,8 @@ def plan_blocks(
     return best
 
 
-def padded_cost(lengths: Sequence[int], plan: Sequence[Sequence[int]]) -> float:
+def padded_cost(
+    lengths: Sequence[int], plan: Sequence[Sequence[int]], start_cost: float = START_COST
+) -> float:
     """What micro-batches cost in tokens of work."""
-    return sum(len(micro) * max(lengths[row] for row in micro) + START_COST for micro in plan)
+    return sum(len(micro) * max(lengths[row] for row in micro) + start_cost for micro in plan)

@@ -32,6 +32,7 @@ from gvpo.model.shared_prompts import (
     PromptCache,
     attention_shared,
     prompt_cost,
+    start_cost,
     token_weight,
 )
 from gvpo.model.sharing_check import Sample, way_to_share
@@ -256,15 +257,17 @@ class SequenceScorer:
 
         Ranks whose forwards are collective come to equally many.
         """
-        beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget)
+        model = unwrap(self.model)
+        start = start_cost(model)
+        beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget, start)
         blocks = [Block([], plan)]
         found = None if self._way_of(batch) == "whole" else Beginnings.of(batch, chosen, whole=whole_rows)
         if found is not None and found.hold_images(batch):
-            model, whole = unwrap(self.model), padded_cost(lengths, plan)
+            whole = padded_cost(lengths, plan, start)
             # Ranks that go together must all plan: one's rows may gain nothing where another's gain much.
             limit = math.inf if self.backend.collective_forward(self.model) else whole
             shared, cost = plan_blocks(
-                found, rows, self.token_budget, token_weight(model), prompt_cost(model), limit
+                found, rows, self.token_budget, token_weight(model), prompt_cost(model), limit, start
             )
             costs = self._over_ranks([whole, cost], dist.ReduceOp.SUM)
             if costs[1] < costs[0]:

@@ -26,6 +26,7 @@ from gvpo.images import Images
 from gvpo.model.balance import Routing
 from gvpo.model.merged_attention import MergedAttention
 from gvpo.model.vocabulary import VocabularyGradients
+from gvpo.packing import START_COST
 
 _NAME = "gvpo_shared_prompts"
 
@@ -282,6 +283,16 @@ def prompt_cost(model: Any) -> float:
     """
     width = float(model.config.get_text_config().hidden_size)
     return 4.2e9 / width**2 if next(model.parameters()).is_cuda else 3200 / width
+
+
+def start_cost(model: Any) -> float:
+    """What one more micro-batch costs, in tokens of work: on a GPU calls again, 3.4 ms a layer seen."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    width = getattr(text, "hidden_size", None)
+    if width is None or not next(model.parameters()).is_cuda:
+        return START_COST
+    return 9e9 / float(width) ** 2
 
 
 @contextmanager
