@@ -137,6 +137,7 @@ class SequenceScorer:
         # How rows share their prompts, text and others; None: not decided yet.
         self._way: str | None = None if share_prompts else "whole"
         self._way_with_images = self._way
+        self._start_cost: float | None = None  # of a micro-batch: not known yet
         self._retry_is_safe = False
 
     @property
@@ -257,13 +258,14 @@ class SequenceScorer:
 
         Ranks whose forwards are collective come to equally many.
         """
-        model = unwrap(self.model)
-        start = start_cost(model)
+        if self._start_cost is None:
+            self._start_cost = start_cost(unwrap(self.model))
+        start = self._start_cost
         beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget, start)
         blocks = [Block([], plan)]
         found = None if self._way_of(batch) == "whole" else Beginnings.of(batch, chosen, whole=whole_rows)
         if found is not None and found.hold_images(batch):
-            whole = padded_cost(lengths, plan, start)
+            model, whole = unwrap(self.model), padded_cost(lengths, plan, start)
             # Ranks that go together must all plan: one's rows may gain nothing where another's gain much.
             limit = math.inf if self.backend.collective_forward(self.model) else whole
             shared, cost = plan_blocks(
