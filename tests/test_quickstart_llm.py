@@ -24,16 +24,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_chat_model(tmp_path_factory.mktemp("models") / "chat"))
 
 
-def test_no_number_that_is_held_out_is_trained_on() -> None:
+def test_what_is_held_out_is_not_trained_on() -> None:
     training, held_out = problems(3)
-    asked = [
-        [re.findall(r"\d+", row["prompt"][-1]["content"]) for row in rows] for rows in (training, held_out)
-    ]
-    assert [len(pairs) for pairs in asked] == [1000, 100]
-    assert not {n for pair in asked[0] for n in pair} & {n for pair in asked[1] for n in pair}
-    assert [row["answer"] for row in held_out] == [max(pair, key=int) for pair in asked[1]]
-    first = sum(pair[0] == row["answer"] for pair, row in zip(asked[0], training, strict=True))
-    assert 400 < first < 600  # the place says nothing
+    asked = [[row["prompt"][-1]["content"] for row in rows] for rows in (training, held_out)]
+    assert [len(set(questions)) for questions in asked] == [96, 25]
+    assert not set(asked[0]) & set(asked[1])
+    for row in training + held_out:
+        a, b = map(int, re.findall(r"\d+", row["prompt"][-1]["content"]))
+        assert row["answer"] == str(a * b)
     assert problems(3) == (training, held_out)
     assert problems(4) != (training, held_out)
 

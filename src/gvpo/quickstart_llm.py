@@ -1,7 +1,7 @@
 """`gvpo quickstart --llm`: a language model that people know learns, on a laptop, by commands that all use.
 
-SmolLM2-135M-Instruct (or another chat model) is asked which of two numbers is larger. `gvpo eval` examines
-it, `gvpo train` trains it with a recipe, and `gvpo eval` examines it again, on numbers that it has not seen.
+SmolLM2-135M-Instruct (or another chat model) is asked for products up to 12 x 12. `gvpo eval` examines
+it, `gvpo train` trains it with a recipe, and `gvpo eval` examines it again, on products that it has not seen.
 Killed, each of them goes on where it was, and so does the quickstart.
 """
 
@@ -33,21 +33,17 @@ from gvpo.sums import show_learnt
 from gvpo.trl.arguments import parse_arguments
 from gvpo.trl.train import main as train
 
-TRAIN, HELD_OUT = 1000, 100
-_EXAMPLE = [
-    {"role": "system", "content": "Answer with a number only."},
-    {"role": "user", "content": "Which is larger, 3742 or 5216?"},
-    {"role": "assistant", "content": "5216"},
-]
+HELD_OUT, TOKENS, REWARD = 25, 16, "accuracy:sentence"
 _RECIPE: dict[str, Any] = {
-    "reward_funcs": ["exact"],
+    "reward_funcs": [REWARD],
     "reference": "initial",
-    "learning_rate": 3e-5,
-    "lr_scheduler_type": "linear",
-    "num_generations": 32,
-    "per_device_train_batch_size": 256,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "constant",
+    "num_generations": 8,
+    "per_device_train_batch_size": 64,
+    "steps_per_generation": 2,
     "micro_batch_tokens": 1024,
-    "max_completion_length": 6,
+    "max_completion_length": TOKENS,
     "logging_steps": 1,
     "save_steps": 5,
     "save_total_limit": 1,
@@ -82,7 +78,7 @@ def quickstart_llm(
 
     Returns:
         What is also written to `summary.json`: the quickstart's keys and 95 % `intervals` over the
-        100 held-out problems. None where a signal stopped training.
+        25 held-out problems. None where a signal stopped training.
 
     Raises:
         InputError: the model cannot be had or used, or the directory holds a run of other settings.
@@ -101,7 +97,7 @@ def quickstart_llm(
         train(line[2:]) if words[0] == "train" else _COMMANDS(line[1:], standalone_mode=False)
 
     def examine(model: str | Path, name: str, *options: str) -> None:
-        how = ["--reward", "exact", "--max-tokens", "6", "--batch-size", "100", "--seed", str(seed)]
+        how = ["--reward", REWARD, "--max-tokens", str(TOKENS), "--seed", str(seed)]
         where = ("--data", path / "held_out.jsonl", "--output", path / name)
         do("eval", "--model", model, *where, *how, *options)
 
@@ -111,25 +107,27 @@ def quickstart_llm(
         if not _summary(path):
             return None
         examine(path, "after")
-        examine(path, "sampled", "--temperature", "1")
+        examine(path, "sampled", "--samples", "8")
         _summarise(run, settings, began)
     for checkpoint in path.glob("checkpoint-*"):  # with the optimizer, three times the model's size
         shutil.rmtree(checkpoint)
     summary, samples = _summary(path), _samples(path, held_out)
-    title = "GVPO: which of two numbers is larger?"
+    title = "GVPO: times tables"
     show_learnt(run, console, summary, samples, title, "optimizer step", "greedy")
     do("report", path, path / "before", path / "after", "--output", path / "report.html")
     return summary
 
 
 def problems(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Conversations and answers for training, and held out: each number comes once, in one of them."""
-    numbers = random.Random(seed).sample(range(1000, 10_000), 2 * (TRAIN + HELD_OUT))
+    """Conversations and answers for training, and held out. (3 x 4 and 4 x 3 are two problems.)"""
+    pairs = [(a, b) for a in range(2, 13) for b in range(2, 13)]
+    random.Random(seed).shuffle(pairs)
     rows = []
-    for a, b in zip(numbers[::2], numbers[1::2], strict=True):
-        question = {"role": "user", "content": f"Which is larger, {a} or {b}?"}
-        rows.append({"prompt": [*_EXAMPLE, question], "answer": str(max(a, b))})
-    return rows[:TRAIN], rows[TRAIN:]
+    for a, b in pairs:
+        question = {"role": "user", "content": f"What is {a} x {b}? Answer with the number only."}
+        # Without a system message the template brings its own, which is longer than the question.
+        rows.append({"prompt": [{"role": "system", "content": ""}, question], "answer": str(a * b)})
+    return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
 def prepare(path: Path, settings: dict[str, Any]) -> tuple[RunDirectory, list[dict[str, Any]]]:
