@@ -34,11 +34,14 @@ class Seen:
 
     __name__ = "seen"
 
-    def __init__(self) -> None:
+    def __init__(self, equal: int = 0) -> None:
+        self.equal = equal  # so many rows at first
         self.rows: list[tuple[Any, list[Any], list[int], float]] = []
 
     def __call__(self, prompts: Any, completion_ids: Any, images: Any, **_: Any) -> list[float]:
         rewards = [len(set(ids)) / 5 + ids[0] / 50 for ids in completion_ids]
+        if not self.rows:
+            rewards[: self.equal] = [0.5] * self.equal
         texts = [list(prompt) for prompt in prompts]
         self.rows += zip(texts, images, completion_ids, rewards, strict=True)
         return rewards
@@ -63,14 +66,20 @@ def logps(model: Any, prepare: Any, seen: Seen) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 1}], ids=["one cut", "another"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"micro_batch_tokens": 1}, {"dynamic_sampling": "resample"}],
+    ids=["one cut", "another", "a group resampled"],
+)
 def test_two_updates_are_the_formula_s(kind: str, changes: dict[str, Any]) -> None:
     """Of one rollout with one image, two and none in its prompts; the second is off-policy."""
-    model, seen = tiny_vision_model(kind), Seen()
+    model, seen = tiny_vision_model(kind), Seen(K if "dynamic_sampling" in changes else 0)
     literal = copy.deepcopy(model)
     settings = {"num_iterations": 2, "max_grad_norm": 0, "gradient_accumulation_steps": 4, **changes}
     run = vision_trainer(kind, model=model, reward=seen, max_steps=2, train_dataset=pictures(8), **settings)
     run.train()
+    if seen.equal:  # the last group was asked in the place of the first
+        seen.rows = seen.rows[-K:] + seen.rows[K:-K]
     assert {len(images) for _, images, _, _ in seen.rows} == {0, 1, 2}
     prepare, start = processor(kind), {n: p.detach().clone() for n, p in literal.named_parameters()}
     n = len(seen.rows)
