@@ -14,7 +14,6 @@ from tests.verl.records import updates
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
-@pytest.mark.timeout(1800)
 def test_updates_on_verl_are_those_of_the_formula(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(smollm2)
     rows = [
