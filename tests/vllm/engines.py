@@ -1,7 +1,6 @@
 """A model that vLLM can serve (heads of 32), a trainer with vLLM in it, and how far the two are apart."""
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +92,6 @@ def learner(model: Path | str, rewards: Any = digit_reward, **changes: Any) -> I
     }
     if changes.get("vllm_mode", "colocate") == "colocate":
         settings["vllm_engine_kwargs"] = FLOAT32
-    before = dict(os.environ)
     trainer = Watched(
         str(model),
         rewards,
@@ -109,5 +107,3 @@ def learner(model: Path | str, rewards: Any = digit_reward, **changes: Any) -> I
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
-        os.environ.clear()
-        os.environ.update(before)
