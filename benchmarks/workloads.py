@@ -22,6 +22,7 @@ from benchmarks.measure import Laps, clock, laps_of
 from gvpo.batch import GroupBatch, MicroBatch
 from gvpo.model.shared_prompts import start_cost
 from gvpo.packing import plan_micro_batches
+from gvpo.step import GVPOStep, StepReport
 from gvpo.trl import GVPOConfig, GVPOTrainer
 from gvpo.trl.rollouts import Slice, window_batch
 
@@ -127,11 +128,23 @@ class _Canned:
         return result
 
 
+class _KeptReport(GVPOStep):
+    report: StepReport
+
+    def __call__(self, batch: GroupBatch) -> StepReport:
+        self.report = super().__call__(batch)
+        return self.report
+
+
 class CannedGVPO(_Canned, GVPOTrainer):
-    def _log_report(self, report: Any) -> None:
-        self.tokens += report.tokens
-        self.report = report
-        super()._log_report(report)
+    def _make_step(self) -> None:
+        super()._make_step()
+        self._gvpo_step.__class__ = _KeptReport
+
+    @property
+    def report(self) -> StepReport:
+        """Of the last update."""
+        return self._gvpo_step.report
 
 
 class CannedGRPO(_Canned, GRPOTrainer):

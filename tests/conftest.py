@@ -5,8 +5,12 @@ import os
 import shutil
 import tempfile
 
+import hypothesis
 import pytest
 
+# A busy machine is no failure.
+hypothesis.settings.register_profile("gvpo", deadline=None)
+hypothesis.settings.load_profile("gvpo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,8 @@ def rows_of(
         [place[id(g)] + (slot if slot < len(g) else 0) for g, slot in zip(groups, slots, strict=True)],
         dtype=torch.long,
     ).to(device)
-    values: Any = {name: None if value is None else value[index] for name, value in vars(whole).items()}
+    columns = {field.name: getattr(whole, field.name) for field in fields(whole)}
+    values: Any = {name: None if column is None else column[index] for name, column in columns.items()}
     batch = GroupBatch(**values)
     batch.valid = exists.to(device) & (True if batch.valid is None else batch.valid)
     return batch
