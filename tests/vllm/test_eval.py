@@ -20,6 +20,7 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 
 import vllm
 
+from gvpo.evaluate.evaluation import _PARTS
 from tests.trl.test_train import fails, run
 from tests.vllm.engines import save_model
 
@@ -83,7 +84,7 @@ def test_a_killed_evaluation_goes_on(model: Path, problems: Path, tmp_path: Path
     script = [sys.executable, "-c", KILLED, *command(model, problems, tmp_path / "cut", *options)]
     killed = subprocess.run(script, env=os.environ, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    parts = list((tmp_path / "cut" / "samples.parts").iterdir())
+    parts = list((tmp_path / "cut" / _PARTS).iterdir())
     assert len(parts) == 1
     rows = evaluate(model, problems, tmp_path / "cut", *options)
     assert len(rows) == 24
