@@ -7,6 +7,7 @@ import functools
 import inspect
 import signal
 import threading
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,12 +89,13 @@ class Environments:
 
         def make() -> Any:
             environment = factory()
-            for name, _ in inspect.getmembers(type(environment), inspect.isfunction):
+            for name, function in inspect.getmembers(type(environment), inspect.isfunction):
                 if not name.startswith("_"):
-                    method = limited(getattr(environment, name), self.seconds)
+                    call = limited(function, self.seconds)
                     if name == "reset":
-                        method = self._watched(environment, method)
-                    object.__setattr__(environment, name, method)  # as the class may be frozen, or pydantic's
+                        call = self._watched(environment, call)
+                    # Bound, as TRL 1.10 wants it; by object, for the class may be frozen or pydantic's.
+                    object.__setattr__(environment, name, types.MethodType(call, environment))
             return environment
 
         return make
