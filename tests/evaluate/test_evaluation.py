@@ -152,3 +152,11 @@ def test_summary_on_disk(prompts, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["metrics"]["pass@1"]["mean"] == pytest.approx(sum(r["reward"] for r in rows) / len(rows))
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "extracted"), [("accuracy:sentence", "56"), ("accuracy", None)])
+def test_answers_are_read_as_the_reward_reads_them(name, extracted, tmp_path):
+    row = {"prompt": "7 x 8?", "completion": "7 x 8 = 56.", "answer": "56", "prompt_index": 0}
+    rows = [row | {"sample_index": 0, "tokens": 5, "truncated": False}]
+    grade(rows, RunDirectory(tmp_path), name, load_reward(name))
+    assert (rows[0]["extracted"], rows[0]["reward"]) == (extracted, float(extracted is not None))

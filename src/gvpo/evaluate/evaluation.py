@@ -169,11 +169,12 @@ def grade(rows: list[Row], run: RunDirectory, reward_name: str, reward: RewardFu
     rewards = reward(
         prompts=[row["prompt"] for row in rows], completions=[row["completion"] for row in rows], **columns
     )
+    closing = "sentence" if reward_name == "accuracy:sentence" else None  # as the reward reads it
     for row, score in zip(rows, rewards, strict=True):
         if score is None:
             index = row["prompt_index"]
             raise InputError(f"the reward {reward_name} cannot score prompt {index} (from 0): remove it.")
-        found = extract_answer(row["completion"])
+        found = extract_answer(row["completion"], closing)
         whole = row["completion"].strip() or None
         row["extracted"] = whole if reward_name == "exact" else found and found.text
         row["reward"] = float(score)
