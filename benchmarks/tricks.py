@@ -23,11 +23,11 @@ ABOUT = (
 )
 
 
-def _all_rows(lengths: Sequence[int], rows: Sequence[int], token_budget: int) -> list[list[int]]:
-    return plan_micro_batches(lengths, range(len(lengths)), token_budget)
+def _all_rows(lengths: Sequence[int], rows: Sequence[int], *costs: Any) -> list[list[int]]:
+    return plan_micro_batches(lengths, range(len(lengths)), *costs)
 
 
-def _in_order(lengths: Sequence[int], rows: Sequence[int], token_budget: int) -> list[list[int]]:
+def _in_order(lengths: Sequence[int], rows: Sequence[int], *costs: Any) -> list[list[int]]:
     return [list(rows[i : i + PER_DEVICE]) for i in range(0, len(rows), PER_DEVICE)]
 
 
