@@ -109,12 +109,12 @@ class GVPOTrainer(ResumableTrainer):
                 )
                 for f in funcs
             ]
-        own = getattr(model, "peft_config", {})
-        adapters = bool(own) or kwargs.get("peft_config") is not None
+        held = getattr(model, "peft_config", {})
+        adapters = bool(held) or kwargs.get("peft_config") is not None
         initial = args.reference == "initial"
-        if initial and own and "default" not in own:
+        if initial and held and "default" not in held:
             raise InputError(
-                f"reference='initial' needs a copy of the adapter {', '.join(own)}, and TRL copies only "
+                f"reference='initial' needs a copy of the adapter {', '.join(held)}, and TRL copies only "
                 "one of the name 'default': call it so."
             )
         twin: nn.Module | None = None
