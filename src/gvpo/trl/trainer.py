@@ -4,9 +4,9 @@ Generation, rewards, logging, checkpoints and the training loop are TRL's. What 
 (TRL shuffles samples), and an optimizer step is one exact `gvpo.step.GVPOStep` over all its rows, made on
 the call of `training_step` that ends its accumulation window.
 
-The methods stand in the order in which a response meets them: sampled, rewarded, put into groups, measured
-against the reference, weighed. The parts that they call take values and give values; TRL is known here and
-in `gvpo.trl.resume` only.
+It is built in the order in which a response meets it: `gvpo.trl.resume` (checkpoints), `sampling` (sampled,
+rewarded, put into groups), `reference` (measured), and here weighed. TRL is known in these four only; the
+parts that they call take values and give values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import functools
 import textwrap
-import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,34 +24,31 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import use_adapter
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
-from gvpo.model.generation import shared_prompts
-from gvpo.model.logprobs import unwrap
 from gvpo.step import GVPOStep, SequenceScorer
 from gvpo.trl import (
     compat,  # noqa: F401  (asserts TRL's private names)
     offpolicy,
 )
 from gvpo.trl.backend import AccelerateBackend
-from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings, warn_of_small_beta
-from gvpo.trl.dynamic import DynamicSampling, Generation
-from gvpo.trl.episodes import Environments, check_rollout, limited
+from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings
+from gvpo.trl.dynamic import DynamicSampling
+from gvpo.trl.episodes import Environments, limited
 from gvpo.trl.guard import Incidents, guard
-from gvpo.trl.health import Health, check_failures, total_rewards
-from gvpo.trl.images import images_of, read, unread
+from gvpo.trl.health import Health
+from gvpo.trl.images import unread
 from gvpo.trl.memory import Ceiling, Portions, memory_shares
-from gvpo.trl.metrics import Share, Timing, gathered, shares_of, timed
-from gvpo.trl.resume import ResumableTrainer, temporarily
-from gvpo.trl.rollouts import Slice, select, split, used_within, window_batch
-from gvpo.trl.vllm import engine_errors, engine_of
+from gvpo.trl.metrics import Timing, shares_of, timed
+from gvpo.trl.reference import ScoringTrainer
+from gvpo.trl.resume import temporarily
+from gvpo.trl.rollouts import Slice, split, window_batch
+from gvpo.trl.vllm import engine_of
 from gvpo.trl.watch import Watch, tolerate_loggers
 
 
-class GVPOTrainer(ResumableTrainer):
+class GVPOTrainer(ScoringTrainer):
     """Trains a causal language model with GVPO (arXiv 2504.19599) in TRL's `GRPOTrainer`.
 
     Arguments, data sets and reward functions are those of `trl.GRPOTrainer`, with a `GVPOConfig`.
@@ -172,14 +168,6 @@ class GVPOTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------- set-up
 
-    def _prepare_reference(self, model: nn.Module) -> nn.Module:
-        model.eval().requires_grad_(False)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
     def _make_step(self) -> None:
         backend = AccelerateBackend(self.accelerator)
         common: dict[str, Any] = {
@@ -252,146 +240,6 @@ class GVPOTrainer(ResumableTrainer):
                 args, encoder, rank=rank, world=world
             )
 
-    # ------------------------------------------------------------------------------------------ sampling
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        ids, images, fields = super()._tokenize_prompts(prompts)
-        # Processors know an empty list for a row without images, but not TRL's None.
-        return ids, None if images is None else [some or [] for some in images], fields
-
-    @timed("generation")
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
-        sample = super()._generate_single_turn
-        images = bool(others) and others[0] is not None
-        if images:
-            self._refuse_to_store_images()
-            others = ([some or None for some in others[0]], *others[1:])  # as vLLM knows rows without
-        # Images are not cut into portions: TRL has those of all rows in one.
-        alone = not self._collective and not self.use_vllm and not images
-        if alone:
-            sample = functools.partial(self._portions, sample)
-        with shared_prompts(unwrap(self.model)) if alone else engine_errors(self.args):
-            if any(ids is not None for ids in self._given):
-                whole = self.use_vllm  # it wants every group whole
-                ids, logps = offpolicy.complete(
-                    sample, self._given, prompt_ids, *others, whole=whole, **kwargs
-                )
-            else:
-                ids, logps = sample(prompt_ids, *others, **kwargs)
-        if self._without_tokens is not None:  # a later turn of a conversation with tools
-            return ids, logps
-        return self._ended(ids), None if logps is None else [row or [0.0] for row in logps]
-
-    def _refuse_to_store_images(self) -> None:
-        for name, part in (("replay_ratio", self.replay), ("demonstrations_per_group", self.demonstrations)):
-            if part is not None:
-                raise InputError(
-                    f"{name} does not go with images in prompts, which are not stored: leave one out."
-                )
-
-    def _ended(self, ids: list[list[int]]) -> list[list[int]]:
-        """Completions with a token each, as TRL looks at the last one; notes which were without."""
-        self._without_tokens = [i for i, row in enumerate(ids) if not row]
-        processor: Any = self.processing_class
-        end = getattr(processor, "tokenizer", processor).eos_token_id
-        return [row or [end] for row in ids]
-
-    @timed("generation")
-    def _roll_out(self, function: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """What a `rollout_func` returned."""
-        out = dict(function(prompts, trainer))
-        check_rollout(out, len(prompts), tools=bool(getattr(self, "tools", None)))
-        out["completion_ids"] = self._ended(out["completion_ids"])
-        fill = {"logprobs": [0.0], "env_mask": [1]}
-        return out | {name: [row or fill[name] for row in out[name]] for name in fill if out.get(name)}
-
-    # ------------------------------------------------------------------------------------------- rewards
-
-    @timed("rewards")
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *others: Any) -> Tensor:
-        for row, environment in enumerate(getattr(self, "environments", None) or []):
-            if (error := self._environments.failure(environment)) is not None:
-                why = f"could not be reset ({type(error).__name__}: {error})"
-                trace = "".join(traceback.format_exception(error))
-                name = f"Environment {type(environment).__name__}"
-                self.incidents.add(row, name, why, trace, prompts[row], completions[row])
-        rewards = self._rewards_seen = super()._calculate_rewards(inputs, prompts, completions, *others)
-        rank, step = self.accelerator.process_index, self.state.global_step
-        path = Path(self.args.output_dir) / "incidents" / f"rewards-rank-{rank}.jsonl"
-        mine, first = self.incidents.drain(path, step)
-        failed = torch.zeros(len(rewards) // self.accelerator.num_processes, dtype=torch.bool)
-        failed[sorted(mine)] = True
-        failed = self._failed_rows = self.accelerator.gather(failed.to(self.accelerator.device))
-        if failed.any():
-            self._metrics[self._mode]["gvpo/reward_incidents"].append(float(failed.sum()))
-        tolerance, rounds = self.incidents.tolerated, self.incidents.rounds
-        rounds.append(failed)
-        check_failures(torch.cat(rounds), first, tolerance=tolerance, step=step, folder=path.parent)
-        return rewards
-
-    # -------------------------------------------------------------------------------------------- groups
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GroupBatch:
-        """This process's rows of a generation. Rewards and groups come from all processes, in rank order."""
-        training, n, inputs = self.model.training, len(inputs), read(inputs)
-        k = self.num_generations if training else self.num_generations_eval
-        first_row = self.accelerator.process_index * n
-        # Unique over the run, so that groups of two generations in one optimizer step stay apart.
-        first_group = self._step * (n * self.accelerator.num_processes // k)
-        if training and self.offline is not None:
-            batch, shares = self.offline.batch(inputs, first_row, first_group, self.accelerator.device)
-            self._log(shares)
-            return batch
-        shown = self.demonstrations if training else None
-        self._given = [] if shown is None else offpolicy.place(shown, inputs, first_row, first_group)
-        self._without_tokens = None
-        # Told that generation ends with each optimizer step, TRL leaves out its own padded scoring pass.
-        every = self.args.steps_per_generation * self.num_iterations
-        with temporarily(self.args, gradient_accumulation_steps=every):
-            out = super()._generate_and_score_completions(inputs)
-        pictures = images_of(out, self.accelerator.unwrap_model(self.model))
-        if pictures is not None:
-            self._refuse_to_store_images()
-        mine = slice(first_row, first_row + n)
-        rewards, valid = total_rewards(
-            self._rewards_seen,
-            self.reward_weights,
-            self.reward_func_names,
-            self.state.global_step,
-            may_lack=len(self.incidents.rounds) > 1,
-        )
-        if training:
-            warn_of_small_beta(self.args, rewards[valid])
-        rewards, valid, failed = rewards[mine], valid[mine], self._failed_rows[mine].clone()
-        if shown is None:
-            valid &= ~failed
-        else:
-            reward = self.args.demonstration_reward
-            self._log(offpolicy.reward_demonstrations(rewards, valid, failed, self._given, reward))
-        if self.args.on_reward_error == "drop_group":
-            valid &= ~self._failed_rows.view(-1, k).any(1).repeat_interleave(k)[mine]
-        completion_mask = out["completion_mask"]
-        if self.mask_truncated_completions:
-            valid = valid & completion_mask.any(1)
-        if self._without_tokens:  # the end that TRL was given was not sampled: S = 0
-            completion_mask[self._without_tokens] = 0
-        rows = torch.arange(first_row, first_row + n, device=rewards.device)
-        return GroupBatch.from_padded(
-            torch.cat([out["prompt_ids"], out["completion_ids"]], 1),
-            torch.cat([out["prompt_mask"], completion_mask], 1),
-            torch.cat([torch.zeros_like(out["prompt_mask"]), completion_mask * out.get("tool_mask", 1)], 1),
-            rewards,
-            first_group + rows // k,
-            valid=valid,
-            images=pictures,
-        )
-
-    def _sample(self, inputs: list[dict[str, Any]]) -> Generation:
-        batch = self._generate_and_score_completions(inputs)
-        first_row = self.accelerator.process_index * len(inputs)
-        components = self._rewards_seen[first_row : first_row + len(inputs)]
-        return Generation(batch, components, self._given)
-
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The slice of the current call in training (generating when due); a whole batch in evaluation."""
         self.incidents.rounds.clear()
@@ -415,75 +263,6 @@ class GVPOTrainer(ResumableTrainer):
                 self.replay.store(whole, self.state.global_step, named, generation.given)
             self._buffered_inputs = slices
         return self._buffered_inputs[self._step % spg]
-
-    # ----------------------------------------------------------------------------------------- reference
-
-    @timed("reference")
-    def _attach_reference(self, slices: list[Slice]) -> None:
-        """Score under the reference the slices that will meet another policy than that."""
-        on_policy = 0  # so many slices are used while the policy is the one that sampled them
-        if self.replay is None and self._is_on_policy([*self._window, *slices]):
-            room = self.current_gradient_accumulation_steps - len(self._window)
-            on_policy = used_within(room, len(slices), self.num_iterations)
-        scored = slices[on_policy:]
-        if not scored or scored[0].batch.reference_logps is not None:  # logged with their reference
-            return
-        batch = GroupBatch.concatenate([item.batch for item in scored])
-        sizes = [len(item.batch) for item in scored]
-        if self.args.trust is not None:
-            for item, tokens in zip(scored, self._score_policy(batch).split(sizes), strict=True):
-                width = item.batch.input_ids.shape[1]
-                item.batch.rollout_logps = tokens[:, :width]
-                item.batch.reference_logps = tokens.sum(1)
-        if self.args.trust is None or self.args.reference == "initial":
-            for item, logps in zip(scored, self._score_reference(batch).split(sizes), strict=True):
-                item.batch.reference_logps = logps
-
-    def _is_on_policy(self, slices: list[Slice]) -> bool:
-        """Whether the policy is still the one that sampled every row, and that one is the reference."""
-        fresh = all(item.policy_step == self.state.global_step for item in slices)
-        return fresh and self.args.reference == "rollout" and self.offline is None
-
-    def _score_policy(self, batch: GroupBatch) -> Tensor:
-        """log p of each token under the policy as it is; S' if it is that of the rollout, or bare."""
-        self._gvpo_step.model = self.model_wrapped
-        self._gvpo_step.token_budget = self._token_budget(batch)
-        return self._gvpo_step.token_logps(batch)
-
-    @timed("reference")
-    def _score_reference(self, batch: GroupBatch) -> Tensor:
-        if self._reference_scorer is not None:
-            self._reference_scorer.token_budget = self._token_budget(batch)
-            return self._reference_scorer.sequence_logps(batch)
-        if self.args.reference == "rollout":
-            return self._score_policy(batch).sum(1)
-        model = self.accelerator.unwrap_model(self.model)
-        first = None
-        if self.state.global_step == 0 and not self._start_checked:
-            first = self._score_policy(select(batch, slice(0, 1))).sum(1)
-        # TRL keeps a copy of an adapter that was there before training; a new one starts as the base model.
-        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            reference = self._score_policy(batch).sum(1)
-        if first is not None:
-            self._check_start((first - reference[:1]).abs() / batch.lengths[:1])
-        return reference
-
-    def _check_start(self, apart: Tensor) -> None:
-        """Raise an InputError if the policy, before its first update, is not the reference: nats a token."""
-        self._start_checked = True
-        error = float(self.accelerator.gather(apart).max())
-        if error > (2e-3 if self.accelerator.mixed_precision == "no" else 0.05):
-            raise InputError(
-                f"The adapter does not start as the model that it is put on ({error:.2g} nats a token off), "
-                "which therefore is not the initial policy: use reference='rollout', or an adapter that "
-                "changes nothing at first (LoRA with init_lora_weights=True, say)."
-            )
-
-    def _token_budget(self, batch: GroupBatch) -> int:
-        args = self.args
-        rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        wanted = args.micro_batch_tokens or rows * max(1, batch.input_ids.shape[1])
-        return max(1, int(min(wanted, self._token_ceiling.most)))
 
     # ------------------------------------------------------------------------------------------- update
 
@@ -591,17 +370,6 @@ class GVPOTrainer(ResumableTrainer):
         result, _ = self._gvpo_step.weigh(inputs)
         self._log_objective(result.metrics)
         return result.loss.to(self.accelerator.device, torch.float32)
-
-    # ------------------------------------------------------------------------------------------- metrics
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _log(self, shares: Mapping[str, Share]) -> None:
-        """Log what each process has a share of."""
-        for name, value in gathered(shares, self.accelerator.gather, self.accelerator.device).items():
-            self._metrics[self._mode][name].append(value)
 
     def _log_objective(self, values: Mapping[str, Tensor]) -> None:
         numbers = torch.stack(list(values.values())).tolist()

@@ -1,0 +1,197 @@
+"""How the trainer comes to its rows: sampled, rewarded, put into groups; TRL's methods where GVPO differs."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gvpo.batch import GroupBatch
+from gvpo.errors import InputError
+from gvpo.model.generation import shared_prompts
+from gvpo.model.logprobs import unwrap
+from gvpo.trl import offpolicy
+from gvpo.trl.config import GVPOConfig, warn_of_small_beta
+from gvpo.trl.dynamic import Generation
+from gvpo.trl.episodes import Environments, check_rollout
+from gvpo.trl.guard import Incidents
+from gvpo.trl.health import check_failures, total_rewards
+from gvpo.trl.images import images_of, read
+from gvpo.trl.memory import Portions
+from gvpo.trl.metrics import Share, Timing, gathered, timed
+from gvpo.trl.resume import ResumableTrainer, temporarily
+from gvpo.trl.vllm import engine_errors
+
+
+class SamplingTrainer(ResumableTrainer):
+    """The methods stand in the order in which a response meets them; the parts are made by `GVPOTrainer`."""
+
+    args: GVPOConfig
+    incidents: Incidents
+    timing: Timing
+    offline: offpolicy.Offline | None
+    demonstrations: Any
+    replay: offpolicy.Replay | None
+    _environments: Environments
+    _portions: Portions
+    _collective: bool
+    _given: offpolicy.Given  # demonstrations in the rows being generated
+    _rewards_seen: Tensor
+    _failed_rows: Tensor
+    _without_tokens: list[int] | None
+
+    # ------------------------------------------------------------------------------------------ sampling
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        # Processors know an empty list for a row without images, but not TRL's None.
+        return ids, None if images is None else [some or [] for some in images], fields
+
+    @timed("generation")
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **kwargs: Any) -> Any:
+        sample = super()._generate_single_turn
+        images = bool(others) and others[0] is not None
+        if images:
+            self._refuse_to_store_images()
+            others = ([some or None for some in others[0]], *others[1:])  # as vLLM knows rows without
+        # Images are not cut into portions: TRL has those of all rows in one.
+        alone = not self._collective and not self.use_vllm and not images
+        if alone:
+            sample = functools.partial(self._portions, sample)
+        with shared_prompts(unwrap(self.model)) if alone else engine_errors(self.args):
+            if any(ids is not None for ids in self._given):
+                whole = self.use_vllm  # it wants every group whole
+                ids, logps = offpolicy.complete(
+                    sample, self._given, prompt_ids, *others, whole=whole, **kwargs
+                )
+            else:
+                ids, logps = sample(prompt_ids, *others, **kwargs)
+        if self._without_tokens is not None:  # a later turn of a conversation with tools
+            return ids, logps
+        return self._ended(ids), None if logps is None else [row or [0.0] for row in logps]
+
+    def _refuse_to_store_images(self) -> None:
+        for name, part in (("replay_ratio", self.replay), ("demonstrations_per_group", self.demonstrations)):
+            if part is not None:
+                raise InputError(
+                    f"{name} does not go with images in prompts, which are not stored: leave one out."
+                )
+
+    def _ended(self, ids: list[list[int]]) -> list[list[int]]:
+        """Completions with a token each, as TRL looks at the last one; notes which were without."""
+        self._without_tokens = [i for i, row in enumerate(ids) if not row]
+        processor: Any = self.processing_class
+        end = getattr(processor, "tokenizer", processor).eos_token_id
+        return [row or [end] for row in ids]
+
+    @timed("generation")
+    def _roll_out(self, function: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """What a `rollout_func` returned."""
+        out = dict(function(prompts, trainer))
+        check_rollout(out, len(prompts), tools=bool(getattr(self, "tools", None)))
+        out["completion_ids"] = self._ended(out["completion_ids"])
+        fill = {"logprobs": [0.0], "env_mask": [1]}
+        return out | {name: [row or fill[name] for row in out[name]] for name in fill if out.get(name)}
+
+    # ------------------------------------------------------------------------------------------- rewards
+
+    @timed("rewards")
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *others: Any) -> Tensor:
+        for row, environment in enumerate(getattr(self, "environments", None) or []):
+            if (error := self._environments.failure(environment)) is not None:
+                why = f"could not be reset ({type(error).__name__}: {error})"
+                trace = "".join(traceback.format_exception(error))
+                name = f"Environment {type(environment).__name__}"
+                self.incidents.add(row, name, why, trace, prompts[row], completions[row])
+        rewards = self._rewards_seen = super()._calculate_rewards(inputs, prompts, completions, *others)
+        rank, step = self.accelerator.process_index, self.state.global_step
+        path = Path(self.args.output_dir) / "incidents" / f"rewards-rank-{rank}.jsonl"
+        mine, first = self.incidents.drain(path, step)
+        failed = torch.zeros(len(rewards) // self.accelerator.num_processes, dtype=torch.bool)
+        failed[sorted(mine)] = True
+        failed = self._failed_rows = self.accelerator.gather(failed.to(self.accelerator.device))
+        if failed.any():
+            self._metrics[self._mode]["gvpo/reward_incidents"].append(float(failed.sum()))
+        tolerance, rounds = self.incidents.tolerated, self.incidents.rounds
+        rounds.append(failed)
+        check_failures(torch.cat(rounds), first, tolerance=tolerance, step=step, folder=path.parent)
+        return rewards
+
+    # -------------------------------------------------------------------------------------------- groups
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GroupBatch:
+        """This process's rows of a generation. Rewards and groups come from all processes, in rank order."""
+        training, n, inputs = self.model.training, len(inputs), read(inputs)
+        k = self.num_generations if training else self.num_generations_eval
+        first_row = self.accelerator.process_index * n
+        # Unique over the run, so that groups of two generations in one optimizer step stay apart.
+        first_group = self._step * (n * self.accelerator.num_processes // k)
+        if training and self.offline is not None:
+            batch, shares = self.offline.batch(inputs, first_row, first_group, self.accelerator.device)
+            self._log(shares)
+            return batch
+        shown = self.demonstrations if training else None
+        self._given = [] if shown is None else offpolicy.place(shown, inputs, first_row, first_group)
+        self._without_tokens = None
+        # Told that generation ends with each optimizer step, TRL leaves out its own padded scoring pass.
+        every = self.args.steps_per_generation * self.num_iterations
+        with temporarily(self.args, gradient_accumulation_steps=every):
+            out = super()._generate_and_score_completions(inputs)
+        pictures = images_of(out, self.accelerator.unwrap_model(self.model))
+        if pictures is not None:
+            self._refuse_to_store_images()
+        mine = slice(first_row, first_row + n)
+        rewards, valid = total_rewards(
+            self._rewards_seen,
+            self.reward_weights,
+            self.reward_func_names,
+            self.state.global_step,
+            may_lack=len(self.incidents.rounds) > 1,
+        )
+        if training:
+            warn_of_small_beta(self.args, rewards[valid])
+        rewards, valid, failed = rewards[mine], valid[mine], self._failed_rows[mine].clone()
+        if shown is None:
+            valid &= ~failed
+        else:
+            reward = self.args.demonstration_reward
+            self._log(offpolicy.reward_demonstrations(rewards, valid, failed, self._given, reward))
+        if self.args.on_reward_error == "drop_group":
+            valid &= ~self._failed_rows.view(-1, k).any(1).repeat_interleave(k)[mine]
+        completion_mask = out["completion_mask"]
+        if self.mask_truncated_completions:
+            valid = valid & completion_mask.any(1)
+        if self._without_tokens:  # the end that TRL was given was not sampled: S = 0
+            completion_mask[self._without_tokens] = 0
+        rows = torch.arange(first_row, first_row + n, device=rewards.device)
+        return GroupBatch.from_padded(
+            torch.cat([out["prompt_ids"], out["completion_ids"]], 1),
+            torch.cat([out["prompt_mask"], completion_mask], 1),
+            torch.cat([torch.zeros_like(out["prompt_mask"]), completion_mask * out.get("tool_mask", 1)], 1),
+            rewards,
+            first_group + rows // k,
+            valid=valid,
+            images=pictures,
+        )
+
+    def _sample(self, inputs: list[dict[str, Any]]) -> Generation:
+        batch = self._generate_and_score_completions(inputs)
+        first_row = self.accelerator.process_index * len(inputs)
+        components = self._rewards_seen[first_row : first_row + len(inputs)]
+        return Generation(batch, components, self._given)
+
+    # ------------------------------------------------------------------------------------------- metrics
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log(self, shares: Mapping[str, Share]) -> None:
+        """Log what each process has a share of."""
+        for name, value in gathered(shares, self.accelerator.gather, self.accelerator.device).items():
+            self._metrics[self._mode][name].append(value)
