@@ -174,7 +174,7 @@ class Step:
     replayed: int  # groups
 
 
-Group = tuple[list[Row], torch.nn.Module]  # with the policy that sampled it
+Group = tuple[list[Row], torch.nn.Module, torch.nn.Module]  # with its sampler and its reference
 
 
 class Oracle:
@@ -189,8 +189,9 @@ class Oracle:
     ) -> None:
         self.generations, self.args = generations, args
         self.policy = policy or tiny_model().double()
-        self.initial = copy.deepcopy(self.policy)
-        self.samplers: list[tuple[int, torch.nn.Module]] = []  # step and policy of each generation
+        self.initial = self.reference = copy.deepcopy(self.policy)
+        # Of each generation the step at which it was sampled, the policy of then, and its reference.
+        self.samplers: list[tuple[int, torch.nn.Module, torch.nn.Module]] = []
         self.owed = 0.0
 
     def run(self) -> list[Step]:
@@ -198,19 +199,23 @@ class Oracle:
 
     def step(self, step: int) -> Step:
         args, uses, used, groups = self.args, Counter(), [], []
+        if args.reference == "moving" and step % args.reference_every == 0:
+            self.reference = copy.deepcopy(self.policy)
         for call in range(
             step * args.gradient_accumulation_steps, (step + 1) * args.gradient_accumulation_steps
         ):
             number, part = divmod(call, args.steps_per_generation * args.num_iterations)
             part %= args.steps_per_generation
             if number == len(self.samplers):
-                self.samplers.append((step, copy.deepcopy(self.policy)))
+                sampler = copy.deepcopy(self.policy)
+                reference = sampler if args.reference == "rollout" else self.reference
+                self.samplers.append((step, sampler, reference))
             used.append((number, part, uses[number, part]))
             uses[number, part] += 1
         for number in sorted({number for number, _, _ in used}):
             for use in sorted({use for n, _, use in used if n == number}):
                 parts = {part for n, part, u in used if (n, u) == (number, use)}
-                groups += [(rows, self.samplers[number][1]) for rows in self.groups(number, parts)]
+                groups += [(rows, *self.samplers[number][1:]) for rows in self.groups(number, parts)]
         replayed = self.replayed(step, min(number for number, _, _ in used), len(groups))
         return self.update(groups, replayed)
 
@@ -246,24 +251,24 @@ class Oracle:
         self.owed += args.replay_ratio * fresh
         assert len(kept) <= int(self.owed), "not all of them are drawn"
         self.owed -= int(self.owed)
-        return [(rows, self.samplers[n][1]) for n, rows in kept]
+        return [(rows, *self.samplers[n][1:]) for n, rows in kept]
 
     def update(self, fresh: list[Group], replayed: list[Group]) -> Step:
         args, groups = self.args, fresh + replayed
-        rows = [row for group, _ in groups for row in group]
+        rows = [row for group, *_ in groups for row in group]
         tokens = [self.tokens(self.policy, row) for row in rows]
         policy = torch.stack([row.sum() for row in tokens])
         with torch.no_grad():
-            rollout = [self.tokens(sampler, row) for group, sampler in groups for row in group]
-            reference = torch.stack([row.sum() for row in rollout])
-            if args.reference == "initial":
-                reference = torch.stack([self.tokens(self.initial, row).sum() for row in rows])
-            elif args.replay_reference == "current" and replayed:
-                n = sum(len(group) for group, _ in fresh)
-                reference[n:] = policy[n:]
+            rollout = [self.tokens(sampler, row) for group, sampler, _ in groups for row in group]
+            current = replayed if args.replay_reference == "current" else []
+            now = self.policy if args.reference == "rollout" else self.reference
+            stored = groups[: len(groups) - len(current)]
+            measured = [(row, model) for group, _, model in stored for row in group]
+            measured += [(row, now) for group, *_ in current for row in group]
+            reference = torch.stack([self.tokens(model, row).sum() for row, model in measured])
         values = {
             "rewards": torch.tensor([self.reward(row) or 0.0 for row in rows], dtype=torch.float64),
-            "group_ids": torch.tensor([i for i, (group, _) in enumerate(groups) for _ in group]),
+            "group_ids": torch.tensor([i for i, group in enumerate(groups) for _ in group[0]]),
             "mask": torch.tensor([self.reward(row) is not None for row in rows]),
         }
         loss = gradient = literal_loss(policy, reference, **values, beta=args.beta)

@@ -91,6 +91,19 @@ def test_adapters_that_do_not_start_as_their_base_have_no_initial_reference(conf
         check(run, *seen, get_peft_model(tiny_model(), copy.deepcopy(config)).double(), within=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["LoRA, a head that is trained whole", "PiSSA"])
+def test_a_moving_reference_is_the_adapter_as_it_was(kind):
+    """Also where the adapter does not start as its base: all that is trained is kept, whatever it is."""
+    pissa = LoraConfig(r=4, target_modules=BOTH, init_lora_weights="pissa")
+    config = {**ADAPTERS, "PiSSA": pissa}[kind]
+    records, snapshots = Records(), Snapshots()
+    settings = SETTINGS | {"reference": "moving", "reference_every": 2, "max_steps": 4}
+    model = canned_model(records).float()
+    run = prepared(records, snapshots, model=model, peft_config=copy.deepcopy(config), **settings)
+    policy = get_peft_model(tiny_model(), copy.deepcopy(config)).double()
+    check(run, records, snapshots, policy, within=1e-4)
+
+
 def test_one_adapter_of_several_is_trained():
     config = ADAPTERS["rsLoRA"]
     records, snapshots = Records(), Snapshots()

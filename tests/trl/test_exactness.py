@@ -24,6 +24,12 @@ ROUTES = {
     "initial, a slice twice in a step": {
         "reference": "initial", "steps_per_generation": 1, "num_iterations": 2, "max_steps": 2
     },
+    "moving": {"reference": "moving", "reference_every": 2},
+    "moving with every update": {"reference": "moving", "reference_every": 1, "num_iterations": 2},
+    "moving, steps across generations, trust": {
+        "reference": "moving", "reference_every": 3, "trust": 0.05, "max_steps": 5,
+        "gradient_accumulation_steps": 6, "steps_per_generation": 4,
+    },
     "two updates, trust": {"steps_per_generation": 8, "trust": 0.05},
     "initial, two iterations, trust": {"reference": "initial", "num_iterations": 2, "trust": 0.05},
     "truncated rows leave": {"mask_truncated_completions": True, "steps_per_generation": 8},
@@ -50,6 +56,10 @@ ROUTES = {
     },
     "replay, re-anchored": {
         "replay_ratio": 5.0, "replay_reference": "current", "tools": True, "steps_per_generation": 8,
+    },
+    "replay, moving": {"replay_ratio": 5.0, "reference": "moving", "reference_every": 2},
+    "replay, re-anchored, moving": {
+        "replay_ratio": 5.0, "reference": "moving", "reference_every": 3, "replay_reference": "current"
     },
     "replay, tools": {"replay_ratio": 5.0, "tools": True, "num_iterations": 2},
     "replay, demonstrations": {"replay_ratio": 5.0, "demonstrations_per_group": 1},
@@ -138,6 +148,7 @@ SPREAD = [
     {"reference": "rollout"},
     {"reference": "initial", "demonstrations_per_group": 1},
     {"num_iterations": 2, "gradient_checkpointing": True},
+    {"reference": "moving", "reference_every": 2, "num_iterations": 2},
     {"replay_ratio": 5.0, "tools": True, "mask_truncated_completions": True},
     # Groups of 4 cut by the ranks: each holds 6 rows.
     {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "num_iterations": 2, "trust": 0.05},

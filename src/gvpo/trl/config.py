@@ -28,7 +28,7 @@ REFUSED: dict[str, str] = {
     "scale_rewards": "GVPO fits the rewards as they are; to scale them, scale beta",
     "multi_objective_aggregation": "GVPO fits the weighted sum of the rewards as they are",
     "top_entropy_quantile": "GVPO's weights belong to whole sequences, not to chosen tokens",
-    "sync_ref_model": "a group's reference must stay fixed; reference='rollout' follows the policy exactly",
+    "sync_ref_model": "a group's reference must stay fixed; reference='moving' with reference_every does that",
     "ref_model_mixup_alpha": "sync_ref_model has no meaning in GVPO",
     "ref_model_sync_steps": "sync_ref_model has no meaning in GVPO",
     "use_liger_kernel": "GVPO brings its own fused head, which Liger's forward would replace",
@@ -66,7 +66,10 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
         beta: temperature of the implicit reward β·log(π/π_ref), in reward per nat; above 0. *Not* the KL
             coefficient that `beta` is in GRPO.
         reference: π_ref. "rollout" is the policy that sampled the responses; "initial" is the policy as
-            training starts (with LoRA, the base model without adapters: no second copy).
+            training starts (with LoRA, the base model without adapters: no second copy); "moving" is the
+            policy after the last update whose number `reference_every` divides. Groups keep the reference
+            that they were scored with.
+        reference_every: updates after which a moving reference becomes the policy.
         micro_batch_tokens: padded tokens per micro-batch of the update. Default:
             `per_device_train_batch_size` times the longest row, which is what TRL would run at once.
         share_prompts: in scoring and update, read what responses begin with once for all of them, where that
@@ -85,7 +88,8 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
     """
 
     beta: float = 0.1
-    reference: Literal["rollout", "initial"] = "rollout"
+    reference: Literal["rollout", "initial", "moving"] = "rollout"
+    reference_every: int | None = None
     micro_batch_tokens: int | None = None
     share_prompts: bool = True
     trust: float | None = None
@@ -126,8 +130,16 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
                 f"beta={self.beta!r}, but GVPO needs a finite beta above 0 (the published setting is 0.1): "
                 "it is the temperature of the implicit reward, not a KL coefficient that could be off."
             )
-        if self.reference not in ("rollout", "initial"):
-            raise InputError(f"reference={self.reference!r} is unknown: use 'rollout' or 'initial'.")
+        if self.reference not in ("rollout", "initial", "moving"):
+            raise InputError(
+                f"reference={self.reference!r} is unknown: use 'rollout', 'initial' or 'moving'."
+            )
+        every = self.reference_every
+        if (self.reference == "moving") != (every is not None) or (every is not None and every < 1):
+            raise InputError(
+                f"reference={self.reference!r} and reference_every={every}: a moving reference, and no "
+                "other, needs the number of updates after which it follows the policy, 1 or more."
+            )
         if self.num_generations is None or self.num_generations < 2:
             raise InputError(
                 f"num_generations={self.num_generations}, but GVPO fits the differences within a prompt's "
@@ -229,10 +241,11 @@ def check_size(dataset: Any, args: GVPOConfig) -> None:
 def warn_of_settings(args: GVPOConfig) -> None:
     """Warn where a setting defeats the method."""
     fresh_only = args.offline is None and not args.replays
-    if fresh_only and args.reference == "rollout" and args.updates_per_rollout <= 1:
+    newest = args.reference == "rollout" or args.reference_every == 1
+    if fresh_only and newest and args.updates_per_rollout <= 1:
         warnings.warn(
-            f"beta={args.beta} cannot be felt: with reference='rollout' and one update per rollout the "
-            "implicit reward is 0 when it is compared, so beta only scales the gradient (and drops out "
+            f"beta={args.beta} cannot be felt: with reference={args.reference!r} and one update per rollout "
+            "the implicit reward is 0 when it is compared, so beta only scales the gradient (and drops out "
             "under Adam). Use reference='initial', or several updates per rollout (by "
             "steps_per_generation or num_iterations), if beta is to act.",
             stacklevel=3,

@@ -164,10 +164,10 @@ class Offline:
                 f"{source} has groups of up to {logged.group_size} responses, but "
                 f"num_generations={self.k}: set it to {logged.group_size}."
             )
-        if not self.scored and args.reference != "initial":
+        if not self.scored and args.reference == "rollout":
             raise InputError(
-                f"Offline training on {source} needs reference='initial': there is no rollout policy to be "
-                "the reference, and the file has no reference_logps (or replay_reference is 'current')."
+                f"Offline training on {source} needs reference='initial' or 'moving': there is no rollout "
+                "policy for it, and the file has no reference_logps (or replay_reference is 'current')."
             )
         per_step = args.generation_batch_size // self.k
         if len(self.groups) < per_step:
@@ -258,18 +258,24 @@ class Replay:
         self._earlier = int(self.buffer.records["policy_step"].max(initial=0))
 
     def store(
-        self, batch: GroupBatch, step: int, components: dict[str, Float[Tensor, "rows"]], given: Given
+        self,
+        batch: GroupBatch,
+        step: int,
+        reference_step: int,
+        components: dict[str, Float[Tensor, "rows"]],
+        given: Given,
     ) -> None:
         """Keep the groups of a generation, once they have their reference log-probs.
 
         Args:
             batch: whole groups, one after the other.
             step: the optimizer step whose policy sampled them.
+            reference_step: the one whose policy they are measured against, if that is not the initial one.
             components: rewards by reward function.
             given: which rows are demonstrations.
         """
         self._first_numbers.setdefault(step, self.buffer.next_number)
-        name = "initial" if self.args.reference == "initial" else f"step {step}"
+        name = "initial" if self.args.reference == "initial" else f"step {reference_step}"
         if self.args.dynamic_sampling == "replay":  # those that are replaced are no replacement
             batch = without_groups(batch, equal_groups(batch.rewards, batch.valid, self.k), self.k)
         self.buffer.append(

@@ -109,7 +109,9 @@ def make_plan(arguments: TrainArguments) -> Plan:
     sums = 0 if peft is not None else 1 if model.config.tie_word_embeddings else 2
     return Plan(
         parameters=weights,
-        reference=weights if training.reference == "initial" and peft is None else 0,
+        reference={"initial": weights if peft is None else 0, "moving": trained * size}.get(
+            training.reference, 0
+        ),
         copies=weights // 2 if training.bf16 and dtype == torch.float32 else 0,
         gradients=trained * size,
         optimizer=None if relative is None else int(trained * (relative * size + absolute)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
@@ -11,6 +12,7 @@ from gvpo.errors import InputError
 from gvpo.step import GVPOStep, SequenceScorer
 from gvpo.trl.memory import Ceiling
 from gvpo.trl.metrics import timed
+from gvpo.trl.moving import MovingReference
 from gvpo.trl.rollouts import Slice, select, used_within
 from gvpo.trl.sampling import SamplingTrainer
 
@@ -22,6 +24,7 @@ class ScoringTrainer(SamplingTrainer):
     _reference_scorer: SequenceScorer | None
     _token_ceiling: Ceiling
     _start_checked: bool
+    moving: MovingReference | None
     _window: list[Slice]
 
     def _prepare_reference(self, model: nn.Module) -> nn.Module:
@@ -31,6 +34,22 @@ class ScoringTrainer(SamplingTrainer):
         if self.is_fsdp_enabled:
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _make_moving(self) -> MovingReference | None:
+        if self.args.reference != "moving":
+            return None
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded and not self.accelerator.is_fsdp2:
+            raise InputError(
+                "reference='moving' puts a copy in the parameters' place, which DeepSpeed and FSDP 1 do not "
+                "let it: use DDP or FSDP 2 (fsdp_version: 2)."
+            )
+        assert self.args.reference_every is not None
+        rank = self.accelerator.process_index
+        moving = MovingReference(self.args.reference_every, lambda: self.model_wrapped, rank)
+        self.checkpointed["reference"] = moving
+        self.add_callback(moving)
+        return moving
 
     @timed("reference")
     def _attach_reference(self, slices: list[Slice]) -> None:
@@ -49,14 +68,15 @@ class ScoringTrainer(SamplingTrainer):
                 width = item.batch.input_ids.shape[1]
                 item.batch.rollout_logps = tokens[:, :width]
                 item.batch.reference_logps = tokens.sum(1)
-        if self.args.trust is None or self.args.reference == "initial":
+        if self.args.trust is None or self.args.reference != "rollout":
             for item, logps in zip(scored, self._score_reference(batch).split(sizes), strict=True):
                 item.batch.reference_logps = logps
 
     def _is_on_policy(self, slices: list[Slice]) -> bool:
         """Whether the policy is still the one that sampled every row, and that one is the reference."""
-        fresh = all(item.policy_step == self.state.global_step for item in slices)
-        return fresh and self.args.reference == "rollout" and self.offline is None
+        now = self.state.global_step
+        fresh = all(item.policy_step == item.reference_step == now for item in slices)
+        return fresh and self.args.reference != "initial" and self.offline is None
 
     def _score_policy(self, batch: GroupBatch) -> Tensor:
         """log p of each token under the policy as it is; S' if it is that of the rollout, or bare."""
@@ -71,6 +91,9 @@ class ScoringTrainer(SamplingTrainer):
             return self._reference_scorer.sequence_logps(batch)
         if self.args.reference == "rollout":
             return self._score_policy(batch).sum(1)
+        if self.moving is not None:
+            with self.moving.in_place(self.state.global_step):
+                return self._score_policy(batch).sum(1)
         model = self.accelerator.unwrap_model(self.model)
         first = None
         if self.state.global_step == 0 and not self._start_checked:

@@ -20,10 +20,17 @@ _FIELDS = [field.name for field in fields(GroupBatch) if field.name != "images"]
 
 @dataclass
 class Slice:
-    """The rows that one call of `training_step` brings; `policy_step` is the optimizer step they are from."""
+    """The rows that one call of `training_step` brings.
+
+    Attributes:
+        batch: the rows.
+        policy_step: the optimizer step whose policy sampled them.
+        reference_step: the one whose policy they are measured against; 0: the initial one.
+    """
 
     batch: GroupBatch
     policy_step: int
+    reference_step: int = 0
 
 
 def split(batch: GroupBatch, count: int) -> list[GroupBatch]:
@@ -67,7 +74,7 @@ def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> Non
         for name in _FIELDS
         if (value := getattr(item.batch, name)) is not None
     }
-    state = {**state, "policy_steps": [item.policy_step for item in slices]}
+    state = {**state, "steps": [[item.policy_step, item.reference_step] for item in slices]}
     for i, images in enumerate(item.batch.images for item in slices):
         if images is not None:
             tensors |= {f"{i}.images.{name}": value for name, value in images.tensors().items()}
@@ -87,7 +94,7 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[s
         state = json.loads(file.metadata()["state"])
         names = set(file.keys())
         slices = []
-        for i, policy_step in enumerate(state["policy_steps"]):
+        for i, steps in enumerate(state["steps"]):
             values: dict[str, Any] = {
                 name: file.get_tensor(f"{i}.{name}").to(device) for name in _FIELDS if f"{i}.{name}" in names
             }
@@ -99,5 +106,5 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[s
             }
             if stored:
                 values["images"] = Images.from_tensors(stored, *state["images"])
-            slices.append(Slice(GroupBatch(**values), policy_step))
+            slices.append(Slice(GroupBatch(**values), *steps))
     return slices, state

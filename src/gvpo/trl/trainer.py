@@ -40,7 +40,7 @@ from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health
 from gvpo.trl.images import unread
 from gvpo.trl.memory import Ceiling, Portions, memory_shares
-from gvpo.trl.metrics import Timing, shares_of, timed
+from gvpo.trl.metrics import Share, Timing, shares_of, timed
 from gvpo.trl.reference import ScoringTrainer
 from gvpo.trl.resume import temporarily
 from gvpo.trl.rollouts import Slice, split, window_batch
@@ -190,6 +190,7 @@ class GVPOTrainer(ScoringTrainer):
         self._reference_scorer: SequenceScorer | None = None
         if self.args.reference == "initial" and self.ref_model is not None:
             self._reference_scorer = SequenceScorer(self.ref_model, **common)
+        self.moving = self._make_moving()
         self._collective = backend.collective_forward(self.model)
         self._portions, self._token_ceiling = Portions(), Ceiling()
         self.health = Health(self.args.max_bad_steps)
@@ -245,7 +246,7 @@ class GVPOTrainer(ScoringTrainer):
         self.incidents.rounds.clear()
         if not self.model.training:
             batch = self._generate_and_score_completions(generation_batch)
-            if self.args.reference == "initial":
+            if self.args.reference != "rollout":
                 batch.reference_logps = self._score_reference(batch)
             return batch
         spg = self.args.steps_per_generation
@@ -255,12 +256,14 @@ class GVPOTrainer(ScoringTrainer):
             else:
                 generation, shares = self.dynamic(generation_batch, self._sample)
                 self._log(shares)
-            slices = [Slice(part, self.state.global_step) for part in split(generation.batch, spg)]
+            now = self.state.global_step
+            reference = {"rollout": now, "moving": self.moving and self.moving.step}.get(self.args.reference)
+            slices = [Slice(part, now, reference or 0) for part in split(generation.batch, spg)]
             self._attach_reference(slices)
             if self.replay is not None:
                 whole = GroupBatch.concatenate([item.batch for item in slices])
                 named = dict(zip(self.reward_func_names, generation.components.T, strict=True))
-                self.replay.store(whole, self.state.global_step, named, generation.given)
+                self.replay.store(whole, now, reference or 0, named, generation.given)
             self._buffered_inputs = slices
         return self._buffered_inputs[self._step % spg]
 
@@ -274,6 +277,8 @@ class GVPOTrainer(ScoringTrainer):
             self.replay.begin()
         if not resume_from_checkpoint and self.dynamic is not None:
             self.dynamic.prompts.begin()
+        if not resume_from_checkpoint and self.moving is not None:
+            self.moving.begin()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -316,6 +321,9 @@ class GVPOTrainer(ScoringTrainer):
             self._awaits_optimizer = batch
         self._log_objective(report.metrics)
         shares = shares_of(report, batch, with_trust=self.args.trust is not None)
+        if self.moving is not None:
+            ages = [self.state.global_step - item.reference_step for item in self._window]
+            shares["gvpo/reference_age"] = Share(sum(ages), len(ages))
         self._log(shares | memory_shares(self.accelerator.device))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -327,7 +335,7 @@ class GVPOTrainer(ScoringTrainer):
         oldest = min(item.policy_step for item in self._window)
         batch, replayed, shares = replay.draw(batch, self.state.global_step, oldest)
         self._log(shares)
-        if self.args.replay_reference == "current" and self.args.reference == "initial":
+        if self.args.replay_reference == "current" and self.args.reference != "rollout":
             replayed.reference_logps = self._score_reference(replayed)
         # Also without any groups: all processes must take the same way.
         parts = [p if p.reference_logps is not None else p.as_on_policy() for p in (batch, replayed)]
