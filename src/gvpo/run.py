@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -21,6 +23,39 @@ from rich.text import Text
 from gvpo.errors import InputError
 
 METRICS = "metrics.jsonl"
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_RULE = re.compile(rf"\s*(?P<metric>[^\s<>]+)\s*(?P<sign>[<>])\s*(?P<limit>{_NUMBER})\s*")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A limit on a logged metric."""
+
+    metric: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """From "metric > limit" or "metric < limit".
+
+        Raises:
+            InputError: it has another form.
+        """
+        found = _RULE.fullmatch(text)
+        if found is None:
+            raise InputError(f"The rule {text!r} is not METRIC > NUMBER or METRIC < NUMBER.")
+        return cls(found["metric"], found["sign"], float(found["limit"]))
+
+    def holds(self, logs: dict[str, Any]) -> bool:
+        """Whether the metric was logged and is beyond the limit."""
+        value = logs.get(self.metric)
+        if not isinstance(value, int | float):
+            return False
+        return value > self.limit if self.sign == ">" else value < self.limit
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.sign} {self.limit:g}"
 
 
 def check_writable(path: str | Path) -> None:

@@ -11,9 +11,9 @@ import torch
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
+from gvpo.run import Rule
 from gvpo.trl import GVPOTrainer
 from gvpo.trl.health import Health
-from gvpo.trl.health_config import Rule
 from gvpo.trl.rollouts import load_rollouts
 from tests.gloo import run_ranks
 from tests.models import gradients, literal_logps, relative_error, tiny_model

@@ -148,19 +148,22 @@ def replay(
     model = AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="eager").double()
     initial = AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="eager").double()
     steps = getattr(torch.optim, optimizer)(model.parameters(), lr=lr, weight_decay=0)
-    done, step, anchor = [], None, None
+    done, versions, step = [], {}, 0
     for dump in dumps:
-        if dump["step"] != step:
+        if dump["step"] != step:  # version v is what step v made
             step = dump["step"]
-            anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+            versions[step - 1] = {f"model.{n}": p.detach().clone() for n, p in model.named_parameters()}
         policy = _logps(model, dump)
         with torch.no_grad():
             if reference == "initial":
                 against = _logps(initial, dump)
             else:
-                against = torch.func.functional_call(
-                    _Scorer(model), {f"model.{n}": p for n, p in anchor.items()}, dump
-                )
+                each = dump["reference_versions"].long()
+                scored = {
+                    version: torch.func.functional_call(_Scorer(model), versions[version], dump)
+                    for version in each.unique().tolist()
+                }
+                against = torch.stack([scored[version][i] for i, version in enumerate(each.tolist())])
         # Rows of a session are one response.
         sessions = list(dict.fromkeys(dump["sessions"]))
         joins = torch.tensor([[float(s == name) for s in dump["sessions"]] for name in sessions]).double()

@@ -29,4 +29,4 @@ def test_the_run_on_cpus_has_settings_that_pass(tmp_path):
         config = compose("gvpo_trainer", overrides=words[2:])
     assert check(config, words[2:]) == []
     assert (config.trainer.device, config.actor_rollout_ref.rollout.name) == ("cpu", "hf")
-    assert config.ray_kwargs.ray_init.num_gpus == config.trainer.n_gpus_per_node == 2
+    assert config.trainer.n_gpus_per_node == 2

@@ -24,6 +24,7 @@ def make(prompts, sessions=None, seed=0, valid=None):
         start=random[1] - 20,
         rewards=random[2],
         valid=torch.ones(n, dtype=torch.bool) if valid is None else valid,
+        ages=torch.zeros(n, dtype=torch.long),
     )
 
 

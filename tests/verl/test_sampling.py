@@ -56,7 +56,7 @@ def test_greedy_and_the_end_of_a_sequence():
     responses = sample(lm, PROMPTS, Sampling(max_tokens=8, temperature=0), [0, 1, 2])
     assert responses == sample(lm, PROMPTS, Sampling(max_tokens=8, temperature=0), [7, 8, 9])
     for response in sample(lm, PROMPTS * 20, Sampling(max_tokens=8), list(range(60))):
-        assert response.ended == (response.tokens[-1] == 2)
+        assert (response.reason == "completed") == (response.tokens[-1] == 2)
         assert 2 not in response.tokens[:-1]
         assert len(response.tokens) == len(response.logps) <= 8
-        assert response.ended or len(response.tokens) == 8
+        assert response.reason == "completed" or len(response.tokens) == 8

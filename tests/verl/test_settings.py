@@ -72,7 +72,6 @@ def test_published_scale_is_micro_batch_over_n_and_initial_reference_switches_th
         ("critic.enable=True", "critic.enable"),
         (f"+{ACTOR}.{EXPERTS}.moe_aux_loss_coeff=0.01", "moe_aux_loss_coeff=0.01 does not go with GVPO"),
         (f"+{ACTOR}.{EXPERTS}.moe_router_load_balancing_type=aux_loss", "balancing_type=aux_loss"),
-        ("trainer.v1.trainer_mode=colocate_async", "trainer_mode"),
         ("trainer.use_v1=False", "use_v1"),
         ("algorithm.rollout_correction.rollout_is=token", "rollout_is"),
         ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from gvpo.errors import InputError
-from gvpo.verl.rollouts import Rollouts
+from gvpo.verl.rollouts import Rollouts, weigh
 from gvpo.verl.settings import Settings
 from gvpo.verl.updates import Updates, _summarise, count_updates
 from tests.test_objective import literal_loss
@@ -36,6 +36,7 @@ class Table:
             start=self.theta.clone(),
             rewards=random[2],
             valid=torch.ones(n, dtype=torch.bool),
+            ages=torch.zeros(n, dtype=torch.long),
         )
         self.prompts = {name: [i for i, p in enumerate(names) if p == name] for name in dict.fromkeys(names)}
         self.scored, self.bad_scores, self.bad_norms, self.calls = 0, set(), set(), 0
@@ -54,7 +55,7 @@ class Table:
             self.theta[list(rows)] += LR * weights
         return {"actor/grad_norm": norm, "actor/pg_loss": 7.0, "actor/lr": self.calls}
 
-    def tokens(self, rows):
+    def record(self, rows):
         return {
             "input_ids": [torch.arange(i + 3) for i in rows],
             "responses": [torch.arange(i + 1) for i in rows],
@@ -73,6 +74,9 @@ def settings(folder, **changes):
         seed=0,
         row_multiple=1,
         incidents_dir=str(folder / "incidents"),
+        warn_when=[],
+        reference_every=None,
+        keep_versions=2,
         leave_out_zero_weights=True,
         poll_seconds=None,
         watch_seconds=5,
@@ -149,13 +153,45 @@ def test_an_update_with_a_bad_log_probability_is_skipped_and_its_inputs_are_kept
 
 def test_while_nothing_moved_the_policy_needs_no_scoring(tmp_path):
     table = Table()
-    start = table.rollouts.start.clone()
-    start[0] = math.nan
-    table.rollouts = replace(table.rollouts, start=start)
+    rewards = table.rollouts.rewards.clone()
+    rewards[0] = math.inf
+    table.rollouts = replace(table.rollouts, rewards=rewards)
     updates = Updates(settings(tmp_path, epochs=1))
     with pytest.warns(UserWarning, match="is skipped"):
         metrics = updates.run(1, table.prompts, table)
     assert (metrics["gvpo/updates"], metrics["gvpo/scoring_passes"], table.scored) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("known", [[], [0, 2, 7]])
+def test_rows_whose_log_probability_is_not_known_yet_are_scored_alone(tmp_path, known):
+    table, scored = Table(), []
+    start = torch.full_like(table.rollouts.start, math.nan)
+    start[known] = table.rollouts.start[known]
+    table.rollouts = replace(table.rollouts, start=start)
+    score = table.score
+    table.score = lambda rows: scored.append(sorted(rows)) or score(rows)
+    updates = Updates(settings(tmp_path, epochs=1))
+    metrics = updates.run(1, table.prompts, table)
+    first, second = updates.mini_batches(table.prompts, 1)
+    assert scored == [sorted({*first} - {*known}), sorted(second)]  # the policy has moved before the second
+    assert metrics["gvpo/scoring_passes"] == 2
+    table.rollouts = replace(table.rollouts, start=Table().rollouts.start)
+    torch.testing.assert_close(table.theta, descend(table, [first, second]), rtol=1e-12, atol=1e-12)
+
+
+def test_kl_and_explained_variance_are_told_by_age(tmp_path):
+    table = Table()
+    ages = torch.tensor([0, 5, 7, 1]).repeat_interleave(GROUP)
+    table.rollouts = replace(table.rollouts, ages=ages)
+    metrics = Updates(settings(tmp_path, epochs=1, mini_batch=4)).run(1, table.prompts, table)
+    for age, groups in {0: ["p0"], 1: ["p3"], 4: ["p1", "p2"]}.items():
+        rows = [row for group in groups for row in table.prompts[group]]
+        only = table.rollouts.take(rows)
+        kl = (only.start - only.reference).mean()
+        assert metrics[f"gvpo/kl/age_{age}"] == pytest.approx(kl.item())
+        expected = weigh(only, only.start, BETA)[1].metrics["explained_variance"]
+        assert metrics[f"gvpo/explained_variance/age_{age}"] == pytest.approx(expected.item())
+    assert sum(name.startswith("gvpo/kl/") for name in metrics) == 3
 
 
 def test_a_gradient_that_is_not_finite_counts_as_skipped(tmp_path):

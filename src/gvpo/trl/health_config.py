@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from gvpo.errors import InputError
-
-_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
-_RULE = re.compile(rf"\s*(?P<metric>[^\s<>]+)\s*(?P<sign>[<>])\s*(?P<limit>{_NUMBER})\s*")
+from gvpo.run import Rule
 
 
 @dataclass
@@ -41,37 +38,6 @@ class HealthConfig:
         default_factory=lambda: ["gvpo/kl > 100", "gvpo/explained_variance < -4", "entropy < 0.001"]
     )
     stop_when: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A limit on a logged metric."""
-
-    metric: str
-    sign: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> Rule:
-        """From "metric > limit" or "metric < limit".
-
-        Raises:
-            InputError: it has another form.
-        """
-        found = _RULE.fullmatch(text)
-        if found is None:
-            raise InputError(f"The rule {text!r} is not METRIC > NUMBER or METRIC < NUMBER.")
-        return cls(found["metric"], found["sign"], float(found["limit"]))
-
-    def holds(self, logs: dict[str, Any]) -> bool:
-        """Whether the metric was logged and is beyond the limit."""
-        value = logs.get(self.metric)
-        if not isinstance(value, int | float):
-            return False
-        return value > self.limit if self.sign == ">" else value < self.limit
-
-    def __str__(self) -> str:
-        return f"{self.metric} {self.sign} {self.limit:g}"
 
 
 def check_health(config: HealthConfig) -> None:

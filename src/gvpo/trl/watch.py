@@ -16,8 +16,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gvpo.run import RunDirectory, Ticker
-from gvpo.trl.health_config import Rule
+from gvpo.run import Rule, RunDirectory, Ticker
 from gvpo.trl.metrics import PARTS
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

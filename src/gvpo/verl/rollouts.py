@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gvpo.objective import GVPOLoss, gvpo_loss
@@ -24,9 +24,10 @@ class Rollouts:
         prompts: the prompt of each row.
         sessions: the session of each row, with its prompt.
         reference: S', sequence log-probabilities under the reference, in nats.
-        start: S when the step began, before its first update, in nats.
+        start: S when the step began, before its first update, in nats; NaN where that is not known.
         rewards: R of each row, NaN where it has none; a session's is that of its last row.
         valid: False for padding rows and rows without a token that counts.
+        ages: updates made since the oldest response of the row's group was begun.
     """
 
     prompts: list[str]
@@ -35,6 +36,7 @@ class Rollouts:
     start: Float[Tensor, "rows"]
     rewards: Float[Tensor, "rows"]
     valid: Bool[Tensor, "rows"]
+    ages: Int[Tensor, "rows"]
 
     def take(self, rows: Sequence[int]) -> Rollouts:
         """These rows, in this order."""

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gvpo.errors import InputError
+from gvpo.run import Rule
 
 DEFAULT_BETA = 0.1
 _CONFIG = Path(__file__).parent / "config"
@@ -19,7 +20,7 @@ _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _MICRO_BATCH = "micro_batch_size_per_gpu"
 _BETAS = ("gvpo.beta", f"{_ACTOR}.gvpo_beta")
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "gvpo.reference": ("rollout", "initial"),
+    "gvpo.reference": ("rollout", "initial", "moving"),
     "gvpo.loss_scale": ("mean", "published"),
     "gvpo.leave_out_zero_weights": (True, False),
 }
@@ -28,12 +29,16 @@ _COUNTS = (
     f"{_ACTOR}.ppo_mini_batch_size",
     f"{_ACTOR}.ppo_epochs",
     f"{_ROLLOUT}.n",
+    "gvpo.reference_every",
+    "gvpo.keep_versions",
     "gvpo.max_bad_steps",
 )
 _AMOUNTS = ("gvpo.watch_seconds", "gvpo.poll_seconds", *_BETAS)
-_MAY_BE_NULL = ("gvpo.poll_seconds", *_BETAS)
+_MAY_BE_NULL = ("gvpo.poll_seconds", "gvpo.reference_every", *_BETAS)
+_MAY_BE_ZERO = ("gvpo.keep_versions",)
 _AS_THEY_ARE = (
-    "reference", "leave_out_zero_weights", "poll_seconds", "watch_seconds", "max_bad_steps", "dump_dir",
+    "reference", "reference_every", "keep_versions", "leave_out_zero_weights", "poll_seconds",
+    "watch_seconds", "max_bad_steps", "dump_dir",
 )  # fmt: skip
 _PADDING_TOKENS = 128  # length of the rows that verl pads a batch with
 
@@ -74,15 +79,15 @@ class Settings:
 
     Attributes:
         beta: β, in units of reward per nat.
-        reference: "rollout" or "initial".
+        reference: "rollout", "initial" or "moving".
         scale: factor on the gradient of the per-prompt mean; 1 unless `loss_scale=published`.
         mini_batch: prompts in a mini-batch.
         epochs: passes over a rollout's prompts.
         shuffle: whether prompts are drawn into mini-batches at random, by `seed`.
         row_multiple: rows of a mini-batch must be a multiple of this on every rank.
         incidents_dir: where the inputs of skipped updates are kept.
-        leave_out_zero_weights, poll_seconds, watch_seconds, max_bad_steps, dump_dir: as in
-            `config/gvpo_trainer.yaml`.
+        warn_when, reference_every, keep_versions, leave_out_zero_weights, poll_seconds, watch_seconds,
+            max_bad_steps, dump_dir: as in `config/gvpo_trainer.yaml`.
     """
 
     beta: float
@@ -94,6 +99,9 @@ class Settings:
     seed: int
     row_multiple: int
     incidents_dir: str
+    warn_when: list[str]
+    reference_every: int | None
+    keep_versions: int
     leave_out_zero_weights: bool
     poll_seconds: float | None
     watch_seconds: float
@@ -133,6 +141,7 @@ def read_settings(config: DictConfig) -> Settings:
         seed=actor.get("data_loader_seed", None) or 0,
         row_multiple=math.lcm(*sizes),
         incidents_dir=f"{config.trainer.default_local_dir}/incidents",
+        warn_when=[str(rule) for rule in gvpo.warn_when],
         **{name: gvpo[name] for name in _AS_THEY_ARE},
     )
 
@@ -163,6 +172,7 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
             )
     settings = read_settings(config)
     _check_sizes(config, settings)
+    _check_separate(config)
     attention = "actor_rollout_ref.model.override_config.attn_implementation"
     kind = OmegaConf.select(config, attention, default=None) or "flash_attention_2"
     if (ranks := _ranks_of_a_sequence(config.actor_rollout_ref.actor)) > 1 and not kind.startswith("flash"):
@@ -184,6 +194,52 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
             "gradient, which Adam undoes. It acts with ppo_mini_batch_size below train_batch_size, "
             "ppo_epochs above 1, or gvpo.reference=initial."
         )
+    return notes + _notes_on_age(config, settings)
+
+
+def _check_separate(config: DictConfig) -> None:
+    """Say in a sentence what verl's trainer with GPUs of its own for rollouts asserts when Ray is up."""
+    if OmegaConf.select(config, "trainer.v1.trainer_mode") != "separate_async":
+        return
+    mode, parts = "trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step"
+    rollout, prompts = config.actor_rollout_ref.rollout, config.data.train_batch_size
+    mini, steps = config.actor_rollout_ref.actor.ppo_mini_batch_size, OmegaConf.select(config, parts)
+    if prompts != mini * steps:
+        raise InputError(
+            f"{mode} trains {parts}={steps} mini-batches of {_ACTOR}.ppo_mini_batch_size={mini} prompts "
+            f"for each weight sync: set data.train_batch_size={mini * steps} (not {prompts})."
+        )
+    if not (rollout.nnodes and rollout.n_gpus_per_node):
+        raise InputError(
+            f"{mode} generates on GPUs of its own: set {_ROLLOUT}.nnodes and {_ROLLOUT}.n_gpus_per_node."
+        )
+    if rollout.checkpoint_engine.backend == "naive":
+        raise InputError(
+            f"{mode} sends weights to other GPUs: set {_ROLLOUT}.checkpoint_engine.backend=nccl, or "
+            "another but naive."
+        )
+
+
+def _notes_on_age(config: DictConfig, settings: Settings) -> list[str]:
+    notes, asynchronous = [], OmegaConf.select(config, "trainer.v1.trainer_mode") not in (None, "sync")
+    per_step = settings.updates_per_step(config.data.train_batch_size)
+    if settings.reference_every and settings.reference_every % per_step:
+        versions = math.ceil(settings.reference_every / per_step)
+        notes.append(
+            f"gvpo.reference_every={settings.reference_every}: the reference moves between steps, of "
+            f"{per_step} updates each, and so every {versions * per_step} updates."
+        )
+    if asynchronous and config.trainer.v1.sampler.max_off_policy_strategy == "drop":
+        notes.append(
+            "trainer.v1.sampler.max_off_policy_strategy=drop discards whole groups for their age, those of "
+            "slow prompts first; GVPO can use them: wait, which is gvpo.verl's default."
+        )
+    filtered = OmegaConf.select(config, "algorithm.filter_groups.enable", default=False)
+    if filtered and (asynchronous or settings.reference != "rollout"):
+        notes.append(
+            "algorithm.filter_groups drops groups of equal rewards, which have weight where the policy is "
+            "not their reference: here they hold it back."
+        )
     return notes
 
 
@@ -200,6 +256,9 @@ def prepare(config: DictConfig) -> None:
         actor.pop("gvpo_beta", None)
         actor.policy_loss.loss_mode = "gpg"
         actor.loss_agg_mode = "seq-mean-token-sum"
+        if reference != "rollout":
+            # verl would compare engine and trainer by the old policy, which nobody scores.
+            config.algorithm.rollout_correction = None
         if reference == "initial":
             # This is what makes verl build its reference worker; with coefficient 0 the term is 0.
             actor.use_kl_loss = True
@@ -219,9 +278,16 @@ def _check_values(config: DictConfig) -> None:
         if value is None and name in _MAY_BE_NULL:
             continue
         number = type(value) is int or (type(value) is float and name in _AMOUNTS)
-        if not (number and 0 < value < math.inf):
-            kind = "a whole number of at least 1" if name in _COUNTS else "a finite number above 0"
+        least = 0 if name in _MAY_BE_ZERO else 1
+        if not (number and (least <= value if name in _COUNTS else 0 < value < math.inf)):
+            kind = f"a whole number of at least {least}" if name in _COUNTS else "a finite number above 0"
             raise InputError(f"{name}={value} must be {kind}.")
+    if (config.gvpo.reference == "moving") != (config.gvpo.reference_every is not None):
+        raise InputError(
+            "gvpo.reference=moving and gvpo.reference_every=N, in updates, need each other: give both."
+        )
+    for rule in config.gvpo.warn_when:
+        Rule.parse(str(rule))
     dynamic = config.actor_rollout_ref.actor.use_dynamic_bsz
     for name in () if dynamic else (f"{_ACTOR}.ppo_{_MICRO_BATCH}", f"{_ROLLOUT}.log_prob_{_MICRO_BATCH}"):
         if type(size := OmegaConf.select(config, name)) is not int or size < 1:

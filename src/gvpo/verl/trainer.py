@@ -1,54 +1,76 @@
-"""GVPO on verl 0.9: the driver computes weights, verl's own workers do the rest.
+"""GVPO on verl 0.9, in all of its trainers: the driver computes weights, verl's own workers do the rest.
 
-What differs from verl's trainer: `_update_actor` makes an update for each mini-batch of whole prompts
+What differs from verl's trainers: `_update_actor` makes an update for each mini-batch of whole prompts
 (`gvpo.verl.updates`), with the workers' own `compute_log_prob` and `update_actor`, and weights as advantages.
+Old log-probabilities are asked for only where they are S' (`gvpo.verl.references`).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
+import json
+import logging
+import warnings
+from collections import Counter
 from copy import deepcopy
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import ray
-import torch
 import transfer_queue as tq
+import verl.trainer.ppo.v1.trainer_separate_async as separate
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
-from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.experimental.reward_loop import migrate_legacy_reward_impl
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.utils import need_reference_policy
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import validate_config
-from verl.utils.debug import marked_timer
 from verl.utils.device import auto_set_device
-from verl.utils.metric import reduce_metrics
-from verl.workers.utils.padding import response_from_nested
 
 from gvpo.errors import InputError
+from gvpo.run import Rule
+from gvpo.verl.queued import Queued, is_padding, put, session_of
+from gvpo.verl.references import References
 from gvpo.verl.reward import default_reward
-from gvpo.verl.rollouts import Rollouts, choose_rows, row_sums, rows_short
+from gvpo.verl.rollouts import rows_short
 from gvpo.verl.settings import read_settings
+from gvpo.verl.staleness import staleness
 from gvpo.verl.updates import Updates, count_updates
 from gvpo.verl.watch import Watch
 
-_TOUCHED = ("_balance_batch", "_get_required_batch_multiple", "_init_dataloader", "_update_actor", "fit")
-_missing = [name for name in (*_TOUCHED, "_submit_batch_to_rollout") if not hasattr(PPOTrainer, name)]
+_TOUCHED = (
+    "_balance_batch",
+    "_build_replay_buffer",
+    "_compute_old_log_prob",
+    "_get_required_batch_multiple",
+    "_init_dataloader",
+    "_init_resource_pool_mgr",
+    "_load_checkpoint",
+    "_rollout_server_managers",
+    "_save_checkpoint",
+    "_submit_batch_to_rollout",
+    "_update_actor",
+    "fit",
+    "step",
+)
+_missing = [name for name in _TOUCHED if not hasattr(PPOTrainer, name)]
 _missing += [name for name in ("_TQ_CONTROLLER", "_TQ_STORAGE") if not hasattr(tq.interface, name)]
 if _missing:
     raise ImportError(
         f"gvpo.verl works with verl 0.9.1 and TransferQueue 0.1.11: these have no {', '.join(_missing)}. "
         "Install those versions, or tell the GVPO developers of the new ones."
     )
+_COUNTS = ("gvpo/updates", "gvpo/scoring_passes", "gvpo/steps_skipped")
 
 
-class GVPOUpdates(PPOTrainer):
+class GVPOUpdates(References):
     """GVPO's updates in one of verl's V1 trainers; to be named before it among the bases.
 
     Attributes:
@@ -66,28 +88,107 @@ class GVPOUpdates(PPOTrainer):
         self.row_multiple = self.settings.row_multiple
         self._arrival: dict[str, int] = {}
         self._arrivals = itertools.count()
+        self._counts: Counter[str] = Counter()
+        self.rules = [Rule.parse(text) for text in self.settings.warn_when]
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.MODE
         super().__init__(config)
+        self.updates_per_step = self.settings.updates_per_step(config.data.train_batch_size)
+        self.plan_versions()
+
+    # What verl calls while it puts the trainer together:
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        buffer = super()._build_replay_buffer()
         if self.settings.poll_seconds is not None:
-            self.replay_buffer.poll_interval = self.settings.poll_seconds
+            buffer.poll_interval = self.settings.poll_seconds
+        return buffer
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         count_updates(self.config, self.settings, self.total_training_steps)
 
+    # Checkpoints:
+
+    def _save_checkpoint(self) -> None:
+        # Before verl's own files, the last of which makes the checkpoint count.
+        folder = self._own_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"bad_in_a_row": self.updates.bad_in_a_row}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        if self.settings.reference == "moving":
+            self.versions.write(folder / "references")
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self.versions.workers = self.actor_rollout_wg
+        if not self.global_steps:
+            return
+        folder = self._own_folder()
+        if (state := folder / "state.json").exists():
+            self.updates.bad_in_a_row = json.loads(state.read_text(encoding="utf-8"))["bad_in_a_row"]
+        self.versions.read(folder / "references")
+        if self.MODE != "sync":
+            self._account_for_groups_in_flight()
+
+    def _own_folder(self) -> Path:
+        """GVPO's part of the checkpoint of this step."""
+        trainer, step = self.config.trainer, f"global_step_{self.global_steps}"
+        given = Path(trainer.resume_from_path or "")
+        resumed = trainer.resume_mode == "resume_path" and given.name == step
+        return (given if resumed else Path(trainer.default_local_dir) / step) / "gvpo"
+
+    def _account_for_groups_in_flight(self) -> None:
+        """Drop what of TransferQueue's checkpoint has been trained already, and say what remains.
+
+        verl saves the queue before it clears a step's rows (docs/upstream/verl-async.md).
+        """
+        tags = (tq.kv_list("train") or {}).get("train", {})
+        prompts = {key: tag["status"] for key, tag in tags.items() if tag.get("is_prompt")}
+        trained = [key for key in tags if key not in prompts and session_of(key)[0] not in prompts]
+        if trained:
+            tq.kv_clear(keys=trained, partition_id="train")
+        status = Counter(prompts.values())
+        again = status["pending"] + status["running"]
+        print(
+            f"gvpo: resumed after step {self.global_steps} with {len(prompts)} groups in flight: "
+            f"{len(prompts) - again} are complete, {again} are sampled again; rows of groups that had been "
+            f"trained: {len(trained)}, dropped.",
+            flush=True,
+        )
+
+    # A step:
+
     def fit(self, agent_loop_manager: Any) -> None:
-        servers, storage = self.llm_server_manager, tq.interface._TQ_STORAGE or {}
+        storage = tq.interface._TQ_STORAGE or {}
         watch = Watch(self.settings.watch_seconds)
         watch.add("a training worker", self.actor_rollout_wg.workers)
-        watch.add("a rollout server", [s for replica in servers.get_replicas() for s in replica.servers])
-        watch.add("the rollouts' load balancer", [servers.global_load_balancer])
+        for servers in self._rollout_server_managers():
+            replicas = servers.get_replicas()
+            watch.add("a rollout server", [server for replica in replicas for server in replica.servers])
+            if servers is not self.llm_server_manager:
+                watch.add("a rollout server's worker", [w for replica in replicas for w in replica.workers])
+            watch.add("the rollouts' load balancer", [servers.global_load_balancer])
         watch.add("an agent loop worker", agent_loop_manager.agent_loop_workers)
         watch.add("a reward worker", self.get_reward_handles() or [])
         watch.add("a store of TransferQueue", list(storage.get("SimpleStorage", {}).values()))
         watch.add("TransferQueue's controller", [tq.interface._TQ_CONTROLLER])
         with watch.watching():
             super().fit(agent_loop_manager)
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        self._counts.clear()
+        batch = super().step(metrics, timing_raw)
+        metrics |= self._counts  # of which verl takes the mean over the parts of a step
+        for rule in [rule for rule in self.rules if rule.holds(metrics)]:
+            self.rules.remove(rule)  # once is enough
+            warnings.warn(
+                f"Step {self.global_steps}: {rule.metric} is {metrics[rule.metric]:.4g}, and gvpo.warn_when "
+                f"has {rule}.",
+                stacklevel=2,
+            )
+        return batch
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         # Rollouts arrive in any order; mini-batches follow the order of the data.
@@ -111,140 +212,83 @@ class GVPOUpdates(PPOTrainer):
                 "No response arrived: every session of the rollout failed, as the log says above."
             )
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        padding = sum(1 for tag in batch.tags if _is_padding(tag))
-        mini_batches = self.updates.mini_batches(self._prompts(batch), self.global_steps)
-        short = max(rows_short(len(rows), self.row_multiple) for rows in mini_batches)
+        padding = sum(1 for tag in batch.tags if is_padding(tag))
+        mini_batches = self.updates.mini_batches(self.prompts(batch), self.global_steps)
+        parts = [*mini_batches, *self.to_score(batch).values()]
+        short = max(rows_short(len(rows), self.row_multiple) for rows in parts)
         if short <= padding:
             return batch
         size = len(batch) + self.row_multiple  # enough, for no mini-batch is short of more
         batch = upsample_batch_to_divisible_size(batch, size, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
-    def _prompts(self, batch: KVBatchMeta) -> dict[str, list[int]]:
+    def prompts(self, batch: KVBatchMeta) -> dict[str, list[int]]:
         """The rows of each prompt, prompts in the order of the data; without padding rows."""
         rows: dict[str, list[int]] = {}
         for i, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
-            if not _is_padding(tag):
-                rows.setdefault(_parse(key)[0], []).append(i)
-        return dict(sorted(rows.items(), key=lambda item: (self._arrival.get(item[0], math.inf), item[0])))
+            if not is_padding(tag):
+                rows.setdefault(session_of(key)[0], []).append(i)
+        # Those that a checkpoint brought were there before all others.
+        return dict(sorted(rows.items(), key=lambda item: (self._arrival.get(item[0], -1), item[0])))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         returns = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["returns"])
-        metrics |= self.updates.run(self.global_steps, self._prompts(batch), _Queued(self, batch))
+        spans, references = self.spans(batch), self.references(batch)
+        per_step = self.updates_per_step
+        made = (
+            self.global_steps - 1
+        ) * per_step + self.local_trigger_step * per_step // self.parameter_sync_step
+        ages = {prompt: made - per_step * min(span)[0] for prompt, span in spans.items()}
+        rows = Queued(self, batch, references, ages, self.fresh)
+        found = self.updates.run(self.global_steps, self.prompts(batch), rows)
+        self._counts.update({name: found.pop(name) for name in _COUNTS})
+        metrics |= found
+        if rows.entropies:
+            metrics["actor/entropy"] = fmean(rows.entropies)
+        if self.MODE != "sync" or self.settings.reference == "moving":
+            reference_ages = {prompt: made - per_step * version for prompt, version in references.items()}
+            metrics |= staleness(spans, ages, reference_ages)
         # What verl logs as advantages are again its own.
-        advantages = TensorDict({"advantages": returns["returns"]}, batch_size=len(batch))
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=advantages)
-        self._arrival.clear()
+        put(batch, range(len(batch)), advantages=returns["returns"])
+        self._trained(rows)
         return batch
 
+    def _trained(self, rows: Queued) -> None:
+        """After the updates of these rows, whose rewards and S' are known."""
+        for prompt in {*rows.rollouts.prompts}:
+            self._arrival.pop(prompt, None)
 
-@register_trainer("gvpo")
-class GVPOTrainer(GVPOUpdates, PPOTrainerSync):
+
+@register_trainer("gvpo_sync")
+class GVPOSync(GVPOUpdates, PPOTrainerSync):
     """verl's synchronous trainer with GVPO's updates."""
 
     MODE = "sync"
 
 
-class _Queued:
-    """A rollout in TransferQueue, as `gvpo.verl.updates.Workers`."""
+@register_trainer("gvpo_colocate_async")
+class GVPOColocateAsync(GVPOUpdates, PPOTrainerColocateAsync):
+    """verl's trainer whose unfinished responses wait while it trains, on the same GPUs."""
 
-    def __init__(self, trainer: GVPOUpdates, batch: KVBatchMeta) -> None:
-        self.trainer, self.batch = trainer, batch
-        self.padding = [i for i, tag in enumerate(batch.tags) if _is_padding(tag)]
-        reference = "ref_log_prob" if trainer.settings.reference == "initial" else "old_log_probs"
-        data = self._get(range(len(batch)), "response_mask", "rm_scores", "old_log_probs", reference)
-        mask = data["response_mask"]
-        self.masks = list(mask.unbind())
-        every_token = torch.nested.nested_tensor_from_jagged(torch.ones_like(mask.values()), mask.offsets())
-        sessions = [_parse(key) for key in batch.keys]
-        rows = zip(batch.tags, self.masks, strict=True)
-        self.rollouts = Rollouts(
-            prompts=[prompt for prompt, _ in sessions],
-            sessions=sessions,
-            reference=row_sums(data[reference], mask),
-            start=row_sums(data["old_log_probs"], mask),
-            rewards=row_sums(data["rm_scores"], every_token),
-            valid=torch.tensor([not _is_padding(tag) and bool(kept.any()) for tag, kept in rows]),
-        )
-
-    def score(self, rows: Sequence[int]) -> Tensor:
-        filled = [*rows, *self.padding[: rows_short(len(rows), self.trainer.row_multiple)]]
-        with marked_timer("gvpo_score", self.trainer.timing_raw, color="blue"):
-            part = self._part(filled, calculate_entropy=False, compute_loss=False)
-            self.trainer.actor_rollout_wg.compute_log_prob(part)
-        mask = _jagged([self.masks[i] for i in rows])
-        return row_sums(response_from_nested(self._get(rows, "log_probs")["log_probs"], mask), mask)
-
-    def update(self, rows: Sequence[int], weights: Tensor) -> dict[str, float]:
-        candidates = [*rows, *self.padding]
-        every = torch.cat([weights, weights.new_zeros(len(self.padding))])
-        multiple = self.trainer.row_multiple
-        if self.trainer.settings.leave_out_zero_weights:
-            lengths = [self.batch.tags[i]["seq_len"] for i in candidates]
-            taken = choose_rows(every, lengths, multiple, padding=len(self.padding))
-        else:
-            taken = list(range(len(rows) + rows_short(len(rows), multiple)))
-        chosen = [candidates[i] for i in taken]
-        pairs = zip(chosen, every[taken].float(), strict=True)
-        advantages = _jagged([weight * self.masks[i].float() for i, weight in pairs])
-        tq.kv_batch_put(
-            keys=[self.batch.keys[i] for i in chosen],
-            partition_id=self.batch.partition_id,
-            fields=TensorDict({"advantages": advantages}, batch_size=len(chosen)),
-        )
-        part = self._part(
-            chosen,
-            calculate_entropy=bool(self.trainer.config.actor_rollout_ref.actor.calculate_entropy),
-            distillation_use_topk=False,
-            distillation_only=False,
-            global_batch_size=1,  # the sum over rows: 1/G is part of the weights
-            mini_batch_size=len(chosen),
-            epochs=1,
-            seed=self.trainer.settings.seed,
-            dataloader_kwargs={"shuffle": False},
-        )
-        found = reduce_metrics(self.trainer.actor_rollout_wg.update_actor(part)["metrics"])
-        metrics = {f"actor/{name.removeprefix('actor/')}": float(value) for name, value in found.items()}
-        metrics["perf/mfu/actor"] = metrics.pop("actor/mfu")
-        metrics["gvpo/rows_left_out"] = 1 - len({*chosen} - {*self.padding}) / len(rows)
-        return metrics
-
-    def tokens(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
-        names = ("input_ids", "responses", "response_mask")
-        data = self._get(rows, *names)
-        return {name: list(data[name].unbind()) for name in names}
-
-    def _get(self, rows: Sequence[int], *fields: str) -> TensorDict:
-        keys = [self.batch.keys[i] for i in rows]
-        return tq.kv_batch_get(
-            keys=keys, partition_id=self.batch.partition_id, select_fields=list(dict.fromkeys(fields))
-        )
-
-    def _part(self, rows: Sequence[int], **instructions: Any) -> KVBatchMeta:
-        """Some rows, tokens balanced over the ranks, with instructions for the workers."""
-        part = self.trainer.balance(self.batch.select_keys([self.batch.keys[i] for i in rows]))
-        temperature = self.trainer.config.actor_rollout_ref.rollout.temperature
-        part.extra_info = {"temperature": temperature, **instructions}
-        return part
+    MODE = "colocate_async"
 
 
-def _is_padding(tag: dict[str, Any]) -> bool:
-    return bool(tag.get("is_padding", False))
+@register_trainer("gvpo_separate_async")
+class GVPOSeparateAsync(GVPOUpdates, separate.PPOTrainerSeparateAsync):
+    """verl's trainer beside whose GPUs others go on generating."""
 
+    MODE = "separate_async"
 
-def _parse(key: str) -> tuple[str, str]:
-    """Prompt and session of a row's key, `{uid}_{session}_{index}`."""
-    prompt, session, _ = key.rsplit("_", 2)
-    return prompt, session
-
-
-def _jagged(rows: list[Tensor]) -> Tensor:
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    def _setup(self) -> None:
+        if not self._enable_hybrid_replicas:
+            # What verl logs then is an error (docs/upstream/verl-async.md).
+            separate.logger.setLevel(logging.WARNING)
+        super()._setup()
 
 
 # verl decorates its class in place; this is the class itself.
 class GVPOTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
-    """verl's V1 task runner, in a module whose import registers the trainer in the runner's process."""
+    """verl's V1 task runner, in a module whose import registers the trainers in the runner's process."""
 
 
 def train(config: DictConfig) -> None:
@@ -265,5 +309,5 @@ def train(config: DictConfig) -> None:
     except (AssertionError, ValueError) as error:
         raise InputError(f"verl refuses this configuration: {error}") from error
     with open_dict(config):
-        config.trainer.v1.trainer_mode = "gvpo"
+        config.trainer.v1.trainer_mode = f"gvpo_{config.trainer.v1.trainer_mode}"
     run_ppo(config, task_runner_class=ray.remote(GVPOTaskRunner))

@@ -40,8 +40,8 @@ class Workers(Protocol):
     def update(self, rows: Sequence[int], weights: Float[Tensor, "rows"]) -> dict[str, float]:
         """One optimizer update with the gradient of −Σ w S; verl's metrics of it."""
 
-    def tokens(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
-        """`input_ids`, `responses` and `response_mask` of each row, without padding."""
+    def record(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
+        """What else is kept of each row: `input_ids`, `responses`, `response_mask` without padding."""
 
 
 class Updates:
@@ -86,11 +86,13 @@ class Updates:
         """
         done: list[dict[str, float]] = []
         passes = skipped = 0
-        moved = False  # until the first update the policy is the one that scored the rollout
+        moved = False  # since the step began
         for rows in self.mini_batches(prompts, step):
             mini = workers.rollouts.take(rows)
-            policy = workers.score(rows) if moved else mini.start
-            passes += moved
+            policy = torch.full_like(mini.start, math.nan) if moved else mini.start.clone()
+            if len(unknown := policy.isnan().nonzero()[:, 0]):
+                policy[unknown] = workers.score([rows[i] for i in unknown])
+                passes += 1
             try:
                 weights, result = weigh(mini, policy, self.settings.beta)
                 moved = True
@@ -100,14 +102,15 @@ class Updates:
             except NonFiniteError as error:
                 skipped += 1
                 why = str(error).partition(":")[0]  # what, without advice for other callers
-                self._skip(step, why, mini, {"policy_logp": policy, **workers.tokens(rows)})
+                self._skip(step, why, mini, {"policy_logp": policy, **workers.record(rows)})
                 continue
             self.bad_in_a_row = 0
             metrics = {name: value for name, value in metrics.items() if name not in _SURROGATES}
             metrics |= {f"gvpo/{name}": value.item() for name, value in result.metrics.items()}
+            metrics |= by_age(mini, policy, self.settings.beta)
             metrics["actor/loss"] = metrics["gvpo/loss"]
             if self.settings.dump_dir:
-                columns = {"policy_logp": policy, "weight": weights, **workers.tokens(rows)}
+                columns = {"policy_logp": policy, "weight": weights, **workers.record(rows)}
                 self._record(self.settings.dump_dir, step, mini, columns, metrics=metrics)
             done.append(metrics)
         counts = {"updates": len(done), "scoring_passes": passes, "steps_skipped": skipped}
@@ -158,6 +161,17 @@ class Updates:
         pyarrow.parquet.write_table(table, aside)
         os.replace(aside, path)
         return path
+
+
+def by_age(mini: Rollouts, policy: Float[Tensor, "rows"], beta: float) -> dict[str, float]:
+    """KL and explained variance of the groups 0, 1, 2–3, 4–7, … updates old, where not all are fresh."""
+    found: dict[str, float] = {}
+    classes = torch.where(mini.ages > 0, 2 ** mini.ages.clamp(min=1).log2().floor().long(), 0)
+    for age in classes.unique().tolist() if mini.ages.any() else []:
+        rows = (classes == age).nonzero()[:, 0].tolist()
+        metrics = weigh(mini.take(rows), policy[rows], beta)[1].metrics
+        found |= {f"gvpo/{name}/age_{age}": metrics[name].item() for name in ("kl", "explained_variance")}
+    return found
 
 
 def _summarise(updates: list[dict[str, float]]) -> dict[str, float]:

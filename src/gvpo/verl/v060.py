@@ -78,6 +78,7 @@ class _Batch:
             start=_sums(data["old_log_probs"], data["response_mask"]),
             rewards=data["token_level_rewards"].double().sum(-1),
             valid=data["response_mask"].bool().any(-1),
+            ages=torch.zeros(len(prompts), dtype=torch.long),
         )
 
     def score(self, rows: Sequence[int]) -> Tensor:
@@ -99,7 +100,7 @@ class _Batch:
         metrics = self.update_actor(part).meta_info["metrics"]
         return {name: float(np.mean(value)) for name, value in metrics.items()}
 
-    def tokens(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
+    def record(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
         data = self._part(rows).batch
         real = data["attention_mask"].bool()
         return {
@@ -127,8 +128,10 @@ def train(config: DictConfig) -> None:
     """Run verl 0.6.0 with a configuration that `gvpo.verl.settings.prepare` has been through.
 
     Raises:
-        InputError: sizes that verl 0.6.0 cannot split.
+        InputError: sizes that verl 0.6.0 cannot split, or a reference that it has no copies for.
     """
+    if config.gvpo.reference == "moving":
+        raise InputError("gvpo.reference=moving needs verl 0.9: set gvpo.reference=initial or rollout.")
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
     ranks = workers // actor.get("ulysses_sequence_parallel_size", 1)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import AsyncIterable, Iterable
 from typing import Any, NamedTuple
 
 import ray
 import torch
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+from verl.workers.rollout.utils import ensure_async_iterator
 
 from gvpo.verl.cpu.sampling import Response, Sampling, row_seed, sample
 
-_MAX_ROWS = 512  # of one batch
 _GATHER_SECONDS = 0.02  # how long the first of a batch waits for company
 
 
@@ -27,20 +28,24 @@ class _Request(NamedTuple):
 
 
 class HFServer:
-    """The actor that holds a whole copy of the model at `path`."""
+    """The actor that holds a whole copy of the model at `path`; it serves `most` requests at a time."""
 
-    def __init__(self, path: str, response_length: int, seed: int) -> None:
+    def __init__(self, path: str, response_length: int, seed: int, most: int) -> None:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(
             path, attn_implementation="eager", dtype=torch.float32
         ).eval()
-        self.response_length, self.seed = response_length, seed
+        self.response_length, self.seed, self.most = response_length, seed, most
         self.version: int | None = None
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._waiting: list[_Request] = []
         self._worker: asyncio.Task[None] | None = None
+        self._stop = threading.Event()  # ends what is being generated at its next token
+        self._open = asyncio.Event()  # new requests wait for it,
+        self._open.set()
+        self._rejects = False  # unless they are to go elsewhere
 
     async def load_weights(self, weights: dict[str, torch.Tensor], version: int | None) -> None:
         """Take over the trainer's weights, all of them."""
@@ -58,7 +63,10 @@ class HFServer:
     async def generate(
         self, request_id: str, prompt_ids: Any, sampling_params: dict[str, Any], **_: Any
     ) -> TokenOutput:
-        """verl's request for one response."""
+        """verl's request for one response; where it is aborted, what there is of it."""
+        if self._rejects:
+            return _output(Response([], [], "aborted"), self.version)
+        await self._open.wait()
         prompt = tuple(int(token) for token in prompt_ids)
         # The n-th response to a prompt under these weights is always the same, however requests are batched.
         seed = row_seed(self.seed, self.version, prompt, self._seen[prompt])
@@ -68,24 +76,23 @@ class HFServer:
         self._waiting.append(request)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._serve())
-        response = await request.answer
-        return TokenOutput(
-            token_ids=response.tokens,
-            log_probs=response.logps,
-            stop_reason="completed" if response.ended else "length",
-            num_preempted=0,
-            extra_fields={"global_steps": self.version},
-        )
+        version = self.version
+        return _output(await request.answer, version)
 
     async def _serve(self) -> None:
         while self._waiting:
             await asyncio.sleep(_GATHER_SECONDS)
+            if self._stop.is_set():
+                for request in self._waiting:
+                    request.answer.set_result(Response([], [], "aborted"))
+                self._waiting = []
+                return
             sampling = self._waiting[0].sampling
-            batch = [request for request in self._waiting if request.sampling == sampling][:_MAX_ROWS]
+            batch = [request for request in self._waiting if request.sampling == sampling][: self.most]
             self._waiting = [request for request in self._waiting if request not in batch]
             prompts, _, seeds, answers = zip(*batch, strict=True)
             try:
-                responses = await asyncio.to_thread(sample, self.model, prompts, sampling, seeds)
+                responses = await asyncio.to_thread(sample, self.model, prompts, sampling, seeds, self._stop)
             except Exception as error:
                 for answer in answers:
                     answer.set_exception(error)
@@ -93,23 +100,51 @@ class HFServer:
             for answer, response in zip(answers, responses, strict=True):
                 answer.set_result(response)
 
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        """Answer all requests with what there is by now; later ones wait for `resume_generation`.
+
+        Args:
+            reject_request: later ones are answered with nothing, so that the client asks another server.
+        """
+        self._rejects = reject_request
+        self._open.clear()
+        self._stop.set()
+        if self._worker is not None:
+            await self._worker
+
+    async def resume_generation(self) -> None:
+        """Generate again."""
+        self._rejects = False
+        self._stop.clear()
+        self._open.set()
+
     async def _nothing(self, *_: Any, **__: Any) -> None:
         """There is no memory to give back and nothing to profile."""
 
     wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = _nothing
-    abort_all_requests = resume_generation = start_profile = stop_profile = _nothing
+    start_profile = stop_profile = _nothing
+
+
+def _output(response: Response, version: int | None) -> TokenOutput:
+    return TokenOutput(
+        token_ids=response.tokens,
+        log_probs=response.logps,
+        stop_reason=response.reason,
+        num_preempted=0,
+        extra_fields={"global_steps": version},
+    )
 
 
 class HFReplica(RolloutReplica):
     """One server, whatever the number of workers that it serves."""
 
     async def launch_servers(self) -> None:
-        name = _server_name(self.replica_rank)
-        server = (
-            ray.remote(HFServer)
-            .options(name=name, num_cpus=0, num_gpus=0, max_concurrency=self.max_concurrency)
-            .remote(self.model_config.path, self.config.response_length, self.config.seed + self.replica_rank)
+        name, config = _server_name(self.replica_rank), self.config
+        actor = ray.remote(HFServer).options(
+            name=name, num_cpus=0, num_gpus=0, max_concurrency=self.max_concurrency
         )
+        seed = config.seed + self.replica_rank
+        server = actor.remote(self.model_config.path, config.response_length, seed, config.max_num_seqs)
         await server.clear_kv_cache.remote()
         self.servers = [server]
         self._server_handle, self._server_address = server, name
@@ -133,12 +168,16 @@ class HFServerAdapter(BaseRollout):
         pass
 
     async def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], wire_format: str = "named_tensors", **kwargs: Any
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
+        wire_format: str = "named_tensors",
+        **kwargs: Any,
     ) -> None:
         if wire_format != "named_tensors":
             raise NotImplementedError(f"The Hugging Face rollout takes whole tensors, not {wire_format}.")
         # Every rank has to walk through: each tensor is put together from all of them.
-        whole = {name: tensor.detach().float().cpu().clone() for name, tensor in weights}
+        pairs = ensure_async_iterator(weights)
+        whole = {name: tensor.detach().float().cpu().clone() async for name, tensor in pairs}
         if self.leads:
             server = ray.get_actor(_server_name(self.replica_rank))
             await server.load_weights.remote(whole, kwargs.get("global_steps"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -61,7 +68,7 @@ class Response(NamedTuple):
 
     tokens: list[int]  # with the end-of-sequence token, if that was sampled
     logps: list[float]  # of each token at the temperature, in nats
-    ended: bool  # by itself
+    reason: str  # "completed" by itself, at the "length" that was asked for, or "aborted"
 
 
 class _GumbelNoise(LogitsProcessor):
@@ -77,6 +84,16 @@ class _GumbelNoise(LogitsProcessor):
         return scores - noise.log()
 
 
+class _Stop(StoppingCriteria):
+    """Ends all rows once the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set())
+
+
 def row_seed(*parts: object) -> int:
     """A seed that depends on all of `parts` and nothing else, also in another process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
@@ -84,7 +101,11 @@ def row_seed(*parts: object) -> int:
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    stop: threading.Event | None = None,
 ) -> list[Response]:
     """Sample one response to each prompt, all in one batch.
 
@@ -95,9 +116,10 @@ def sample(
         prompts: token ids.
         sampling: how to sample.
         seeds: one for each prompt.
+        stop: ends generation at the next token once it is set.
     """
-    end, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    ends = set(end if isinstance(end, list) else [end])
+    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    ends = set(eos if isinstance(eos, list) else [eos])
     pad = next(iter(ends)) if pad is None else pad
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -112,6 +134,7 @@ def sample(
         top_p=None,
         pad_token_id=pad,
         logits_processor=sampling.processors(seeds),
+        stopping_criteria=StoppingCriteriaList([_Stop(stop or threading.Event())]),
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -120,7 +143,8 @@ def sample(
     logps = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     responses = []
     for row, row_logps in zip(tokens.tolist(), logps.tolist(), strict=True):
-        stop = next((i for i, token in enumerate(row) if token in ends), None)
-        length = len(row) if stop is None else stop + 1
-        responses.append(Response(row[:length], row_logps[:length], stop is not None))
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        length = len(row) if end is None else end + 1
+        cut = "length" if length == sampling.max_tokens else "aborted"
+        responses.append(Response(row[:length], row_logps[:length], cut if end is None else "completed"))
     return responses
