@@ -60,6 +60,7 @@ fuzz: $(VENV)/dev.installed  ## 10,000 hostile inputs for each reader, twice ove
 bench: $(VENV)/dev.installed  ## every benchmark: tables, and JSON in benchmarks/results (an hour on an idle machine)
 	$(RUN) benchmarks
 	$(RUN) benchmarks.verl
+	$(RUN) benchmarks.verl_async
 
 torture: $(VENV)/dev.installed  ## kill a run 200 times and resume it: results/torture.json
 	$(RUN) benchmarks.torture

@@ -34,7 +34,8 @@ ABOUT = (
 )
 PROMPTS, RESPONSE = 8, 64
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-KINDS: dict[str, tuple[str, list[str]]] = {
+Kinds = dict[str, tuple[str, list[str]]]  # the module to run, and overrides
+KINDS: Kinds = {
     "GVPO": ("gvpo.verl", []),
     "GVPO, rows of weight 0 kept": ("gvpo.verl", ["gvpo.leave_out_zero_weights=False"]),
     "GRPO": (
@@ -63,9 +64,9 @@ def prepare(folder: Path, work: Workload) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "prompts.parquet")
 
 
-def run(folder: Path, kind: str, steps: int) -> list[dict[str, float]]:
+def run(folder: Path, kind: str, steps: int, kinds: Kinds = KINDS) -> list[dict[str, float]]:
     """verl's metrics of each step."""
-    module, extra = KINDS[kind]
+    module, extra = kinds[kind]
     metrics = folder / f"{kind}.jsonl"
     arguments = [
         # verl's own entry point does not know where `machine` is.

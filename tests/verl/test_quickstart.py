@@ -6,13 +6,17 @@ import sys
 
 import pytest
 
+from gvpo.verl import TRAINERS
+
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 @pytest.mark.timeout(600)
-def test_the_laptop_run_gains_forty_points(tmp_path):
+@pytest.mark.parametrize("mode", TRAINERS)
+def test_the_laptop_run_gains_forty_points(tmp_path, mode):
     output = tmp_path / "run"
-    subprocess.run([sys.executable, "-m", "gvpo", "verl", "quickstart", "--output", str(output)], check=True)
+    words = ["verl", "quickstart", "--output", str(output), "--trainer-mode", mode]
+    subprocess.run([sys.executable, "-m", "gvpo", *words], check=True)
     summary = json.loads((output / "summary.json").read_text())
     assert summary["accuracy_after"] - summary["accuracy_before"] >= 0.4
     # The quickstart's keys, and how many workers there were.
@@ -30,6 +34,8 @@ def test_the_laptop_run_gains_forty_points(tmp_path):
         "workers",
     }
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    # The initial reference needs no old policy, however stale the responses are.
+    assert sum(entry.get("timing_s/old_log_prob", 0) for entry in logged) < 0.1
     assert [entry["step"] for entry in logged if "reward" in entry] == list(range(1, summary["steps"] + 1))
     for name in (
         "config.yaml",

@@ -79,6 +79,11 @@ def test_published_scale_is_micro_batch_over_n_and_initial_reference_switches_th
         (f"{ACTOR}.gvpo_beta=-1", "beta"),
         ("gvpo.reference=latest", "gvpo.reference"),
         ("gvpo.loss_scale=sum", "gvpo.loss_scale"),
+        ("trainer.v1.trainer_mode=fully_async", "trainer_mode=fully_async does not go with GVPO"),
+        ("gvpo.reference=moving", "gvpo.reference=moving and gvpo.reference_every=N"),
+        ("gvpo.reference_every=8", "gvpo.reference=moving and gvpo.reference_every=N"),
+        ("gvpo.keep_versions=-1", "gvpo.keep_versions=-1 must be a whole number of at least 0"),
+        ("gvpo.warn_when=[often]", "The rule 'often'"),
         ("gvpo.max_bad_steps=0", "gvpo.max_bad_steps"),
         ("gvpo.max_bad_steps=null", "gvpo.max_bad_steps"),
         ("gvpo.max_bad_steps=true", "gvpo.max_bad_steps"),
@@ -113,6 +118,46 @@ def test_what_contradicts_gvpo_is_refused_by_name(override, word):
 def test_a_dynamic_batch_that_cannot_work_is_refused_with_the_numbers(override, word):
     with pytest.raises(InputError, match=word):
         check(config(f"{ACTOR}.use_dynamic_bsz=True", override))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.v1.separate_async.parameter_sync_step=2", r"set data\.train_batch_size=512 \(not 1024\)"),
+        ("actor_rollout_ref.rollout.nnodes=0", r"generates on GPUs of its own: set .*nnodes"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", r"backend=nccl"),
+    ],
+)
+def test_what_the_separate_trainer_wants_is_said_before_ray_starts(override, words):
+    separate = [
+        "trainer.v1.trainer_mode=separate_async",  # 4 mini-batches of 256 prompts
+        "actor_rollout_ref.rollout.nnodes=1",
+        "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+    ]
+    assert check(config(*separate)) == []
+    with pytest.raises(InputError, match=words):
+        check(config(*separate, override))
+
+
+def test_old_groups_are_waited_for_and_a_word_on_dropping_them():
+    mode = "trainer.v1.trainer_mode=colocate_async"
+    assert check(config(mode)) == []
+    assert config(mode).trainer.v1.sampler.max_off_policy_strategy == "wait"
+    (note,) = check(config(mode, "trainer.v1.sampler.max_off_policy_strategy=drop"))
+    assert "discards whole groups" in note
+    (note,) = check(config(mode, "algorithm.filter_groups.enable=True"))
+    assert "hold it back" in note
+
+
+def test_a_moving_reference_moves_between_steps():
+    moving = ["gvpo.reference=moving", "gvpo.reference_every=6"]  # steps are 4 updates each
+    (note,) = check(config(*moving))
+    assert "every 8 updates" in note
+    given = config("gvpo.reference=moving", "gvpo.reference_every=8")
+    assert check(given) == []
+    prepare(given)
+    assert given.algorithm.rollout_correction is None
+    assert not given.actor_rollout_ref.actor.use_kl_loss
 
 
 def test_sequences_are_shared_in_flash_attention_only():

@@ -6,7 +6,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from gvpo.verl.cpu.sampling import Sampling
 
-SECONDS = 0.1  # a token
+SECONDS = 0.05  # a token
 
 _processors = Sampling.processors
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gvpo.verl import TRAINERS
+
 verl = typer.Typer(
     help="GVPO on verl. Training itself is `python -m gvpo.verl <Hydra overrides>`.",
     no_args_is_help=True,
@@ -40,6 +42,7 @@ def quickstart(
     steps: Annotated[int, typer.Option(min=1, help="Rollouts; each feeds four updates.")] = 10,
     beta: Annotated[float, typer.Option(help="Temperature of the implicit reward, above 0.")] = 0.2,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers that train.")] = 2,
+    trainer_mode: Annotated[str, typer.Option(help=f"verl's trainer: {', '.join(TRAINERS)}.")] = TRAINERS[0],
 ) -> None:
     """Train the quickstart's tiny model through verl's whole Ray pipeline, on a CPU."""
     import time
@@ -50,7 +53,16 @@ def quickstart(
 
     typer.echo(choose_threads(most=1))
     try:
-        run(task, seed, output, steps=steps, beta=beta, workers=workers, started=started)
+        run(
+            task,
+            seed,
+            output,
+            steps=steps,
+            beta=beta,
+            workers=workers,
+            trainer_mode=trainer_mode,
+            started=started,
+        )
     except RuntimeError as error:
         typer.echo(f"gvpo: {error}", err=True)
         raise typer.Exit(1) from None

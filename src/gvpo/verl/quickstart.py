@@ -26,6 +26,7 @@ from transformers import LlamaForCausalLM
 from gvpo.errors import InputError
 from gvpo.run import RunDirectory, Ticker
 from gvpo.sums import Lesson, Task
+from gvpo.verl import TRAINERS
 from gvpo.verl.main import V09, check_versions
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -50,6 +51,7 @@ def quickstart(
     steps: int = 10,
     beta: float = 0.2,
     workers: int = 2,
+    trainer_mode: str = TRAINERS[0],
     console: Console | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def quickstart(
         steps: rollouts; each feeds four optimizer updates.
         beta: temperature of the implicit reward.
         workers: Ray workers that train.
+        trainer_mode: one of `gvpo.verl.TRAINERS`.
         console: where to show progress.
         started: `time.time()` at which the job began, for `seconds_total`; now by default.
 
@@ -69,12 +72,15 @@ def quickstart(
         What is also written to `summary.json`, with the quickstart's keys.
 
     Raises:
-        InputError: an unknown task, verl missing, or an output directory that cannot be written to.
+        InputError: an unknown task or trainer, no verl, or an output directory that cannot be written to.
         RuntimeError: verl failed; its log is in the run directory.
     """
     if check_versions() != V09:
         raise InputError("The quickstart needs verl 0.9: pip install -c constraints.txt 'gvpo[verl]'.")
+    if trainer_mode not in TRAINERS:
+        raise InputError(f"trainer_mode={trainer_mode} is not known: choose {', '.join(TRAINERS)}.")
     arguments = _arguments(Path(output).resolve(), steps=steps, beta=beta, workers=workers, seed=seed)
+    arguments.append(f"trainer.v1.trainer_mode={trainer_mode}")
     config = {"command": "verl quickstart", "overrides": arguments}
     lesson = Lesson(
         task_name, seed, output, config, console=console, started=started, chat_template=_TEMPLATE

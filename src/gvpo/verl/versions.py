@@ -95,13 +95,9 @@ class KeepingWorker(DetachActorWorker):
 
         def copy(module: Any) -> Any:
             # `.cpu()` there is the tensor that the next update changes (docs/upstream/verl-async.md).
-            at_home = all(parameter.device.type == "cpu" for parameter in module.parameters())
-            state = save(module)
-            return (
-                tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, state)
-                if at_home
-                else state
-            )
+            if any(parameter.device.type != "cpu" for parameter in module.parameters()):
+                return save(module)
+            return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, save(module))
 
         return copy, restore
 
