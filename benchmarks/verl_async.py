@@ -20,7 +20,7 @@ from benchmarks.verl import PROMPTS, Kinds, prepare, run
 from benchmarks.workloads import Workload
 
 ABOUT = (
-    "Seconds on the wall for a step of two updates, the mean of the steps after the first (64 responses of 64 "
+    "Seconds on the wall of a step of two updates, the mean of the steps after the first (64 responses of 64 "
     "tokens of 8 prompts, 4 layers, float32; a training worker and a rollout server of one thread each), all "
     "of it, and of that: waiting for responses, log-probabilities under an old policy, under the reference, "
     "and under the policy before each update. GVPO's reference is the initial policy."

@@ -118,7 +118,7 @@ def test_one_worker_with_dynamic_batches_makes_the_same_updates_as_two_without(
     assert_exact(assets, one_worker)
     assert len(one_worker) == 6
     for one, two in zip(one_worker, two_workers[0][:6], strict=True):
-        first, second = _by_tokens(one), _by_tokens(two)
+        first, second = by_tokens(one), by_tokens(two)
         assert first.keys() == second.keys()
         for name in first:
             torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
@@ -126,6 +126,6 @@ def test_one_worker_with_dynamic_batches_makes_the_same_updates_as_two_without(
             assert one["metrics"][name] == pytest.approx(two["metrics"][name], rel=1e-4)
 
 
-def _by_tokens(dump):
+def by_tokens(dump):
     """Weights under the names of their sequences; equal sequences have equal weights."""
     return {tuple(ids.tolist()): w for ids, w in zip(dump["input_ids"], dump["weights"], strict=True)}
