@@ -129,9 +129,9 @@ def doctor() -> None:
     run(Console())
 
 
-app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.add_typer(data, name="data")
 app.add_typer(replay, name="replay")
 app.add_typer(verl, name="verl")
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
-from gvpo.data.command import data, parse_columns
+from gvpo.data.command import parse_columns, prompts
 from gvpo.data.writer import write_dataset
 from gvpo.errors import InputError
 from gvpo.rewards import compute_score, load_reward
@@ -105,7 +105,7 @@ def test_command(folder, tmp_path):
     import typer
 
     app = typer.Typer()
-    app.command()(data)
+    app.command()(prompts)
     result = CliRunner().invoke(app, ["gsm8k", "--source", str(folder), "--output", str(tmp_path / "out")])
     assert result.exit_code == 0
     assert "train: 5 rows, 1 dropped: the ground truth cannot be parsed" in result.output

@@ -58,7 +58,13 @@ def test_a_template_s_error_is_told():
 
 
 def demonstrations(**changes):
-    settings = {"encoder": encoder(), "per_group": 2, "group_size": 4, "longest": 6, "seed": 1}
+    settings = {
+        "encoder": encoder(vocabulary_size=67),
+        "per_group": 2,
+        "group_size": 4,
+        "longest": 6,
+        "seed": 1,
+    }
     return Demonstrations(**{**settings, **changes})
 
 
@@ -67,12 +73,34 @@ def test_demonstrations_take_their_slots():
     first = demonstrations().chosen(row, 7)
     assert set(first) == {2, 3}
     assert demonstrations().chosen(row, 7) == first
-    drawn = {tuple(map(text, demonstrations().chosen(row, n).values())) for n in range(40)}
+    drawn = {tuple(text(d.ids) for d in demonstrations().chosen(row, n).values()) for n in range(40)}
     assert len(drawn) == 6
     one = {**row, "demonstrations": "3"}
-    assert demonstrations(slots=[3, 0]).chosen(one, 0) == {3: [*tokenizer()("3")["input_ids"], EOS]}
+    assert demonstrations(slots=[3, 0]).chosen(one, 0) == {3: ([*tokenizer()("3")["input_ids"], EOS], None)}
     for nothing in ([], None):
         assert demonstrations().chosen({**row, "demonstrations": nothing}, 0) == {}
+
+
+LOGGED = [
+    {"content": "3", "reward": 0.5, "complete": True, "completion_ids": None},
+    {"content": "34", "reward": None, "complete": False, "completion_ids": None},
+    {"content": "5", "reward": -1.0, "complete": True, "completion_ids": [6, 7, 2]},
+]
+
+
+def test_logged_answers_bring_their_rewards_and_tokens():
+    shown = demonstrations(column="logged").of({"prompt": "1+2", "logged": LOGGED})
+    ids = tokenizer()(["3", "34"])["input_ids"]
+    assert shown == [([*ids[0], EOS], 0.5), (ids[1], None), ([6, 7, 2], -1.0)]
+    rows = [{"prompt": "1+2", "logged": LOGGED[::2]}, {"prompt": "2", "logged": LOGGED[:1]}]
+    offline = load_offline(rows, encoder())
+    assert (offline.alone, [c.tolist() for c in offline.groups[0].completions]) == (
+        1,
+        [[*ids[0], EOS], [6, 7, 2]],
+    )
+    assert offline.groups[0].rewards.tolist() == [0.5, -1.0]
+    with pytest.raises(InputError, match="row 1: completion 1: the reward is None"):
+        load_offline([{"prompt": "1+2", "logged": LOGGED}], encoder())
 
 
 BAD_DEMONSTRATIONS = {
@@ -80,6 +108,8 @@ BAD_DEMONSTRATIONS = {
     "Row 1, demonstration 0 is empty": "",
     "Row 1, demonstration 2 is empty": ["3", "4", " "],
     "Row 1: a demonstration is text or a list of messages, not int": 3,
+    "Row 1, demonstration 0: its reward is nan, not a finite": [{**LOGGED[0], "reward": float("nan")}],
+    "Row 1, demonstration 0: the token id 99 is outside": [{**LOGGED[0], "completion_ids": [99]}],
 }
 
 

@@ -1,7 +1,9 @@
 """Replay, demonstrations and logged completions in `GVPOTrainer`: every update is the formula's."""
 
 import copy
+import json
 import warnings
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
+from gvpo.data import load_prompts
+from gvpo.data.logs import Logs
+from gvpo.data.writer import write_logs
 from gvpo.errors import InputError
 from gvpo.replay import Group, ReplayBuffer, ReplayView
 from gvpo.replay.tokens import fingerprint
@@ -132,11 +137,15 @@ def part_of(batch, rows):
     return Rows({n: getattr(batch, n)[rows] for n in ("input_ids", "lengths", "completion_mask")})
 
 
-def run(data=None, rewards=digit_reward, cls=Recorded, **changes):
+def run(data=None, rewards=digit_reward, cls=Recorded, processing_class=None, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = cls(
-            tiny_model(), rewards, config(**changes), train_dataset=data, processing_class=tokenizer()
+            tiny_model(),
+            rewards,
+            config(**changes),
+            train_dataset=data,
+            processing_class=processing_class or tokenizer(),
         )
     if cls is Recorded:
         remember_draws(trainer)
@@ -294,6 +303,59 @@ def test_no_generation_for_demonstrations_only(monkeypatch):
     assert trainer.state.log_history[0]["demonstrations/rows"] == 32
 
 
+def test_logged_answers_join_groups_of_fresh_ones(tmp_path):
+    """From a log to updates: each is the formula's, with the rating of the logged answer as its reward."""
+    Path(tmp_path / "log.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}],
+                    "rating": 1 + (i + j) % 5,
+                }
+            )
+            + "\n"
+            for i, prompt in enumerate(dataset(16)["prompt"])
+            for j, text in enumerate(("7a7", "b")[: 1 + i % 2])
+        )
+    )
+    write_logs([tmp_path / "log.jsonl"], tmp_path / "data", Logs(scale=(1, 5)))
+    path = str(tmp_path / "data" / "train.parquet")
+    data = load_prompts(path, keep=["logged"], columns={"answer": ""})
+    chat = tokenizer()
+    chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    settings = {"demonstrations_per_group": 1, "demonstration_column": "logged", "max_steps": 2}
+    settings |= {"gradient_accumulation_steps": 2, "num_iterations": 2}
+
+    def texts_reward(completions, **others):
+        return digit_reward([c[0]["content"] for c in completions], **others)
+
+    trainer = run(data, texts_reward, processing_class=chat, **settings)
+    trainer.train()
+    assert max(trainer.errors) < 1e-5, trainer.errors
+    rated = {
+        (row["prompt"][0]["content"] + answer["content"], answer["reward"])
+        for row in data
+        for answer in row["logged"]
+    }
+    batch = trainer.batch
+    texts = chat.batch_decode([ids[:n] for ids, n in zip(batch.input_ids, batch.lengths, strict=True)], True)
+    seen = list(zip(texts, batch.rewards.tolist(), strict=True))[3::4]
+    assert len(seen) == 4
+    assert set(seen) <= rated
+    # What is logged may train without fresh answers, too.
+    offline = run(
+        rewards=None,
+        offline=path,
+        reference="initial",
+        max_steps=1,
+        num_generations=2,
+        gradient_accumulation_steps=1,
+        processing_class=chat,
+    )
+    offline.train()
+    assert max(offline.errors) < 1e-5
+
+
 BAD_SETTINGS = {
     "replay_ratio=-1 must be a number of at least 0": {"replay_ratio": -1},
     "replay_capacity=0 must be at least 1": {"replay_ratio": 1, "replay_capacity": 0},
@@ -413,7 +475,7 @@ def test_failed_rewards_cost_what_they_should_beside_demonstrations(policy, give
         max_steps=1,
     )
     trainer.train()
-    shown = torch.tensor([ids is not None for ids in trainer._given])
+    shown = torch.tensor([one is not None for one in trainer._given])
     failed = trainer._failed_rows
     assert (failed & shown).any()
     assert (failed & ~shown).any()

@@ -1,9 +1,10 @@
-"""`gvpo data`: write a prompt data set for training."""
+"""`gvpo data`: write a prompt data set, or logs, for training."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from gvpo.errors import InputError
 
@@ -34,7 +35,23 @@ Instruction = Annotated[
 ]
 
 
-def data(
+class _PromptsOrLogs(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = not args or args[0] in self.commands or args == ["--help"]
+        return super().parse_args(ctx, args if known else ["prompts", *args])
+
+
+data = typer.Typer(
+    cls=_PromptsOrLogs,
+    help="Data for training: gvpo data NAME --output FOLDER writes prompts (NAME --help), and so does\n"
+    "gvpo data logs FILE --output FOLDER from rated conversations.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@data.command()
+def prompts(
     name: Annotated[str, typer.Argument(help=f"{KNOWN}, reasoning_gym:TASK, a {FILE} or a Hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for parquet files and a manifest.")],
     source: Annotated[
@@ -73,3 +90,48 @@ def data(
         dropped = "".join(f", {count} dropped: {why}" for why, count in facts["rows_dropped"].items())
         console.print(f"{split}: {facts['rows_written']} rows{dropped}", soft_wrap=True)
     console.print(f"written to {output}", soft_wrap=True)
+
+
+@data.command()
+def logs(
+    files: Annotated[list[Path], typer.Argument(help=f"Logged conversations with ratings, as {FILE}s.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for train.parquet and a manifest.")],
+    rating: Annotated[
+        str | None,
+        typer.Option(help="Field of the rating; a.b: b in a.  [default: rating, score, reward or feedback]"),
+    ] = None,
+    word: Annotated[
+        list[str] | None, typer.Option(help="WORD=NUMBER for ratings that are words, beyond up and down.")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="LOW:HIGH, the ratings that become rewards 0 and 1, such as 1:5.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Field of the ground truth, if reward functions want one.")
+    ] = None,
+    rewards: Annotated[
+        Literal["ratings", "functions", "both"],
+        typer.Option(help="Of logged answers: ratings (others are left out), reward functions, or either."),
+    ] = "ratings",
+) -> None:
+    """Write logged answers beside their prompts, each to join a group of fresh ones."""
+    from gvpo.data.logs import Logs
+    from gvpo.data.writer import write_logs
+
+    try:
+        words = {key.lower(): float(value) for key, value in parse_columns(word or []).items()}
+        low, high = map(float, scale.split(":")) if scale else (0.0, 1.0)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"--word takes WORD=NUMBER and --scale LOW:HIGH ({error}).") from error
+    if low == high:
+        raise InputError(f"--scale {scale} is no scale: give two different numbers.")
+    reader = Logs(rating, words, (low, high) if scale else None, answer, rewards)
+    facts = write_logs(files, output, reader)
+    dropped = "".join(f"; {count} left out: {why}" for why, count in facts["answers_dropped"].items())
+    typer.echo(f"{facts['lines']} lines: {facts['answers']} answers to {facts['prompts']} prompts{dropped}")
+    if facts["rewards"]:
+        spread = ", ".join(f"{name} {value:.3g}" for name, value in facts["rewards"].items())
+        typer.echo(f"rewards of {facts['rated']}: {spread}")
+    typer.echo(f"written to {output}")

@@ -54,9 +54,11 @@ class Prompts:
             self.seen += 1
             columns = columns or (
                 self._column(row, "prompt", self.recipe.question_columns),
-                self._column(row, "answer", self.recipe.answer_columns),
+                self._column(row, "answer", self.recipe.answer_columns)
+                if self.columns.get("answer") != ""
+                else "",
             )
-            for column in (*columns, *self.keep):
+            for column in (*filter(None, columns), *self.keep):
                 if column not in row:
                     raise InputError(f"{where} has no column {column!r}: give every row the same columns.")
             same = row.get("id", row.get("unique_id"))
@@ -64,9 +66,9 @@ class Prompts:
                 raise InputError(
                     f"{where} repeats the id {same!r} of row {first[same] + 1}: remove one of them."
                 )
-            question, truth = (row[column] for column in columns)
+            question, truth = row[columns[0]], row.get(columns[1], "")
             prompt = self._messages(question, where)
-            truth = truth if self.generated else self.recipe.ground_truth(truth)
+            truth = truth if self.generated or not columns[1] else self.recipe.ground_truth(truth)
             if prompt is None or truth is None:
                 what = "the question is empty" if prompt is None else "the ground truth cannot be parsed"
                 self.dropped[what] += 1
@@ -88,7 +90,8 @@ class Prompts:
                 return candidate
         raise InputError(
             f"{self.where} has no column {' or '.join(map(repr, candidates))} for the {ours} (it has "
-            f"{', '.join(map(repr, row)) or 'none'}): rename one, or map it with {ours}=COLUMN."
+            f"{', '.join(map(repr, row)) or 'none'}): rename one, or map it with {ours}=COLUMN"
+            f"{', or with nothing if there are no ground truths' if ours == 'answer' else ''}."
         )
 
     def _messages(self, question: Any, where: str) -> list[dict[str, str]] | None:
@@ -136,7 +139,7 @@ def load_prompts(
         seed: of the generated problems and of the choice made by `size`.
         size: how many prompts: so many drawn at random, in their order. None for all (generated tasks: all
             pairs of `arithmetic`, 1,000 of a reasoning_gym task).
-        columns: for other column names, `{"prompt": theirs, "answer": theirs}`.
+        columns: for other column names, `{"prompt": theirs, "answer": theirs}`; "" for no answers.
         revision: commit, branch or tag on the Hub.
         source: file or Hub id to read instead of the name's own.
         system_prompt: first message of each conversation.

@@ -29,6 +29,11 @@ def read_file(path: str | Path) -> Iterator[Row]:
     Raises:
         InputError: the file is missing, empty, not UTF-8, of another type, or a row is no object.
     """
+    return (row for _, row in numbered_rows(path))
+
+
+def numbered_rows(path: str | Path) -> Iterator[tuple[int, Row]]:
+    """The same rows, each with the number of its line in the file, from 1 (of Parquet: of the row)."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file: give a .jsonl or .parquet file that exists.")
@@ -40,7 +45,7 @@ def read_file(path: str | Path) -> Iterator[Row]:
     yield from rows
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path} is neither .jsonl nor .parquet: convert it to one of these.")
     with path.open("rb") as file:
@@ -62,17 +67,17 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 ) from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}, row {number} is not a JSON object: write one object a line.")
-            yield row
+            yield number, row
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                yield from batch.to_pylist()
+            batches = file.iter_batches(batch_size=_BATCH_ROWS)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} cannot be read as parquet ({first_line(error)}): write it again."

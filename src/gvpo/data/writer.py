@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gvpo import __version__
+from gvpo.data.logs import Logs
 from gvpo.data.prompts import SPLITS, iterate_prompts
 from gvpo.data.recipes import RECIPES
 from gvpo.data.sources import SUFFIXES, Row, hub_revision, looks_like_file
@@ -78,9 +79,53 @@ def write_dataset(
                 "file": path.name,
                 "sha256": _sha256(path),
             }
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        (aside / MANIFEST).write_text(text, encoding="utf-8")
+        _write_manifest(aside, manifest)
     return manifest
+
+
+def write_logs(files: Sequence[Path], output: str | Path, logs: Logs) -> dict[str, Any]:
+    """Write `train.parquet`, a row a prompt with its `logged` answers, and `manifest.json`; returns that.
+
+    Raises:
+        InputError: anything about the logs or the output folder; nothing is left half-written.
+    """
+    prompts = logs.prompts(files)
+    left_out = dict(sorted(logs.dropped.items()))
+    if not prompts:
+        why = ", ".join(f"{count}: {reason}" for reason, count in left_out.items())
+        raise InputError(f"{', '.join(map(str, files))}: no answer of {logs.lines} lines is of use ({why}).")
+    rows = (
+        {"data_source": "logs", "index": index, "question": row["prompt"][-1]["content"], **row}
+        for index, row in enumerate(prompts)
+    )
+    rewards = [answer["reward"] for row in prompts for answer in row["logged"]]
+    rated = [reward for reward in rewards if reward is not None]
+    with _aside(Path(output)) as aside:
+        path = aside / "train.parquet"
+        _write_parquet(path, _verl_rows(rows, "logs", "train"), "train")
+        manifest = {
+            "name": "logs",
+            "gvpo": __version__,
+            "sources": [{"source": Path(file).name, "source_sha256": _sha256(Path(file))} for file in files],
+            "lines": logs.lines,
+            "prompts": len(prompts),
+            "prompts_with_two_or_more": sum(len(row["logged"]) > 1 for row in prompts),
+            "answers": len(rewards),
+            "answers_dropped": left_out,
+            "rated": len(rated),
+            "rewards": {"lowest": min(rated), "mean": sum(rated) / len(rated), "highest": max(rated)}
+            if rated
+            else None,
+            "file": path.name,
+            "sha256": _sha256(path),
+        }
+        _write_manifest(aside, manifest)
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -161,14 +206,18 @@ def _verl_rows(rows: Iterable[Row], ability: str, split: str) -> Iterator[Row]:
             "data_source": row["data_source"],
             "prompt": row["prompt"],
             "ability": ability,
-            "reward_model": {"style": "rule", "ground_truth": row["answer"]},
+            "reward_model": {"style": "rule", "ground_truth": row.get("answer", "")},
             "extra_info": extra | task,
-            "answer": row["answer"],
-            **task,
+            **{key: row[key] for key in ("answer", "task", "entry", "logged") if key in row},
         }
 
 
-def _write_parquet(path: Path, rows: Iterator[Row], split: str, progress: Callable[[str, int], None]) -> int:
+def _write_parquet(
+    path: Path,
+    rows: Iterator[Row],
+    split: str,
+    progress: Callable[[str, int], None] = lambda split, rows: None,
+) -> int:
     import pyarrow
     import pyarrow.parquet
 
@@ -178,6 +227,9 @@ def _write_parquet(path: Path, rows: Iterator[Row], split: str, progress: Callab
     text = pyarrow.string()
     extra = [("split", text), ("index", pyarrow.int64()), ("question", text)]
     task = [(key, text) for key in ("task", "entry") if key in first]
+    ids = ("completion_ids", pyarrow.list_(pyarrow.int32()))
+    logged = [("content", text), ("reward", pyarrow.float64()), ("complete", pyarrow.bool_()), ids]
+    own = {"answer": text, **dict(task), "logged": pyarrow.list_(pyarrow.struct(logged))}
     schema = pyarrow.schema(
         [
             ("data_source", text),
@@ -185,8 +237,7 @@ def _write_parquet(path: Path, rows: Iterator[Row], split: str, progress: Callab
             ("ability", text),
             ("reward_model", pyarrow.struct([("style", text), ("ground_truth", text)])),
             ("extra_info", pyarrow.struct(extra + task)),
-            ("answer", text),
-            *task,
+            *((key, kind) for key, kind in own.items() if key in first),
         ]
     )
     written = 0

@@ -1,18 +1,28 @@
-"""Demonstrations: given good answers that take slots of on-policy groups.
+"""Demonstrations: given answers, good or rated, that take slots of on-policy groups.
 
-A prompt's row has one or more answers in a column, as text or messages. They are rewarded like any completion
-(or with a given reward) and scored under the reference of the group that they join.
+A prompt's row has one or more answers in a column: text, messages, or an answer that was logged (`gvpo data
+logs`), {"content": text, "reward": number or None, "complete": False if cut off, "completion_ids": its tokens
+or None}. They are rewarded like any completion, or with a given reward, and scored under the reference of the
+group that they join.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gvpo.errors import InputError
-from gvpo.replay.tokens import Encoder, content
+from gvpo.replay.tokens import Encoder, check_ids, content
+
+
+class Demonstration(NamedTuple):
+    """The tokens of a given answer, and its own reward if it has one."""
+
+    ids: list[int]
+    reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ class Demonstrations:
             return list(self.slots)
         return list(range(self.group_size - self.per_group, self.group_size))
 
-    def of(self, row: Mapping[str, Any], where: str = "A row") -> list[list[int]]:
-        """The tokens of a row's demonstrations.
+    def of(self, row: Mapping[str, Any], where: str = "A row") -> list[Demonstration]:
+        """A row's demonstrations.
 
         Raises:
             InputError: one that is empty, too long, or cannot be encoded; named by `where`.
@@ -60,19 +70,29 @@ class Demonstrations:
             raise InputError(f"{where} has no column {self.column!r} with demonstrations.")
         found = []
         for number, answer in enumerate(_answers(row[self.column], where)):
-            if not content(answer).strip():
+            logged = answer if isinstance(answer, Mapping) else {"content": answer}
+            if not content(logged["content"]).strip():
                 raise InputError(f"{where}, demonstration {number} is empty: leave it out.")
             try:
-                ids = self.encoder.answer(row["prompt"], answer)
+                shown = self._read(row["prompt"], logged)
             except InputError as error:
                 raise InputError(f"{where}, demonstration {number}: {error}.") from error
-            if self.longest is not None and len(ids) > self.longest:
+            if self.longest is not None and len(shown.ids) > self.longest:
                 raise InputError(
-                    f"{where}, demonstration {number} has {len(ids)} tokens, but max_completion_length is "
-                    f"{self.longest}: shorten it, raise the limit, or leave it out."
+                    f"{where}, demonstration {number} has {len(shown.ids)} tokens, but max_completion_length "
+                    f"is {self.longest}: shorten it, raise the limit, or leave it out."
                 )
-            found.append(ids)
+            found.append(shown)
         return found
+
+    def _read(self, prompt: Any, logged: Mapping[str, Any]) -> Demonstration:
+        reward, ids = logged.get("reward"), logged.get("completion_ids")
+        if reward is not None and not math.isfinite(reward):
+            raise InputError(f"its reward is {reward!r}, not a finite number")
+        if ids is not None:
+            return Demonstration(check_ids(list(ids), self.encoder.vocabulary_size), reward)
+        complete = logged.get("complete") is not False
+        return Demonstration(self.encoder.answer(prompt, logged["content"], complete=complete), reward)
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Encode all demonstrations of a data set once; returns how many rows have any.
@@ -85,8 +105,8 @@ class Demonstrations:
             raise InputError(f"No row has a demonstration in its column {self.column!r}.")
         return having
 
-    def chosen(self, row: Mapping[str, Any], group: int) -> dict[int, list[int]]:
-        """Slot → tokens for the group with this number: the same on every process that holds a part of it."""
+    def chosen(self, row: Mapping[str, Any], group: int) -> dict[int, Demonstration]:
+        """By slot, for the group with this number: the same on every process that holds a part of it."""
         answers = self.of(row)
         if len(answers) > self.per_group:
             answers = random.Random(f"{self.seed} {group}").sample(answers, self.per_group)
@@ -109,16 +129,20 @@ def check_slots(per_group: int, group_size: int, slots: Sequence[int] | None) ->
 
 
 def _answers(value: Any, where: str) -> list[Any]:
-    """One answer or several, each text or a list of messages."""
-    if isinstance(value, str):
+    """One answer or several, each text, a list of messages, or logged."""
+    if isinstance(value, str) or _is_logged(value):
         return [value]
     if value is None:
         return []
     if isinstance(value, Sequence):
         if not value:
             return []
-        if all(isinstance(item, Mapping) for item in value):
+        if all(isinstance(item, Mapping) and "role" in item for item in value):
             return [value]  # one answer, as messages
-        if all(isinstance(item, str | Sequence) for item in value):
+        if all(isinstance(item, str | Sequence) or _is_logged(item) for item in value):
             return list(value)
     raise InputError(f"{where}: a demonstration is text or a list of messages, not {type(value).__name__}.")
+
+
+def _is_logged(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("content"), str) and "role" not in value

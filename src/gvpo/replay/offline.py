@@ -11,7 +11,7 @@ Optional columns, a list per group or one value per completion: `complete` (Fals
 cut off and has no end-of-turn), `reference_logp(s)` (S' in nats) with `reference` (the name of the policy
 that they are from). Instead of texts there may be token ids: `prompt_ids` (of all, or a list for each
 completion), `completion_ids`, with `counted` (which of them make up S) and `valid` (False: takes no part), as
-`gvpo replay export` writes them.
+`gvpo replay export` writes them. `gvpo data logs` writes rows of a prompt and its `logged` answers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def load_offline(
     name = str(source) if isinstance(source, str | Path) else "The data"
     rows = read_file(source) if isinstance(source, str | Path) else source
     gathered: dict[Any, tuple[list[int], list[Response]]] = {}
-    for number, row in enumerate(rows, start=1):
+    for number, given in enumerate(rows, start=1):
+        row = _unpacked(given) if isinstance(given.get("logged"), list) else given
         try:
             prompt, responses = _read(row, encoder, longest)
         except InputError as error:
@@ -115,6 +116,14 @@ def load_offline(
             "with."
         )
     return logged
+
+
+def _unpacked(row: Row) -> Row:
+    """A row of `gvpo data logs` as a row a group."""
+    names = {"completions": "content", "rewards": "reward", "complete": "complete"}
+    names["completion_ids"] = "completion_ids"
+    columns = {ours: [answer[theirs] for answer in row["logged"]] for ours, theirs in names.items()}
+    return {"prompt": row["prompt"], **columns}
 
 
 def _is_group(row: Row) -> bool:
@@ -166,7 +175,7 @@ def _response(cell: Row, row: Row, encoder: Encoder, longest: int | None) -> Res
     counted, logp = cell.get("counted"), cell.get("reference_logps")
     prompt, complete = row.get("prompt") or "", cell.get("complete", True)
     said: Any = cell.get("completions")
-    if "completion_ids" in cell:
+    if cell.get("completion_ids") is not None:
         ids = check_ids(list(cell["completion_ids"]), encoder.vocabulary_size)
     elif isinstance(prompt, list) and isinstance(said, list) and len(said) > 1:
         ids, counted = encoder.episode(prompt, said, complete=complete)

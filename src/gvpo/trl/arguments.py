@@ -35,7 +35,7 @@ class GVPOScriptArguments:
         eval_dataset_split: split to evaluate on.
         eval_dataset_size: how many prompts of it, drawn with the seed. Default: all.
         prompt_column: column of the prompt or question.
-        answer_column: column of the ground truth.
+        answer_column: column of the ground truth; '' if rewards need none.
         image_column: column with the image of each prompt, or a list of them: files, or as `datasets` keeps
             images. It takes a vision-language model.
         system_prompt: first message of each conversation.

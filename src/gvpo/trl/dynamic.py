@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
+from gvpo.replay.demonstrations import Demonstration
 from gvpo.trl.metrics import Share
 from gvpo.trl.rollouts import select
 
@@ -104,7 +105,7 @@ class Generation:
 
     batch: GroupBatch
     components: Float[Tensor, "rows functions"]
-    given: Sequence[list[int] | None]
+    given: Sequence[Demonstration | None]
 
     def replaced(self, k: int, places: Sequence[int], other: Generation, found: Sequence[int]) -> Generation:
         """Groups `found` in `other`, of k rows each, stand in the `places` of groups of this one."""

@@ -21,7 +21,7 @@ from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
 from gvpo.replay.batches import batch_of, groups_of, rows_of
 from gvpo.replay.buffer import ReplayBuffer
-from gvpo.replay.demonstrations import Demonstrations
+from gvpo.replay.demonstrations import Demonstration, Demonstrations
 from gvpo.replay.group import Group
 from gvpo.replay.offline import load_offline
 from gvpo.replay.sampling import Weights
@@ -31,7 +31,7 @@ from gvpo.trl.config import GVPOConfig
 from gvpo.trl.dynamic import equal_groups, without_groups
 from gvpo.trl.metrics import Share
 
-Given = Sequence[list[int] | None]  # a row's demonstration, or None where it is sampled
+Given = Sequence[Demonstration | None]  # a row's demonstration, or None where it is sampled
 
 _GROUP = "offline_group"  # column of the data set that stands for a logged group
 
@@ -79,7 +79,7 @@ def place(
     demonstrations: Demonstrations, inputs: Sequence[dict[str, Any]], first_row: int, first_group: int
 ) -> Given:
     """Which of this process's rows of a generation, from its `first_row` on, are demonstrations."""
-    chosen: dict[int, dict[int, list[int]]] = {}
+    chosen: dict[int, dict[int, Demonstration]] = {}
     given = []
     for i, row in enumerate(inputs):
         group, slot = divmod(first_row + i, demonstrations.group_size)
@@ -99,10 +99,10 @@ def complete(
 ) -> Any:
     """Completions of all rows: those that are not demonstrations by `sample`; with `whole` it samples all."""
     # At least one row: other processes may wait to share parameters.
-    rows = [i for i, ids in enumerate(given) if ids is None or whole] or [0]
+    rows = [i for i, shown in enumerate(given) if shown is None or whole] or [0]
     sampled, _ = sample([prompt_ids[i] for i in rows], *others, **kwargs)
     completions = dict(zip(rows, sampled, strict=True))
-    return [completions[i] if ids is None else list(ids) for i, ids in enumerate(given)], None
+    return [completions[i] if shown is None else list(shown.ids) for i, shown in enumerate(given)], None
 
 
 def reward_demonstrations(
@@ -114,17 +114,17 @@ def reward_demonstrations(
 ) -> dict[str, Share]:
     """Give demonstrations their reward, in place; the metrics tell what sampled rows got without them.
 
-    With a `reward` of its own a demonstration takes part where a reward function `failed` on it, too.
+    With a reward of its own, or `reward`, a demonstration takes part where a reward function `failed`, too.
 
     Raises:
-        InputError: there is no `reward` for them, and the reward functions, without failing, gave none.
+        InputError: there is no reward for one, and the reward functions, without failing, gave none.
     """
-    shown = torch.tensor([ids is not None for ids in given], device=rewards.device)
-    if reward is not None:
-        rewards[shown] = reward
-        valid[shown] = True
-        failed[shown] = False
-    elif (shown & ~valid & ~failed).any():
+    shown = torch.tensor([one is not None for one in given], device=rewards.device)
+    for row, one in enumerate(given):
+        own = None if one is None else reward if one.reward is None else one.reward
+        if own is not None:
+            rewards[row], valid[row], failed[row] = own, True, False
+    if (shown & ~valid & ~failed).any():
         raise InputError(
             "The reward functions gave a demonstration no reward (None or NaN): set "
             "demonstration_reward, or leave it out."
@@ -285,7 +285,7 @@ class Replay:
                 reference=f"{name} of run {self._run}",
                 policy_step=self._earlier + step,
                 components={name: values.tolist() for name, values in components.items()},
-                demonstrations=[i for i, ids in enumerate(given) if ids is not None],
+                demonstrations=[i for i, shown in enumerate(given) if shown is not None],
             )
         )
         self.buffer.evict(self._earlier + step)

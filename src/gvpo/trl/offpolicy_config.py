@@ -28,11 +28,12 @@ class OffPolicyConfig:
         replay_memory: MB of its replay file that each process keeps in memory.
         demonstrations_per_group: slots of each group that demonstrations take, where a prompt has so many.
         demonstration_slots: which slots, 0 … num_generations − 1. Default: the last ones.
-        demonstration_column: column of the data set with a prompt's demonstration, or a list of them.
-        demonstration_reward: reward of demonstrations. Default: the reward functions are asked.
+        demonstration_column: column of the data set with a prompt's demonstration, or a list of them: texts,
+            messages, or answers with ratings as `gvpo data logs` writes them into `logged`.
+        demonstration_reward: of demonstrations without a rating. Default: the reward functions are asked.
         offline: logged completions with rewards to train on instead of prompts: a .parquet or .jsonl file
-            (`gvpo.replay.offline` says which columns), or the folder of a replay buffer. Nothing is
-            generated.
+            (`gvpo.replay.offline` says which columns; what `gvpo data logs` writes will do), or the folder of
+            a replay buffer. Nothing is generated.
 
     Raises:
         InputError: options out of range, or that exclude each other.
