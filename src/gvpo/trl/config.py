@@ -13,9 +13,9 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from gvpo.errors import InputError
+from gvpo.replay.options import OffPolicyConfig
 from gvpo.trl.dynamic import DynamicConfig, check_dynamic
 from gvpo.trl.health_config import HealthConfig, check_health
-from gvpo.trl.offpolicy_config import OffPolicyConfig, check_off_policy
 
 _EXACT = "an update must not depend on how rows are cut into micro-batches"
 
@@ -115,7 +115,11 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
             self.num_generations,
             self.world_size,
         )
-        check_off_policy(self)
+        assert self.num_generations is not None
+        self.check_off_policy(self.num_generations)
+        given = "offline" if self.offline is not None else "demonstrations_per_group"
+        if getattr(self, given) and self.remove_unused_columns:
+            raise InputError(f"{given} needs remove_unused_columns=False (the default here).")
         check_dynamic(self)
         check_health(self)
         if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):

@@ -5,7 +5,6 @@ Each part takes values and gives values; all maths stays in `gvpo.step`.
 
 from __future__ import annotations
 
-import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +19,10 @@ from transformers import PreTrainedModel
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
 from gvpo.replay.batches import batch_of, groups_of, rows_of
-from gvpo.replay.buffer import ReplayBuffer
 from gvpo.replay.demonstrations import Demonstration, Demonstrations
-from gvpo.replay.group import Group
 from gvpo.replay.offline import load_offline
-from gvpo.replay.sampling import Weights
-from gvpo.replay.tokens import Encoder, fingerprint
-from gvpo.replay.view import rank_folder
+from gvpo.replay.reuse import Reuse
+from gvpo.replay.tokens import Encoder
 from gvpo.trl.config import GVPOConfig
 from gvpo.trl.dynamic import equal_groups, without_groups
 from gvpo.trl.metrics import Share
@@ -210,52 +206,27 @@ def unrewarded(**_: Any) -> list[float]:
 # ------------------------------------------------------------------------------------------------- replay
 
 
-class Replay:
-    """Keeps this process's groups and brings them back, some of them in each optimizer step.
-
-    Attributes:
-        sampling: which groups are replayed: a name, or a function from `ReplayIndex` to weights.
-        buffer: the groups.
-    """
+class Replay(Reuse):
+    """Keeps this process's groups and brings them back, some of them in each optimizer step."""
 
     def __init__(self, args: GVPOConfig, encoder: Encoder, *, rank: int, world: int) -> None:
-        if args.replay_reference == "current" and args.reference == "rollout":
-            warnings.warn(
-                "replay_reference='current' with reference='rollout' re-anchors: each replayed group pulls "
-                "away from the policy as it is, without end. With 15 replayed groups for each fresh "
-                "one, accuracy ended between 65 % and 75 % where 'stored' reached 93 % to 97 %.",
-                stacklevel=4,
-            )
         assert args.num_generations is not None
         self.args, self.k, self.rank, self.world = args, args.num_generations, rank, world
-        self.sampling: str | Weights = args.replay_sampling
-        self.folder = Path(args.replay_directory or Path(args.output_dir) / "replay")
-        self.buffer = ReplayBuffer(
-            rank_folder(self.folder, rank),
-            tokenizer=fingerprint(encoder.tokenizer),
-            vocabulary_size=encoder.vocabulary_size,
-            group_size=self.k,
-            capacity=-(-args.replay_capacity // world),
-            max_age=args.replay_max_age,
-            memory=args.replay_memory * 2**20,
-            seed=args.seed + rank,
-            checkpoints=args.output_dir,
-        )
-        self._due = 0.0  # replayed groups owed, as a ratio need not come out even
         self._first_numbers: dict[int, int] = {}  # policy step → number of its first group in the buffer
-        self._new_run()
+        super().__init__(
+            args,
+            args.output_dir,
+            encoder,
+            group_size=self.k,
+            seed=args.seed,
+            reference=args.reference,
+            rank=rank,
+            world=world,
+        )
 
     def begin(self) -> None:
-        """A new run: groups of an earlier one leave its own folder."""
-        self._due, self._first_numbers = 0.0, {}
-        if self.args.replay_directory is None:
-            self.buffer.clear()
-        self._new_run()
-
-    def _new_run(self) -> None:
-        self._run = uuid.uuid4().hex[:8]  # steps of two runs are not the same policy
-        # Steps count on from the newest group of an earlier run, so that ages are steps over both.
-        self._earlier = int(self.buffer.records["policy_step"].max(initial=0))
+        super().begin()
+        self._first_numbers = {}
 
     def store(
         self,
@@ -278,17 +249,15 @@ class Replay:
         name = "initial" if self.args.reference == "initial" else f"step {reference_step}"
         if self.args.dynamic_sampling == "replay":  # those that are replaced are no replacement
             batch = without_groups(batch, equal_groups(batch.rewards, batch.valid, self.k), self.k)
-        self.buffer.append(
-            groups_of(
-                batch,
-                self.k,
-                reference=f"{name} of run {self._run}",
-                policy_step=self._earlier + step,
-                components={name: values.tolist() for name, values in components.items()},
-                demonstrations=[i for i, shown in enumerate(given) if shown is not None],
-            )
+        groups = groups_of(
+            batch,
+            self.k,
+            reference=f"{name} of run {self.run}",
+            policy_step=self.earlier + step,
+            components={name: values.tolist() for name, values in components.items()},
+            demonstrations=[i for i, shown in enumerate(given) if shown is not None],
         )
-        self.buffer.evict(self._earlier + step)
+        self.keep(groups, step)
 
     def draw(
         self, fresh: GroupBatch, step: int, oldest: int
@@ -301,58 +270,40 @@ class Replay:
         Raises:
             InputError: a group that was stored without.
         """
-        self._due += self.args.replay_ratio * len(fresh) / self.k
-        count = int(self._due)
-        self._due -= count
+        count = self.owed(len(fresh) / self.k)
         fills = self.args.dynamic_sampling == "replay"
         alike = (equal_groups(fresh.rewards, fresh.valid, self.k) & fills).nonzero()[:, 0]
         # Groups that are among the fresh ones are not replayed beside them.
         self._first_numbers = {s: n for s, n in self._first_numbers.items() if s >= oldest}
         mark = min(self._first_numbers.values(), default=self.buffer.next_number)
-        now = self._earlier + step
-        groups = self.buffer.sample(count + len(alike), sampling=self.sampling, step=now, before_number=mark)
+        groups = self.take(count + len(alike), step, mark)
         filled = alike[: len(groups)]
         ids = [-1 - self.rank - self.world * i for i in range(len(groups))]  # fresh groups count from 0
         stored = self.args.replay_reference == "stored"
         batch = batch_of(groups, ids, fresh.input_ids.device, stored=stored)
-        if stored and groups and batch.reference_logps is None:
-            raise InputError(
-                f"A group in {self.folder} was stored without reference log-probabilities: use "
-                "replay_reference='current'."
-            )
-        shares = self._shares(groups, now)
+        shares = {
+            name: Share(total, count, largest=name.endswith("_max"))
+            for name, (total, count) in self.facts(groups, step).items()
+        }
         if fills:
             fresh = without_groups(fresh, filled, self.k)
             shares["dynamic/replaced"] = Share(len(filled))
             shares["dynamic/unfilled"] = Share(len(alike) - len(filled))
         return fresh, batch, shares
 
-    def _shares(self, groups: Sequence[Group], step: int) -> dict[str, Share]:
-        stored = self.buffer.index(step).ages.clip(min=0)
-        ages = [max(0, step - group.policy_step) for group in groups]
-        return {
-            "replay/size": Share(len(stored)),
-            "replay/size_age_mean": Share(float(stored.sum()), len(stored)),
-            "replay/groups": Share(len(groups)),
-            "replay/age_mean": Share(sum(ages), len(ages)),
-            "replay/age_max": Share(max(ages, default=0), len(ages), largest=True),
-        }
-
     # --------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Put this process's buffer into a checkpoint; and what it keeps besides."""
-        self.buffer.save(folder / f"gvpo_replay_{self.rank}")
+        state = self.save(folder / f"gvpo_replay_{self.rank}")
         first = {str(step): number for step, number in self._first_numbers.items()}
-        return {"run": self._run, "earlier": self._earlier, "due": self._due, "first_numbers": first}
+        return state | {"first_numbers": first}
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Go on with what was in the buffer then."""
-        self._run, self._due = state.get("run", self._run), state.get("due", 0.0)
-        self._earlier = state.get("earlier", 0)
         self._first_numbers = {int(step): number for step, number in state.get("first_numbers", {}).items()}
         saved = sorted(folder.glob("gvpo_replay_*"), key=lambda path: int(path.name.split("_")[-1]))
-        self.buffer.restore(*saved[self.rank :: self.world])
+        self.restore(state, *saved[self.rank :: self.world])
         if len(saved) == self.world:
             return
         self._first_numbers = {}  # groups of other processes than before have other numbers

@@ -1,9 +1,9 @@
-"""The options of `GVPOConfig` for responses that the current policy did not sample."""
+"""The options for responses that the current policy did not sample: the same names on TRL and on verl."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from gvpo.errors import InputError
 from gvpo.replay.demonstrations import check_slots
@@ -26,6 +26,8 @@ class OffPolicyConfig:
         replay_directory: where the groups are kept: a folder for each process. Groups that are already there
             are used. Default: a folder of its own in `output_dir`, emptied when training starts anew.
         replay_memory: MB of its replay file that each process keeps in memory.
+        replay_after_crash: which groups a resumed run goes on with: "rollback", those of the checkpoint, or
+            "keep", also those that were written after it. Either way each has one fixed reference.
         demonstrations_per_group: slots of each group that demonstrations take, where a prompt has so many.
         demonstration_slots: which slots, 0 … num_generations − 1. Default: the last ones.
         demonstration_column: column of the data set with a prompt's demonstration, or a list of them: texts,
@@ -46,33 +48,29 @@ class OffPolicyConfig:
     replay_sampling: Literal["uniform", "recent", "reward_variance"] = "uniform"
     replay_directory: str | None = None
     replay_memory: int = 256
+    replay_after_crash: Literal["rollback", "keep"] = "rollback"
     demonstrations_per_group: int = 0
     demonstration_slots: list[int] | None = None
     demonstration_column: str = "demonstrations"
     demonstration_reward: float | None = None
     offline: str | None = None
 
-
-def check_off_policy(args: Any) -> None:
-    """Raise an InputError for options out of range, or that exclude each other."""
-    if not (isinstance(args.replay_ratio, int | float) and 0 <= args.replay_ratio < float("inf")):
-        raise InputError(f"replay_ratio={args.replay_ratio!r} must be a number of at least 0.")
-    for name, least in (("replay_capacity", 1), ("replay_memory", 0), ("replay_max_age", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"{name}={value} must be at least {least}.")
-    if args.replay_reference not in ("stored", "current"):
-        raise InputError(f"replay_reference={args.replay_reference!r} is unknown: use 'stored' or 'current'.")
-    if args.replay_sampling not in SAMPLING:
-        raise InputError(
-            f"replay_sampling={args.replay_sampling!r} is unknown: use one of {', '.join(SAMPLING)}."
-        )
-    check_slots(args.demonstrations_per_group, args.num_generations, args.demonstration_slots)
-    if args.offline is not None and (args.replay_ratio or args.demonstrations_per_group):
-        raise InputError(
-            "offline trains on logged groups only: leave out replay_ratio and demonstrations_per_group "
-            "(logged groups come again each epoch, and may have demonstrations among their completions)."
-        )
-    needs_columns = "offline" if args.offline is not None else "demonstrations_per_group"
-    if (args.offline is not None or args.demonstrations_per_group) and args.remove_unused_columns:
-        raise InputError(f"{needs_columns} needs remove_unused_columns=False (the default here).")
+    def check_off_policy(self, group_size: int) -> None:
+        """Raise an InputError for options out of range, or that exclude each other."""
+        if not (isinstance(self.replay_ratio, int | float) and 0 <= self.replay_ratio < float("inf")):
+            raise InputError(f"replay_ratio={self.replay_ratio!r} must be a number of at least 0.")
+        for name, least in (("replay_capacity", 1), ("replay_memory", 0), ("replay_max_age", 1)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise InputError(f"{name}={value} must be at least {least}.")
+        choices = {"replay_reference": ("stored", "current"), "replay_sampling": tuple(SAMPLING)}
+        choices["replay_after_crash"] = ("rollback", "keep")
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}.")
+        check_slots(self.demonstrations_per_group, group_size, self.demonstration_slots)
+        if self.offline is not None and (self.replay_ratio or self.demonstrations_per_group):
+            raise InputError(
+                "offline trains on logged groups only: leave out replay_ratio and demonstrations_per_group "
+                "(logged groups come again each epoch, and may have demonstrations among their completions)."
+            )
