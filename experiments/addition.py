@@ -134,6 +134,7 @@ class Rollout:
     rewards: Float[Tensor, "rows"]
     behaviour: Float[Tensor, "rows"]
     reference: Float[Tensor, "rows tokens"]
+    reference_rewards: Float[Tensor, "prompts n"] | None = None  # of answers that the reference gave
 
     @classmethod
     @torch.no_grad()
@@ -163,6 +164,7 @@ class Rollout:
             rewards=self.rewards,
             mask=not_ended(self.completions),
             k=K,
+            reference_rewards=self.reference_rewards,
         )
 
 

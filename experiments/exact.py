@@ -19,7 +19,7 @@ from experiments.losses import Loss
 from experiments.responses import Responses
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 Table = Tensor  # (runs, prompts, responses, tokens): log-probabilities of all responses, in nats
 
@@ -30,6 +30,10 @@ class Policies(Protocol):
     parameters: list[Tensor]
 
     def table(self) -> Float[Tensor, "runs prompts responses tokens"]: ...
+
+    def values(self) -> Float[Tensor, "runs prompts"]:
+        """Log-sum-exp of the logits before the first token."""
+        ...
 
 
 class StackedAdam:
@@ -69,6 +73,9 @@ class Problem:
         seeds: of each run.
         rates: the learning rate of each run.
         beta: of the optimum π* that runs are measured against.
+        reference_rewards: R of n responses of the reference to each prompt, drawn before training.
+        flips: how likely it is that a reward R is seen as 1 − R; what is measured is R.
+        mask: False behind the end of a response; all tokens count if there is none.
     """
 
     rewards: Float[Tensor, "runs prompts responses"]
@@ -76,6 +83,9 @@ class Problem:
     seeds: list[int]
     rates: Float[Tensor, "runs"]
     beta: float
+    reference_rewards: Float[Tensor, "runs prompts n"] | None = None
+    flips: Float[Tensor, "runs prompts responses"] | None = None
+    mask: Bool[Tensor, "responses tokens"] | None = None
 
     @property
     def optimum(self) -> Float[Tensor, "runs prompts responses"]:
@@ -187,23 +197,60 @@ def train(
             sampler = source(table.detach())
             prompts = (dice.throw(groups) * table.shape[1]).long()
             responses = draw(sampler, prompts, dice.throw(groups, k))
-        policy, reference = (pick(t, prompts, responses) for t in (table, problem.reference))
-        batch = Responses(
-            policy=policy,
+        batch = _batch(problem, table, sampler, prompts, responses, dice)
+        if isinstance(source, Log):
             # A log was there before training: the policy that first met it was the reference.
-            rollout=reference if isinstance(source, Log) else policy.detach(),
-            reference=reference,
-            behaviour=pick(sampler, prompts, responses).to(policy.dtype),
-            rewards=pick(problem.rewards, prompts, responses).to(policy.dtype),
-            mask=torch.ones_like(policy, dtype=torch.bool),
-            k=k,
-        )
+            batch.rollout = batch.reference
+        if getattr(loss, "wants_values", False):
+            batch.values = policies.values().gather(1, prompts).flatten()
         # The mean over all runs' rows, times runs: each run's own mean.
         gradients = torch.autograd.grad(loss(batch) * runs, policies.parameters)
         optimizer.step(gradients, 1.0 if constant else 1 - step / steps)
         if step + 1 in measure_at or step + 1 == steps:
             history[step + 1] = measure(policies, problem)
     return history
+
+
+def _batch(
+    problem: Problem,
+    table: Table,
+    sampler: Float[Tensor, "runs prompts responses"],
+    prompts: Int[Tensor, "runs groups"],
+    responses: Int[Tensor, "runs groups k"],
+    dice: Dice,
+) -> Responses:
+    """What a loss is given of responses that were drawn."""
+    policy, reference = (pick(t, prompts, responses) for t in (table, problem.reference))
+    rewards = pick(problem.rewards, prompts, responses).to(policy.dtype)
+    if problem.flips is not None:
+        flipped = dice.throw(*responses.shape[1:]).flatten() < pick(problem.flips, prompts, responses)
+        rewards = torch.where(flipped, 1 - rewards, rewards)
+    others = problem.reference_rewards
+    runs, n_prompts = table.shape[:2]
+    return Responses(
+        policy=policy,
+        rollout=policy.detach(),
+        reference=reference,
+        behaviour=pick(sampler, prompts, responses).to(policy.dtype),
+        rewards=rewards,
+        mask=torch.ones_like(policy, dtype=torch.bool)
+        if problem.mask is None
+        else problem.mask[responses.flatten()],
+        k=responses.shape[2],
+        prompts=(torch.arange(runs)[:, None] * n_prompts + prompts).flatten(),
+        reference_rewards=None
+        if others is None
+        else others.to(policy.dtype)[torch.arange(runs)[:, None], prompts].flatten(0, 1),
+    )
+
+
+def from_reference(problem: Problem, n: int) -> Float[Tensor, "runs prompts n"]:
+    """R of n responses of the reference to each prompt, drawn apart from what training draws."""
+    dice = Dice([seed + 104_729 for seed in problem.seeds])
+    runs, n_prompts = problem.rewards.shape[:2]
+    every = torch.arange(n_prompts).expand(runs, -1)
+    drawn = draw(problem.reference.sum(-1), every, dice.throw(n_prompts, n))
+    return pick(problem.rewards, every, drawn).view(runs, n_prompts, n)
 
 
 def _epochs(log: Log, dice: Dice, groups: int) -> Iterator[Int[Tensor, "runs groups"]]:

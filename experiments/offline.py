@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from experiments.comparison import Arm, Interval, Record, Scale, grid, summarise
-from experiments.exact import Problem, make_log, train
+from experiments.exact import Problem, from_reference, make_log, train
 from experiments.losses import GVPO, RejectionSampling, RewardWeighted
 from experiments.opponents import DPO, GRPO, RLOO
 from experiments.report import COLOURS, by_condition, by_metric, dots, legend_below, save
@@ -106,16 +106,20 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm on all logs, or over 37 epochs."""
     if name.startswith("drift:"):
         return _drift(next(a for a in DRIFTERS if a.name == name.removeprefix("drift:")), scale)
-    arm = next(a for a in arms(scale) if a.name == name)
+    return run_arm(next(a for a in arms(scale) if a.name == name), scale)
+
+
+def run_arm(arm: Arm, scale: Scale, *, reference_n: int = 0) -> list[Record]:
+    """One algorithm on all logs; with `reference_n` rewards of the reference's own responses."""
     starts = pretrain(scale.all_seeds)
     steps = 100 if scale.quick else 320
     records = []
     for setting, rates in arm.by_loss():
         runs = [(log, seed, lr) for log in LOGS for seed in scale.all_seeds for lr in rates]
-        outcome = _train(starts, runs, arm.loss(**setting), scale, steps=steps)[steps]
+        found = _train(starts, runs, arm.loss(**setting), scale, reference_n, steps=steps)
         records += [
             Record(arm.name, log, {"lr": lr, **setting}, seed, metrics)
-            for (log, seed, lr), metrics in zip(runs, outcome, strict=True)
+            for (log, seed, lr), metrics in zip(runs, found[steps], strict=True)
         ]
     return records
 
@@ -143,7 +147,14 @@ def pretrain(seeds: tuple[int, ...]) -> Start:
 
 
 def _train(
-    starts: Start, runs: list[tuple[str, int, float]], loss: Any, scale: Scale, *, steps: int, **others: Any
+    starts: Start,
+    runs: list[tuple[str, int, float]],
+    loss: Any,
+    scale: Scale,
+    reference_n: int = 0,
+    *,
+    steps: int,
+    **others: Any,
 ) -> dict[int, list[dict[str, float]]]:
     row = [scale.all_seeds.index(seed) for _, seed, _ in runs]
     with torch.no_grad():
@@ -157,6 +168,8 @@ def _train(
     seeds = [seed for _, seed, _ in runs]
     rewards = REWARDS.expand(len(runs), -1, -1)
     problem = Problem(rewards, reference, seeds, torch.tensor([lr for *_, lr in runs]), BETA)
+    if reference_n:
+        problem.reference_rewards = from_reference(problem, reference_n)
     log = make_log(sampler, seeds, LOGGED, K)
     policies = starts[0].copies(row)
     return train(policies, problem, log, loss, steps=steps, groups=GROUPS, k=K, clip=1.0, **others)

@@ -7,6 +7,7 @@ sampler, and those that say so know the probabilities.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.comparison import Arm, Record, Scale, grid, summarise
-from experiments.exact import Problem, Table, train
+from experiments.exact import Problem, Table, from_reference, train
 from experiments.losses import GVPO
 from experiments.opponents import DPO, GRPO, RLOO
 from experiments.report import by_condition, dots, legend_below, save
@@ -49,6 +50,9 @@ class Tables:
 
     def table(self) -> Float[Tensor, "runs 1 responses 1"]:
         return self.parameters[0].log_softmax(2)
+
+    def values(self) -> Float[Tensor, "runs 1"]:
+        return self.parameters[0][..., 0].logsumexp(2)
 
 
 def make_problem(seed: int) -> dict[str, Float[Tensor, "responses"]]:
@@ -141,17 +145,21 @@ def jobs(scale: Scale) -> list[str]:
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """All samplers, seeds and settings of one algorithm."""
-    arm = next(a for a in arms(scale) if a.name == name)
+    return run_arm(next(a for a in arms(scale) if a.name == name), scale, tuple(SAMPLERS))
+
+
+def run_arm(arm: Arm, scale: Scale, samplers: Sequence[str], *, reference_n: int = 0) -> list[Record]:
+    """Some samplers, all seeds and settings; with `reference_n` rewards of the reference's own responses."""
     problems = {seed: make_problem(seed) for seed in scale.all_seeds}
     records = []
     for setting, rates in arm.by_loss():
-        runs = [(s, seed, lr) for s in SAMPLERS for seed in scale.all_seeds for lr in rates]
+        runs = [(s, seed, lr) for s in samplers for seed in scale.all_seeds for lr in rates]
         drawn = {
             key: torch.stack([problems[seed][key] for _, seed, _ in runs])
             for key in ("reference", "rewards", "stranger", "noise")
         }
-        block = {s: torch.tensor([i for i, run in enumerate(runs) if run[0] == s]) for s in SAMPLERS}
-        parts = {s: {key: value[block[s]] for key, value in drawn.items()} for s in SAMPLERS}
+        block = {s: torch.tensor([i for i, run in enumerate(runs) if run[0] == s]) for s in samplers}
+        parts = {s: {key: value[block[s]] for key, value in drawn.items()} for s in samplers}
 
         def sampler(
             table: Table, block: dict[str, Tensor] = block, parts: dict[str, dict[str, Tensor]] = parts
@@ -162,15 +170,18 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
                 out[rows] = sampler_logps(s, policy[rows], parts[s])
             return out[:, None]
 
+        problem = Problem(
+            drawn["rewards"][:, None],
+            drawn["reference"][:, None, :, None],
+            [seed for _, seed, _ in runs],
+            torch.tensor([lr for *_, lr in runs], dtype=torch.float64),
+            BETA,
+        )
+        if reference_n:
+            problem.reference_rewards = from_reference(problem, reference_n)
         outcome = train(
             Tables(drawn["reference"]),
-            Problem(
-                drawn["rewards"][:, None],
-                drawn["reference"][:, None, :, None],
-                [seed for _, seed, _ in runs],
-                torch.tensor([lr for *_, lr in runs], dtype=torch.float64),
-                BETA,
-            ),
+            problem,
             sampler,
             arm.loss(**setting),
             steps=steps(scale),

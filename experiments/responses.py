@@ -25,6 +25,10 @@ class Responses:
         rewards: R.
         mask: False behind the end of a response.
         k: responses of a group.
+        prompts: which prompt a group answers, a number from 0.
+        reference_rewards: R of n responses that the reference gave to a group's prompt before training.
+        values: log-sum-exp of the policy's logits before a group's first token, with gradient; only for
+            losses with `wants_values`.
     """
 
     policy: Float[Tensor, "rows tokens"]
@@ -34,6 +38,9 @@ class Responses:
     rewards: Float[Tensor, "rows"]
     mask: Bool[Tensor, "rows tokens"]
     k: int
+    prompts: Int[Tensor, "groups"] | None = None
+    reference_rewards: Float[Tensor, "groups n"] | None = None
+    values: Float[Tensor, "groups"] | None = None
 
     @property
     def group_ids(self) -> Int[Tensor, "rows"]:

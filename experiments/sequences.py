@@ -71,13 +71,18 @@ class SequencePolicies:
         new.parameters = [p.detach()[list(rows)].clone().requires_grad_() for p in self.parameters]
         return new
 
-    def table(self) -> Float[Tensor, "runs prompts responses tokens"]:
+    def _logits(self) -> Float[Tensor, "runs prompts prefixes symbols"]:
         prompt, first, second, hidden, hidden_bias, head, head_bias = self.parameters
         x = prompt + (first[:, _PREFIXES[:, 0]] + second[:, _PREFIXES[:, 1]])[:, None]
         x = torch.relu(x).flatten(1, 2)
         x = torch.relu(torch.baddbmm(hidden_bias, x, hidden))
-        logits = torch.baddbmm(head_bias, x, head).view(len(x), PROMPTS, len(_PREFIXES), SYMBOLS)
-        return logits.log_softmax(-1)[:, :, _PREFIX_OF_TOKEN, RESPONSES]
+        return torch.baddbmm(head_bias, x, head).view(len(x), PROMPTS, len(_PREFIXES), SYMBOLS)
+
+    def table(self) -> Float[Tensor, "runs prompts responses tokens"]:
+        return self._logits().log_softmax(-1)[:, :, _PREFIX_OF_TOKEN, RESPONSES]
+
+    def values(self) -> Float[Tensor, "runs prompts"]:
+        return self._logits()[:, :, 0].logsumexp(-1)
 
 
 def pretrained(seeds: Sequence[int], *, skew: float, noise: float, steps: int = 400) -> SequencePolicies:

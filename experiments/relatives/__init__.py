@@ -1,0 +1,1 @@
+"""GVPO beside its relatives (docs/relatives.md): `losses.py` has their formulas."""
