@@ -67,6 +67,21 @@ def test_size_draws_at_random_but_keeps_the_order(tmp_path):
     assert chosen != [int(row["answer"]) for row in load_prompts(file, size=10, seed=2)]
 
 
+def test_rewards_of_ones_own_need_no_ground_truths(tmp_path):
+    asked = write(tmp_path / "asked.jsonl", [{"question": "Why?"}])
+    (row,) = load_prompts(asked, answers=False)
+    assert row.keys() == {"prompt", "data_source"}
+    assert row["prompt"] == [{"role": "user", "content": "Why?"}]  # no box for a checked answer
+    (row,) = load_prompts(asked, answers=False, instruction="Be brief.")
+    assert row["prompt"][0]["content"] == "Why? Be brief."
+    with pytest.raises(InputError, match="no column 'answer'"):
+        load_prompts(asked)
+    answered = write(tmp_path / "answered.jsonl", [{"question": "1+1?", "answer": "2"}])
+    assert load_prompts(answered, answers=False)[0] == load_prompts(answered)[0]
+    with pytest.raises(InputError, match="no column 'truth'"):
+        load_prompts(answered, answers=False, columns={"answer": "truth"})
+
+
 def test_arithmetic_is_right_and_its_splits_are_apart():
     train, test = load_prompts("arithmetic", seed=3), load_prompts("arithmetic", split="test", seed=4)
     assert (len(train), len(test)) == (9000, 1000)

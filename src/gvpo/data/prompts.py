@@ -28,7 +28,7 @@ class Prompts:
     Attributes:
         recipe: of the data set.
         where: the source, for messages.
-        columns, system_prompt, instruction, chat, keep: as for `load_prompts`.
+        columns, system_prompt, instruction, chat, keep, answers: as for `load_prompts`.
         generated: a task's own scorer decides what is right; `answer` is one right answer, taken as it is.
         dropped: rows that did not become prompts, by reason.
         seen: rows read so far.
@@ -38,9 +38,10 @@ class Prompts:
     where: str
     columns: Mapping[str, str]
     system_prompt: str | None
-    instruction: str
+    instruction: str | None
     chat: bool
     keep: Sequence[str]
+    answers: bool = True
     generated: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     seen: int = 0
@@ -48,17 +49,12 @@ class Prompts:
     def convert(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The prompts, one at a time; counts as it goes."""
         first: dict[Any, int] = {}  # where an id was seen
-        columns: tuple[str, str] | None = None
+        columns: list[str] | None = None
         for index, row in enumerate(rows):
             where = f"{self.where}, row {index + 1}"
             self.seen += 1
-            columns = columns or (
-                self._column(row, "prompt", self.recipe.question_columns),
-                self._column(row, "answer", self.recipe.answer_columns)
-                if self.columns.get("answer") != ""
-                else "",
-            )
-            for column in (*filter(None, columns), *self.keep):
+            columns = columns or self._columns(row)
+            for column in (*columns, *self.keep):
                 if column not in row:
                     raise InputError(f"{where} has no column {column!r}: give every row the same columns.")
             same = row.get("id", row.get("unique_id"))
@@ -66,22 +62,33 @@ class Prompts:
                 raise InputError(
                     f"{where} repeats the id {same!r} of row {first[same] + 1}: remove one of them."
                 )
-            question, truth = row[columns[0]], row.get(columns[1], "")
+            question, *truths = (row[column] for column in columns)
             prompt = self._messages(question, where)
-            truth = truth if self.generated or not columns[1] else self.recipe.ground_truth(truth)
-            if prompt is None or truth is None:
+            if not self.generated:
+                truths = [self.recipe.ground_truth(truth) for truth in truths]
+            if prompt is None or None in truths:
                 what = "the question is empty" if prompt is None else "the ground truth cannot be parsed"
                 self.dropped[what] += 1
                 continue
             kept = (*self.keep, *(("task", "entry") if self.generated else ()))
             yield {
                 "prompt": prompt if self.chat else prompt[-1]["content"],
-                "answer": truth,
+                **({"answer": truths[0]} if truths else {}),
                 "question": question if isinstance(question, str) else prompt[-1]["content"],
                 "index": index,
                 "data_source": self.recipe.data_source,
                 **{key: row[key] for key in kept},
             }
+
+    def _columns(self, row: Row) -> list[str]:
+        """Those of question and ground truth; settles the instruction, which is for checked answers."""
+        found = [self._column(row, "prompt", self.recipe.question_columns)]
+        named = self.columns.get("answer")
+        if named or (named is None and (self.answers or set(self.recipe.answer_columns) & set(row))):
+            found.append(self._column(row, "answer", self.recipe.answer_columns))
+        if self.instruction is None:
+            self.instruction = self.recipe.instruction if self.chat and len(found) == 2 else ""
+        return found
 
     def _column(self, row: Row, ours: str, recognised: tuple[str, ...]) -> str:
         candidates = (self.columns[ours],) if ours in self.columns else recognised
@@ -128,6 +135,7 @@ def load_prompts(
     instruction: str | None = None,
     chat: bool = True,
     keep: Sequence[str] = (),
+    answers: bool = True,
 ) -> datasets.Dataset:
     """A prompt data set for `GVPOTrainer`, from a name, a file or the Hub.
 
@@ -147,6 +155,8 @@ def load_prompts(
             recipe's for GSM8K and MATH), "" for none. Prompts that are conversations already have none added.
         chat: prompts as conversations; else as plain text, without an instruction unless one is given.
         keep: further columns that are taken as they are, such as one of demonstrations.
+        answers: whether there must be ground truths. Rewards of one's own may do without: then a source
+            without a column of them gives prompts without `answer`, and without an instruction.
 
     Returns:
         A `datasets.Dataset` with `prompt` (list of messages; for `arithmetic` a string), `answer` (the ground
@@ -193,6 +203,7 @@ def iterate_prompts(
     instruction: str | None = None,
     chat: bool = True,
     keep: Sequence[str] = (),
+    answers: bool = True,
 ) -> tuple[Prompts, Iterator[Row]]:
     """The same rows one at a time, for data larger than memory; see `load_prompts` for the arguments.
 
@@ -210,9 +221,8 @@ def iterate_prompts(
         rows = reasoning_gym_rows(task, split=split, seed=seed, size=size)
     else:
         recipe, rows = _open(name, split, source, revision)
-    if instruction is None:
-        instruction = recipe.instruction if chat else ""
-    prompts = Prompts(recipe, source or name, columns, system_prompt, instruction, chat, keep, generated)
+    where = source or name
+    prompts = Prompts(recipe, where, columns, system_prompt, instruction, chat, keep, answers, generated)
     return prompts, prompts.convert(rows)
 
 

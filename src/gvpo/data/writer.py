@@ -63,7 +63,6 @@ def write_dataset(
             prompts, rows = iterate_prompts(
                 name, split=split, source=origin, revision=commit, seed=seed, **options
             )
-            manifest |= {"instruction": prompts.instruction, "system_prompt": prompts.system_prompt}
             path = aside / f"{split}.parquet"
             written = _write_parquet(path, _verl_rows(rows, prompts.recipe.ability, split), split, progress)
             if not written:
@@ -71,6 +70,7 @@ def write_dataset(
                 raise InputError(
                     f"{origin or name}: no usable row of {prompts.seen} for {split} ({dropped})."
                 )
+            manifest |= {"instruction": prompts.instruction, "system_prompt": prompts.system_prompt}
             manifest["splits"][split] = {
                 **_provenance(origin, commit, seed),
                 "rows_read": prompts.seen,

@@ -6,6 +6,7 @@ Everything that can be checked is checked before the model is loaded, and nothin
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,7 @@ def _load(
             instruction=script.instruction,
             chat=script.chat,
             keep=[*script.keep_columns, *keep, *images],
+            answers=any(re.search(r"\b(accuracy|exact)\b", spec) for spec in script.reward_funcs),
             **own,
         )
         for name in names
