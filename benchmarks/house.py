@@ -24,7 +24,7 @@ Graph = dict[str, set[str]]
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "_version"),
     "core": ("objective", "images", "batch", "packing", "trust", "scoring", "step", "model"),
-    "parts": ("machine", "run", "sums", "replay", "rewards", "data", "evaluate"),
+    "parts": ("machine", "run", "samples", "progress", "sums", "replay", "rewards", "data", "evaluate"),
     "engines": ("trl", "verl", "vllm"),
     "entrance": ("quickstart", "quickstart_llm", "doctor", "cli", "__main__"),
 }

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from benchmarks.measure import RESULTS, clock, record
-from gvpo.run import Ticker
+from gvpo.progress import Ticker
 from gvpo.sums import TASKS, answers, make_model, make_tokenizer, warm_up
 from gvpo.trl import GVPOConfig, GVPOTrainer
 

@@ -21,7 +21,8 @@ from rich.console import Console
 from experiments.comparison import TUNING_SEED, Record, Scale
 from gvpo import __version__
 from gvpo.errors import InputError
-from gvpo.run import RunDirectory, Ticker
+from gvpo.progress import Ticker
+from gvpo.run import RunDirectory
 
 EXPERIMENTS = ("optimum", "offline", "foreign", "frontier", "reuse")
 

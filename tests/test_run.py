@@ -1,15 +1,13 @@
 """A run directory's records are whole, plain, and never mixed with an earlier run's."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
 
 from gvpo.errors import InputError
-from gvpo.run import RunDirectory, Ticker, check_writable, duration, plot_curves
+from gvpo.run import RunDirectory, check_writable, plot_curves
 
 
 def test_records_are_plain_json_and_yaml(tmp_path: Path) -> None:
@@ -58,52 +56,6 @@ def test_directories_that_cannot_be_written_to(tmp_path: Path) -> None:
             RunDirectory(path)
     check_writable(tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
-
-
-def test_ticker_prints_plain_lines_without_a_terminal() -> None:
-    out = io.StringIO()
-    ticker = Ticker(Console(file=out, force_terminal=False), "Work", 8)
-    for done in (*range(1, 9), 8):
-        ticker.advance(done)
-    assert out.getvalue().splitlines() == ["Work 2/8", "Work 4/8", "Work 6/8", "Work 8/8"]
-
-
-def test_ticker_tells_how_long_the_rest_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    out, now = io.StringIO(), [1000.0]
-    monkeypatch.setattr("gvpo.run.time.monotonic", lambda: now[0])
-    ticker = Ticker(Console(file=out, width=40), "Work", 100)
-    ticker.advance(20)  # resumed there, at no cost
-    assert ticker.seconds_left(20) is None
-    with ticker.running():
-        for done, seconds in ((21, 9), (30, 91), (100, 7000)):
-            now[0] += seconds
-            ticker.advance(done, "so far", "fast")
-    assert out.getvalue().splitlines() == [
-        "Work 21/100  so far  fast  12 min left",
-        "Work 30/100  so far  fast  12 min left",
-        "Work 100/100  so far  fast",
-    ]
-    assert ticker.seconds_left(60) == 7100
-
-
-def test_durations_in_words() -> None:
-    assert [duration(s) for s in (0.4, 99, 100, 3599, 12_000)] == [
-        "0 s",
-        "99 s",
-        "2 min",
-        "1 h 00 min",
-        "3 h 20 min",
-    ]
-
-
-def test_ticker_draws_a_bar_on_a_terminal() -> None:
-    out = io.StringIO()
-    ticker = Ticker(Console(file=out, force_terminal=True, width=120), "Work", 8)
-    with ticker.running():
-        ticker.advance(7, "loss 0.1", "3 tokens/s")
-        ticker.advance(8)
-    for shown in ("8/8", "loss 0.1", "3 tokens/s"):
-        assert shown in out.getvalue()
 
 
 def test_pictures_are_pngs(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from experiments.language.jobs import Job, Options, plan, result, work
 from experiments.runner import rounded
 from gvpo import __version__
 from gvpo.errors import InputError
-from gvpo.run import RunDirectory, Ticker, replaced
+from gvpo.progress import Ticker
+from gvpo.run import RunDirectory, replaced
 
 _GRACE = 20.0  # seconds beyond the deadline in which processes end by themselves
 

@@ -1,4 +1,4 @@
-"""A run's directory (`config.yaml`, `metrics.jsonl`, `summary.json`, pictures) and its progress bar."""
+"""A run's directory (`config.yaml`, `metrics.jsonl`, `summary.json`, pictures)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from gvpo.errors import InputError
 
@@ -102,16 +97,17 @@ class RunDirectory:
     def start(self, config: Mapping[str, Any], *, resumed_at: int | None = None) -> None:
         """Write `config.yaml` and drop earlier records; of a run that goes on, those after its step."""
         self._write("config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
-        (self.path / "summary.json").unlink(missing_ok=True)
+        for name in ("summary.json", *(["samples.jsonl"] if resumed_at is None else [])):
+            (self.path / name).unlink(missing_ok=True)
         kept = [] if resumed_at is None else [m for m in self.metrics() if m.get("step", 0) <= resumed_at]
         if kept:
             self.write_lines(METRICS, kept)
         else:
             (self.path / METRICS).unlink(missing_ok=True)
 
-    def log(self, entry: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+    def log(self, entry: Mapping[str, Any], name: str = METRICS) -> None:
+        """Append one line to `metrics.jsonl`, or to another such file."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(entry)) + "\n")
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,63 +176,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int) else str(value)
-
-
-class Ticker:
-    """Progress of a long piece of work, and how long it will take yet.
-
-    A bar with a line below it on a terminal, a plain line now and then otherwise.
-    """
-
-    def __init__(self, console: Console, label: str, total: int) -> None:
-        self.console, self.label, self.total, self.done = console, label, total, 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self._task = self._bar.add_task(label, total=total, note="")
-        self._below = Text(style="dim")
-        self._began: tuple[float, int] | None = None  # when, and how much was done already
-
-    def running(self) -> AbstractContextManager[Any]:
-        """Shows the bar while the work is done."""
-        self._began = (time.monotonic(), self.done)
-        return Live(Group(self._bar, self._below), console=self.console) if self._drawn else nullcontext()
-
-    @property
-    def _drawn(self) -> bool:
-        return self.console.is_terminal
-
-    def seconds_left(self, done: int) -> float | None:
-        """With `done` of the total done, at the mean pace since `running`; None before anything was."""
-        if self._began is None or done <= self._began[1]:
-            return None
-        began, first = self._began
-        return (time.monotonic() - began) / (done - first) * (self.total - done)
-
-    def advance(self, to: int, note: str = "", details: str = "") -> None:
-        """Tell that `to` of the total is done."""
-        before, self.done = self.done, to
-        left = None if to >= self.total else self.seconds_left(to)
-        remaining = "" if left is None else f"{duration(left)} left"
-        if self._drawn:
-            self._bar.update(self._task, completed=to, **({"note": note} if note else {}))  # type: ignore[arg-type]
-            self._below.plain = "  ".join(filter(None, (remaining, details))) or self._below.plain
-        elif note or (to > before and to >= self.total) or to * 4 // self.total > before * 4 // self.total:
-            parts = filter(None, (f"{self.label} {to}/{self.total}", note, details, remaining))
-            self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """A time in words, to two figures or so: 42 s, 7 min, 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y

@@ -25,7 +25,8 @@ from transformers import logging as transformers_logging
 from transformers.trainer_utils import set_seed
 
 from gvpo.errors import InputError
-from gvpo.run import RunDirectory, Ticker, plot_curves
+from gvpo.progress import Ticker
+from gvpo.run import RunDirectory, plot_curves
 
 HELD_OUT = 1000
 WARMUP_STEPS = 1000

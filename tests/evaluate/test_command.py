@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from gvpo.errors import InputError
 from gvpo.evaluate.command import evaluate, report
-from gvpo.evaluate.report import load_run, split_of
+from gvpo.evaluate.report import load_run
 from gvpo.evaluate.sampling import SamplingOptions, TransformersSampler
 from gvpo.model.generation import shared_prompts
 from gvpo.model.tokenizer import load_tokenizer
+from gvpo.progress import split_of
 from gvpo.run import RunDirectory
 from gvpo.sums import make_model, make_tokenizer
 

@@ -11,7 +11,6 @@ import torch
 
 from gvpo.trl import GVPOTrainer
 from gvpo.trl.metrics import PARTS, Share, Timing, gathered
-from gvpo.trl.watch import speed
 from tests.trl.common import dataset, trainer
 
 
@@ -89,13 +88,6 @@ def test_tokens_per_second_are_those_of_all_steps_since_the_last_log() -> None:
     times.on_step_end()
     assert metrics["tokens_per_second"] == [0]
     assert "gvpo/tokens" not in metrics
-
-
-def test_speed_in_words() -> None:
-    entry = {"step_time": 20.0, "profiling/generation": 11.0, "profiling/update": 8.2, "profiling/other": 0.8}
-    more = {"tokens_per_second": 1234.5, "memory/peak_gib": 3.14, "memory/peak_fraction": 0.131}
-    assert speed(entry | more) == "20 s a step (generation 55%, update 41%)  1,234 tokens/s  3.1 GiB (13%)"
-    assert speed({"eval_loss": 1.0}) == ""
 
 
 @pytest.mark.parametrize(

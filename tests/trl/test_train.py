@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from trl.trainer import grpo_trainer
 
 from gvpo.cli import main
 from gvpo.run import RunDirectory
+from gvpo.samples import read_samples
 from gvpo.trl.arguments import parse_arguments
 from gvpo.trl.metrics import PARTS
 from tests.trl.chat_model import TOOL_SCHEMA, TOOL_TEMPLATE, save_chat_model
@@ -88,11 +90,15 @@ def test_recipe_trains_saves_and_resumes(chat_model: Path, inside: Path) -> None
     for checkpoint in ("checkpoint-4", "checkpoint-3"):
         shutil.rmtree(inside / "out", ignore_errors=True)
         shutil.copytree(inside / "whole" / checkpoint, inside / "out" / checkpoint)
+        shutil.copy(inside / "whole" / "samples.jsonl", inside / "out")
         run(arguments(chat_model, "--save_steps", "1", "--resume", "auto"))
         resumed = load_file(inside / "out" / "model.safetensors")
         assert all(value.equal(resumed[name]) for name, value in whole.items())
     steps = [m for m in RunDirectory(inside / "out").metrics() if "loss" in m]
     assert [m["seconds_left"] > 0 for m in steps] == [True, True, False]
+    # Samples of the steps that are made again are those of the first time.
+    assert [line["step"] for line in read_samples(inside / "out")] == [0, 2, 4]
+    assert read_samples(inside / "out") == read_samples(inside / "whole")
 
     # What was given is enough to run it again.
     again = yaml.safe_load((inside / "out" / "config.yaml").read_text())
@@ -131,6 +137,13 @@ def test_two_processes_learn_with_lora_and_evaluate(chat_model: Path, inside: Pa
     assert (inside / "out" / "adapter_model.safetensors").exists()
     metrics = [json.loads(line) for line in (inside / "out" / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_reward" in m and "eval_loss" in m for m in metrics)
+    samples = read_samples(inside / "out")
+    assert [(line["step"], line["held_out"], len(line["rewards"])) for line in samples] == [
+        (0, False, 2), (1, False, 2), (2, True, 2), (2, True, 2),
+    ]  # fmt: skip
+    rewards = [m["eval_reward"] for m in metrics if "eval_reward" in m]
+    means = [fmean(line["rewards"].values()) for line in samples if line["held_out"]]
+    assert fmean(means) == pytest.approx(rewards[-1], abs=1e-4)
     steps = [m for m in metrics if "loss" in m]
     assert all(m["step_time"] == pytest.approx(sum(m[f"profiling/{part}"] for part in PARTS)) for m in steps)
     assert "s a step (" in done.stdout

@@ -103,8 +103,9 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
     from gvpo.evaluate.sampling import TransformersSampler, VLLMSampler
     from gvpo.machine import choose_threads
     from gvpo.model.tokenizer import load_tokenizer
+    from gvpo.progress import Ticker
     from gvpo.rewards import load_reward
-    from gvpo.run import RunDirectory, Ticker
+    from gvpo.run import RunDirectory
 
     console = Console(highlight=False)
     transformers_logging.disable_progress_bar()

@@ -9,15 +9,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from gvpo.data.sources import read_file
 from gvpo.errors import InputError
+from gvpo.progress import split_of
 from gvpo.run import METRICS, new_figure, points, read_metrics, replaced
+from gvpo.samples import Line, Recorder, Sample, by_difficulty, read_samples, stories
 
 # Title, the metric's names (the first that a run has counts), and the unit of the vertical axis.
 PANELS = (
@@ -33,16 +35,13 @@ PANELS = (
     ("Speed", ("tokens_per_second",), "tokens per second"),
     ("Memory", ("memory/peak_gib", "perf/max_memory_reserved_gb"), "GiB at the peak so far"),
     ("Tokens", ("num_tokens",), "so far"),
+    ("Age of the rollouts", ("staleness/age_mean",), "updates, mean"),
+    ("Age of the oldest rollout", ("staleness/age_max",), "updates"),
+    ("Groups of mixed age", ("staleness/mixed_groups",), "groups"),
+    ("Age of the reference", ("staleness/reference_age",), "updates"),
 )
-# What a step's seconds went to: names of ours and of verl, where an update's time has its scoring in it.
-SPLIT = {
-    "generation": ("profiling/generation", "timing_s/gen"),
-    "rewards": ("profiling/rewards", "timing_s/reward"),
-    "reference": ("profiling/reference", "timing_s/ref"),
-    "scoring": ("profiling/scoring", "timing_s/old_log_prob", "timing_s/gvpo_score"),
-    "update": ("profiling/update", "timing_s/update_actor"),
-}
 _COLOURS = ("#1f5fa8", "#c8553d", "#2f8f5b", "#8a5bb0", "#b8860b", "#3f8c9b", "#a3485e", "#5a6570")
+_ON_DARK = ("#6fa8e8", "#f08a72", "#66c793", "#bd93e0", "#dfb54a", "#71bfcd", "#e08aa0", "#a3aeb9")
 _SAMPLES_SHOWN = 20
 
 
@@ -55,6 +54,7 @@ class Run:
         metrics: the lines of `metrics.jsonl`.
         summary, config: of the files of these names.
         samples: `prompt`, `before`, `after` and `answer` each, or `prompt`, `completion`, `answer`, `reward`.
+        lines: of `gvpo.samples`; of an evaluation one.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Run:
     summary: dict[str, Any]
     config: dict[str, Any]
     samples: list[dict[str, Any]]
+    lines: list[Line]
 
 
 def write_report(paths: Sequence[Path], output: Path, *, title: str = "GVPO runs") -> int:
@@ -107,7 +108,8 @@ def load_run(path: Path, name: str) -> Run:
     if not (path / METRICS).is_file() and not (path / "summary.json").is_file():
         raise InputError(f"{path} holds neither {METRICS} nor summary.json: give a finished or running run.")
     summary, config = (_load(path / file, dict) or {} for file in ("summary.json", "config.yaml"))
-    return Run(name, read_metrics(path / METRICS), summary, config, _samples(path))
+    samples, lines = _samples(path)
+    return Run(name, read_metrics(path / METRICS), summary, config, samples, [*read_samples(path), *lines])
 
 
 def _load(path: Path, kind: type) -> Any:
@@ -123,12 +125,16 @@ def _load(path: Path, kind: type) -> Any:
     return value
 
 
-def _samples(path: Path) -> list[dict[str, Any]]:
+def _samples(path: Path) -> tuple[list[dict[str, Any]], list[Line]]:
+    """Rows to show, and of an evaluation what all of its prompts got."""
     rows = _load(path / "samples.json", list)
     if rows is not None:
-        return [row for row in rows if isinstance(row, dict)][:_SAMPLES_SHOWN]
-    samples = path / "samples.parquet"
-    return list(islice(read_file(samples), _SAMPLES_SHOWN)) if samples.is_file() else []
+        return [row for row in rows if isinstance(row, dict)][:_SAMPLES_SHOWN], []
+    if not (path / "samples.parquet").is_file():
+        return [], []
+    rows = list(read_file(path / "samples.parquet"))
+    graded = [Sample(str(row["prompt"]), "", row["reward"]) for row in rows if "reward" in row]
+    return rows[:_SAMPLES_SHOWN], [Recorder().line(0, graded, held_out=True)]
 
 
 # --- The page -----------------------------------------------------------------------------------------------
@@ -152,13 +158,13 @@ def render(runs: Sequence[Run], title: str) -> str:
     return environment.get_template("report.html.jinja").render(
         title=title,
         runs=runs,
-        colours=_COLOURS,
+        colours=list(zip(_COLOURS, _ON_DARK, strict=True)),
         panels=_panels(runs),
+        ends=_ends(runs),
         evaluated=[(run.name, run.summary["metrics"]) for run in evaluated],
         summaries=[(run.name, _plain(run.summary)) for run in runs],
         settings=[(run.name, one) for run, one in zip(runs, settings, strict=True)],
-        shown=("prompt", "before", "after", "completion", "answer"),
-        mark=_mark,
+        samples=[(run.name, cards) for run in runs if (cards := _cards(run))],
     )
 
 
@@ -187,18 +193,59 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _mark(row: dict[str, Any], key: str) -> str:
-    """Green for a completion that is right, red for one that is not."""
-    if key == "completion" and isinstance(row.get("reward"), int | float):
-        right = row["reward"] >= 1.0
-    elif key in ("before", "after") and "answer" in row:
-        from gvpo.rewards.comparison import compare
-        from gvpo.rewards.extraction import extract_answer
+def _ends(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
+    """The last values of each run's metrics, with their differences from the first run's."""
+    ends: list[dict[str, float]] = []
+    for run in runs:
+        curves = ((title, points(run.metrics, *names)[1]) for title, names, _ in PANELS)
+        ends.append({title: fmean(ys[-max(1, len(ys) // 10) :]) for title, ys in curves if ys})
+    return [
+        (
+            run.name,
+            {t: f"{y:,.4g} ({y - ends[0][t]:+,.3g})" if i and t in ends[0] else y for t, y in end.items()},
+        )
+        for i, (run, end) in enumerate(zip(runs, ends, strict=True))
+        if end
+    ]
 
-        found = extract_answer(str(row.get(key, "")))
-        right = found is not None and compare(str(row["answer"]), found.text) is True
-    else:
+
+# --- Completions --------------------------------------------------------------------------------------------
+
+Card = tuple[str, list[tuple[str, str, str]]]  # a prompt; labels, texts and how they are marked
+
+
+def _cards(run: Run) -> list[Card]:
+    """Prompts and what was answered: early, in the middle and late, and before and after."""
+    cards: list[Card] = []
+    for story in stories([line for line in run.lines if line["samples"]]):
+        told = [(f"after {n} updates: reward {_cell(one.reward, '')}", one) for n, one in story.answers]
+        marks = [(label, one.completion, _mark_reward(one.reward)) for label, one in told]
+        cards.append((story.prompt + " (held out)" * story.held_out, marks))
+    for row in run.samples:
+        texts = {key: str(row[key]) for key in ("before", "after", "completion", "answer") if key in row}
+        marks = [("right answer" if k == "answer" else k, text, _mark(row, k)) for k, text in texts.items()]
+        cards.append((str(row.get("prompt", "")), marks))
+    return cards
+
+
+def _mark_reward(reward: Any) -> str:
+    """Green for a reward of 1 or more, red for 0 or less."""
+    if not isinstance(reward, int | float):
         return ""
+    return "right" if reward >= 1 else "wrong" if reward <= 0 else ""
+
+
+def _mark(row: dict[str, Any], key: str) -> str:
+    """Green for an answer that is right, red for one that is not."""
+    if key == "completion":
+        return _mark_reward(row.get("reward"))
+    if key not in ("before", "after") or "answer" not in row:
+        return ""
+    from gvpo.rewards.comparison import compare
+    from gvpo.rewards.extraction import extract_answer
+
+    found = extract_answer(str(row[key]))
+    right = found is not None and compare(str(row["answer"]), found.text) is True
     return "right" if right else "wrong"
 
 
@@ -217,30 +264,36 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
             with_values = [curve for curve in curves if curve[1]]
             panels.append((title, _drawing(title, unit, partial(_overlaid, with_values))))
     for run in runs:
+        of = f": {run.name}" * (len(runs) > 1)
         if steps := split_of(run.metrics):
-            title = "Where the time goes" + f": {run.name}" * (len(runs) > 1)
-            panels.append((title, _drawing(title, "seconds a step", partial(_stacked, steps))))
+            panels.append(
+                (f"Where the time goes{of}", _drawing(of, "seconds a step", partial(_stacked, steps)))
+            )
+        for held_out in (False, True):
+            title = "Reward by difficulty" + ", held out" * held_out + of
+            panels += _difficulty(title, by_difficulty(run.lines, held_out=held_out), "visit of the prompt")
+    exams = [line for run in runs if "metrics" in run.summary for line in run.lines]
+    panels += _difficulty(
+        "Reward by difficulty: evaluations", by_difficulty(exams, held_out=True), "evaluation"
+    )
     return panels
 
 
-def split_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
-    """Steps and their seconds by part; the parts add up to the step."""
-    found = []
-    for entry in metrics:
-        numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
-        whole = numbers.get("step_time", numbers.get("timing_s/step"))
-        seconds = {part: sum(numbers.get(name, 0.0) for name in names) for part, names in SPLIT.items()}
-        if whole and any(seconds.values()) and "step" in numbers:
-            seconds["update"] -= numbers.get("timing_s/gvpo_score", 0.0)
-            seconds["other"] = max(0.0, whole - sum(seconds.values()))
-            found.append((numbers["step"], seconds))
-    return found
+def _difficulty(title: str, thirds: Sequence[tuple[str, list[float]]], x: str) -> list[tuple[str, str]]:
+    return [(title, _drawing(title, "mean reward", partial(_labelled, thirds), x))] if thirds else []
 
 
 def _overlaid(curves: Sequence[tuple[int, list[float], list[float]]], axis: Any) -> None:
     for index, steps, values in curves:
         marker = "o" if len(steps) < 40 else None
         axis.plot(steps, values, color=_COLOURS[index % len(_COLOURS)], lw=1.6, marker=marker, ms=3)
+
+
+def _labelled(curves: Sequence[tuple[str, list[float]]], axis: Any) -> None:
+    for (label, values), colour in zip(curves, _COLOURS, strict=False):
+        axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.6, marker="o", ms=3, label=label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize=7, frameon=False, title="first reward", title_fontsize=7)
 
 
 def _stacked(split: Sequence[tuple[float, dict[str, float]]], axis: Any) -> None:
@@ -252,7 +305,7 @@ def _stacked(split: Sequence[tuple[float, dict[str, float]]], axis: Any) -> None
     axis.legend(fontsize=7, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
-def _drawing(title: str, unit: str, draw: Callable[[Any], None]) -> str:
+def _drawing(title: str, unit: str, draw: Callable[[Any], None], x: str = "optimizer step") -> str:
     import matplotlib
     from markupsafe import Markup
 
@@ -260,10 +313,12 @@ def _drawing(title: str, unit: str, draw: Callable[[Any], None]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         figure, (axis,) = new_figure(width=4.6, height=3.0)
         draw(axis)
-        axis.set_xlabel("optimizer step", fontsize=9)
+        axis.set_xlabel(x, fontsize=9)
         axis.set_ylabel(unit, fontsize=9)
         axis.tick_params(labelsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    drawing = buffer.getvalue()
+    drawing = buffer.getvalue().replace("#000000", "currentColor")
+    for number, colour in enumerate(_COLOURS):  # by number, as a dark page has others
+        drawing = drawing.replace(colour, f"var(--c{number})")
     return Markup(drawing[drawing.index("<svg") :])

@@ -12,7 +12,7 @@ _METHODS = [
     "_save_checkpoint", "training_step",
 ]  # fmt: skip
 _ATTRIBUTES = [
-    "_buffered_inputs", "_metrics", "_step", "mask_truncated_completions",
+    "_buffered_inputs", "_logs", "_metrics", "_step", "mask_truncated_completions",
     "num_generations_eval", "ref_model", "reward_funcs", "reward_weights", "temperature",
 ]  # fmt: skip
 

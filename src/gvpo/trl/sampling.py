@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class SamplingTrainer(ResumableTrainer):
     _environments: Environments
     _portions: Portions
     _collective: bool
+    on_generation: Callable[[list[Any], list[Any], list[float], bool], None] | None
     _given: offpolicy.Given  # demonstrations in the rows being generated
     _rewards_seen: Tensor
     _failed_rows: Tensor
@@ -153,6 +154,9 @@ class SamplingTrainer(ResumableTrainer):
             self.state.global_step,
             may_lack=len(self.incidents.rounds) > 1,
         )
+        if self.on_generation is not None:
+            asked, answered = (list(self._logs[n])[-len(rewards) :] for n in ("prompt", "completion"))
+            self.on_generation(asked, answered, rewards.masked_fill(~valid, torch.nan).tolist(), training)
         if training:
             warn_of_small_beta(self.args, rewards[valid])
         rewards, valid, failed = rewards[mine], valid[mine], self._failed_rows[mine].clone()

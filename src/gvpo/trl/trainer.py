@@ -15,7 +15,7 @@ import copy
 import functools
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class GVPOTrainer(ScoringTrainer):
     formula before the update. `entropy` is that of the rows that have weight.
 
     Attributes:
+        on_generation: called with each generation of all processes: prompts, completions, total rewards (NaN
+            where there is none), and whether it is one of training.
         replay: the replay buffer and how it is sampled (`gvpo.trl.offpolicy.Replay`), if there is one.
 
     Raises:
@@ -93,6 +95,7 @@ class GVPOTrainer(ScoringTrainer):
             raise InputError(f"args is a {type(args).__name__}; GVPOTrainer needs a gvpo.trl.GVPOConfig.")
         tolerated = 0.0 if args.on_reward_error == "error" else args.reward_error_tolerance
         self.incidents = Incidents(tolerated, args.world_size)
+        self.on_generation: Callable[[list[Any], list[Any], list[float], bool], None] | None = None
         if reward_funcs is not None:
             funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,8 +17,9 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gvpo.run import Rule, RunDirectory, Ticker
-from gvpo.trl.metrics import PARTS
+from gvpo.progress import Ticker
+from gvpo.run import Rule, RunDirectory
+from gvpo.samples import SAMPLES, Recorder, Sample, read_samples, text_of
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -123,25 +125,11 @@ class StopOnSignal(TrainerCallback):
         self._mine = number
 
 
-def speed(entry: Mapping[str, Any]) -> str:
-    """Time and memory of a line of metrics, in words; parts of less than a twentieth are left out."""
-    if not (step := entry.get("step_time")):
-        return ""
-    shares = {part: entry.get(f"profiling/{part}", 0.0) / step for part in PARTS}
-    parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.05)
-    words = [f"{step:.3g} s a step ({parts})"]
-    if tokens := entry.get("tokens_per_second"):
-        words.append(f"{tokens:,.0f} tokens/s")
-    if memory := entry.get("memory/peak_gib"):
-        words.append(f"{memory:.1f} GiB ({entry['memory/peak_fraction']:.0%})")
-    return "  ".join(words)
-
-
 class RunCallback(TrainerCallback):
-    """On the main process: `metrics.jsonl`, and a progress bar in place of transformers' printing.
+    """On the main process: the run's records, and its progress in place of transformers' printing.
 
     Args:
-        run: the run's directory.
+        run: the run's directory; `metrics.jsonl` and `samples.jsonl` are written there.
         console: where progress goes.
         extra: called after an optimizer step with the number of steps made; what it returns joins that
             step's line of metrics (say, the accuracy on held-out prompts).
@@ -152,7 +140,9 @@ class RunCallback(TrainerCallback):
     ) -> None:
         self.run, self.console, self.extra = run, console, extra
         self._pending: dict[str, float] = {}
-        self._ticker: Ticker | None = None
+        self._ticker: Ticker | None = None  # on the main process, while it trains
+        self._recorder = Recorder()
+        self._step = 0
         self._shown: Any = None
 
     def attach(self, trainer: Any) -> None:
@@ -160,15 +150,38 @@ class RunCallback(TrainerCallback):
         for other in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(other)
         trainer.add_callback(self)
+        trainer.on_generation = self.on_generation
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            self._step = state.global_step
+            lines = [
+                line for line in read_samples(self.run.path) if line["step"] < self._step + line["held_out"]
+            ]
+            self.run.write_lines(SAMPLES, lines)
+            self._recorder = Recorder(lines)
             self._ticker = Ticker(self.console, "GVPO", state.max_steps)
+            for entry in self.run.metrics():
+                self._ticker.remember(entry)
             self._ticker.advance(state.global_step)
             self._shown = self._ticker.running()
             self._shown.__enter__()
 
+    def on_generation(
+        self, prompts: list[Any], completions: list[Any], rewards: list[float], training: bool
+    ) -> None:
+        """Record what prompts were answered; see `GVPOTrainer.on_generation`."""
+        if self._ticker is None:
+            return
+        generation = [
+            Sample(text_of(prompt), text_of(completion), None if math.isnan(reward) else round(reward, 6))
+            for prompt, completion, reward in zip(prompts, completions, rewards[-len(prompts) :], strict=True)
+        ]
+        self.run.log(self._recorder.line(self._step, generation, held_out=not training), SAMPLES)
+        self._ticker.sample = generation[-1]
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step
         if state.is_world_process_zero and self.extra is not None:
             self._pending.update(self.extra(state.global_step))
 
@@ -180,17 +193,8 @@ class RunCallback(TrainerCallback):
         if self._ticker is not None and "step_time" in entry:
             entry["seconds_left"] = self._ticker.seconds_left(state.global_step)
         self.run.log(entry)
-        shown = (
-            ("reward", "reward", ".2f"),
-            ("accuracy", "accuracy", ".1%"),
-            ("gvpo/explained_variance", "explained", ".2f"),
-            ("gvpo/kl", "KL", ".2f"),
-        )
-        note = "  ".join(
-            f"{label} {entry[key]:{form}}" for key, label, form in shown if isinstance(entry.get(key), float)
-        )
         if self._ticker is not None:
-            self._ticker.advance(state.global_step, note, speed(entry))
+            self._ticker.advance(state.global_step, metrics=entry)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

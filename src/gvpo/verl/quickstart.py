@@ -24,7 +24,9 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from gvpo.errors import InputError
-from gvpo.run import RunDirectory, Ticker
+from gvpo.progress import Ticker
+from gvpo.run import RunDirectory
+from gvpo.samples import read_samples, sample_of
 from gvpo.sums import Lesson, Task
 from gvpo.verl import TRAINERS
 from gvpo.verl.main import V09, check_versions
@@ -134,12 +136,14 @@ def _arguments(run: Path, *, steps: int, beta: float, workers: int, seed: int) -
         f"trainer.save_freq={steps}",
         f"trainer.total_training_steps={steps}",
         f"trainer.default_local_dir={run / 'checkpoints'}",
+        f"trainer.rollout_data_dir={run / 'rollouts'}",
     ]
 
 
 def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int) -> None:
     """Run `python -m gvpo.verl` and follow its metrics."""
-    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", "rollouts"):
+        shutil.rmtree(run.path / folder, ignore_errors=True)
     metrics, log = run.path / "verl-metrics.jsonl", run.path / "verl.log"
     metrics.unlink(missing_ok=True)
     environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
@@ -153,9 +157,9 @@ def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int
         try:
             for entry in _follow(metrics, process):
                 run.log(entry)
-                shown = {"reward": "reward", "gvpo/kl": "KL", "accuracy_200": "accuracy"}
-                note = "  ".join(f"{label} {entry[key]:.2f}" for key, label in shown.items() if key in entry)
-                ticker.advance(entry["step"], note if entry["step"] % 5 == 0 else "")
+                for line in read_samples(run.path)[-1:]:
+                    ticker.sample = sample_of(line["samples"][-1])
+                ticker.advance(entry["step"], metrics=entry)
         finally:
             if process.poll() is None:
                 process.terminate()
