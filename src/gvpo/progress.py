@@ -59,6 +59,7 @@ class Ticker:
             TimeElapsedColumn(),
             console=console,
             expand=True,
+            get_time=time.monotonic,
         )
         self._task = self._bar.add_task(label, total=total)
         self._curves: dict[str, list[float]] = {}

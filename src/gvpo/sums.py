@@ -265,7 +265,7 @@ def show_learnt(
     (run.path / "samples.json").write_text(json.dumps(samples[:100], indent=1) + "\n")
     accuracy = [
         ("greedy, held out", *run.curve("accuracy", "accuracy_200")),
-        ("sampled", *run.curve("reward")),
+        ("sampled", *run.curve("reward", "critic/score/mean")),
     ]
     panels = [
         ("accuracy", accuracy),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from gvpo.samples import read_samples
 from gvpo.verl import TRAINERS
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -36,7 +37,10 @@ def test_the_laptop_run_gains_forty_points(tmp_path, mode):
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     # The initial reference needs no old policy, however stale the responses are.
     assert sum(entry.get("timing_s/old_log_prob", 0) for entry in logged) < 0.1
-    assert [entry["step"] for entry in logged if "reward" in entry] == list(range(1, summary["steps"] + 1))
+    assert [entry["step"] for entry in logged if "critic/score/mean" in entry] == list(
+        range(1, summary["steps"] + 1)
+    )
+    assert [line["step"] for line in read_samples(output)] == list(range(summary["steps"]))
     for name in (
         "config.yaml",
         "held_out.jsonl",

@@ -40,9 +40,12 @@ PANELS = (
     ("Groups of mixed age", ("staleness/mixed_groups",), "groups"),
     ("Age of the reference", ("staleness/reference_age",), "updates"),
 )
+DIFFICULTY = "Reward by difficulty"
 _COLOURS = ("#1f5fa8", "#c8553d", "#2f8f5b", "#8a5bb0", "#b8860b", "#3f8c9b", "#a3485e", "#5a6570")
 _ON_DARK = ("#6fa8e8", "#f08a72", "#66c793", "#bd93e0", "#dfb54a", "#71bfcd", "#e08aa0", "#a3aeb9")
 _SAMPLES_SHOWN = 20
+Curves = dict[str, tuple[list[float], list[float]]]  # steps and values by title
+Card = tuple[str, list[tuple[str, str, str]]]  # a prompt; labels, texts and how they are marked
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _samples(path: Path) -> tuple[list[dict[str, Any]], list[Line]]:
         return [], []
     rows = list(read_file(path / "samples.parquet"))
     graded = [Sample(str(row["prompt"]), "", row["reward"]) for row in rows if "reward" in row]
-    return rows[:_SAMPLES_SHOWN], [Recorder().line(0, graded, held_out=True)]
+    return rows[:_SAMPLES_SHOWN], [Recorder().line(0, graded, held_out=True) | {"samples": []}]
 
 
 # --- The page -----------------------------------------------------------------------------------------------
@@ -149,6 +152,8 @@ def render(runs: Sequence[Run], title: str) -> str:
     )
     environment.filters["cell"] = _cell
     evaluated = [run for run in runs if isinstance(run.summary.get("metrics"), dict)]
+    curves = [_curves(run) for run in runs]
+    panels = _panels(runs, curves)
     settings = [_flat(run.config) for run in runs]
     if len(runs) > 1:  # those in which they differ
         keys = {
@@ -159,8 +164,9 @@ def render(runs: Sequence[Run], title: str) -> str:
         title=title,
         runs=runs,
         colours=list(zip(_COLOURS, _ON_DARK, strict=True)),
-        panels=_panels(runs),
-        ends=_ends(runs),
+        panels=panels,
+        by_difficulty=any(heading.startswith(DIFFICULTY) for heading, _ in panels),
+        ends=_ends([run.name for run in runs], curves),
         evaluated=[(run.name, run.summary["metrics"]) for run in evaluated],
         summaries=[(run.name, _plain(run.summary)) for run in runs],
         settings=[(run.name, one) for run, one in zip(runs, settings, strict=True)],
@@ -182,7 +188,11 @@ def _cell(value: Any, name: str) -> str:
         return Markup('{} <span class="muted">{} – {}</span>').format(*parts) if len(parts) == 3 else ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else _number(value)
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -193,39 +203,41 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _ends(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
-    """The last values of each run's metrics, with their differences from the first run's."""
-    ends: list[dict[str, float]] = []
-    for run in runs:
-        curves = ((title, points(run.metrics, *names)[1]) for title, names, _ in PANELS)
-        ends.append({title: fmean(ys[-max(1, len(ys) // 10) :]) for title, ys in curves if ys})
-    return [
-        (
-            run.name,
-            {t: f"{y:,.4g} ({y - ends[0][t]:+,.3g})" if i and t in ends[0] else y for t, y in end.items()},
-        )
-        for i, (run, end) in enumerate(zip(runs, ends, strict=True))
-        if end
-    ]
+def _ends(names: Sequence[str], curves: Sequence[Curves]) -> list[tuple[str, dict[str, str]]]:
+    """Each run's last values, with their differences from the first run's."""
+    ends = [{title: fmean(ys[-max(1, len(ys) // 10) :]) for title, (_, ys) in one.items()} for one in curves]
+    titles = [title for title, _, _ in PANELS if any(title in end for end in ends)]
+    columns = []
+    for name, end in zip(names, ends, strict=True):
+        apart = {
+            title: f" ({_number(y - ends[0][title], '+')})" for title, y in end.items() if title in ends[0]
+        }
+        told = {title: _number(y) + apart.get(title, "") * (end is not ends[0]) for title, y in end.items()}
+        columns.append((name, {title: told.get(title, "") for title in titles}))
+    return columns
 
 
 # --- Completions --------------------------------------------------------------------------------------------
-
-Card = tuple[str, list[tuple[str, str, str]]]  # a prompt; labels, texts and how they are marked
 
 
 def _cards(run: Run) -> list[Card]:
     """Prompts and what was answered: early, in the middle and late, and before and after."""
     cards: list[Card] = []
-    for story in stories([line for line in run.lines if line["samples"]]):
-        told = [(f"after {n} updates: reward {_cell(one.reward, '')}", one) for n, one in story.answers]
-        marks = [(label, one.completion, _mark_reward(one.reward)) for label, one in told]
+    for story in stories(run.lines):
+        marks = [
+            (f"after {updates} updates: {_reward(one.reward)}", one.completion, _mark_reward(one.reward))
+            for updates, one in story.answers
+        ]
         cards.append((story.prompt + " (held out)" * story.held_out, marks))
     for row in run.samples:
         texts = {key: str(row[key]) for key in ("before", "after", "completion", "answer") if key in row}
         marks = [("right answer" if k == "answer" else k, text, _mark(row, k)) for k, text in texts.items()]
         cards.append((str(row.get("prompt", "")), marks))
     return cards
+
+
+def _reward(reward: float | None) -> str:
+    return "no reward" if reward is None else f"reward {_number(reward)}"
 
 
 def _mark_reward(reward: Any) -> str:
@@ -252,35 +264,36 @@ def _mark(row: dict[str, Any], key: str) -> str:
 # --- Curves -------------------------------------------------------------------------------------------------
 
 
-def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Title and drawing of every metric that a run has."""
-    panels = []
-    for title, names, unit in PANELS:
-        curves = [
-            (index, *next((found for name in names if (found := points(run.metrics, name))[0]), ([], [])))
-            for index, run in enumerate(runs)
-        ]
-        if any(steps for _, steps, _ in curves):
-            with_values = [curve for curve in curves if curve[1]]
-            panels.append((title, _drawing(title, unit, partial(_overlaid, with_values))))
-    for run in runs:
-        of = f": {run.name}" * (len(runs) > 1)
-        if steps := split_of(run.metrics):
-            panels.append(
-                (f"Where the time goes{of}", _drawing(of, "seconds a step", partial(_stacked, steps)))
-            )
-        for held_out in (False, True):
-            title = "Reward by difficulty" + ", held out" * held_out + of
-            panels += _difficulty(title, by_difficulty(run.lines, held_out=held_out), "visit of the prompt")
+def _curves(run: Run) -> Curves:
+    """The metrics that a run has, each by the first of its names that was logged."""
+    found = {}
+    for title, names, _ in PANELS:
+        for curve in [curve for name in names if (curve := points(run.metrics, name))[0]][:1]:
+            found[title] = curve
+    return found
+
+
+def _panels(runs: Sequence[Run], curves: Sequence[Curves]) -> list[tuple[str, str]]:
+    """Title and drawing of every metric that a run has, and of what its steps and its prompts tell."""
+    panels: dict[str, str] = {}
+
+    def draw(title: str, unit: str, how: Callable[..., None], what: Any, x: str = "optimizer step") -> None:
+        if what:
+            panels[title] = _drawing(title, unit, partial(how, what), x)
+
+    for title, _, unit in PANELS:
+        draw(title, unit, _overlaid, [(i, *one[title]) for i, one in enumerate(curves) if title in one])
+    names = [f": {run.name}" * (len(runs) > 1) for run in runs]
+    for name, run in zip(names, runs, strict=True):
+        draw(f"Where the time goes{name}", "seconds a step", _stacked, split_of(run.metrics))
+    for held_out, which in ((False, ""), (True, " held out")):
+        for name, run in zip(names, runs, strict=True):
+            thirds = by_difficulty(run.lines, held_out=held_out)
+            draw(f"{DIFFICULTY}{which}{name}", "mean reward", _labelled, thirds, "visit of the prompt")
     exams = [line for run in runs if "metrics" in run.summary for line in run.lines]
-    panels += _difficulty(
-        "Reward by difficulty: evaluations", by_difficulty(exams, held_out=True), "evaluation"
-    )
-    return panels
-
-
-def _difficulty(title: str, thirds: Sequence[tuple[str, list[float]]], x: str) -> list[tuple[str, str]]:
-    return [(title, _drawing(title, "mean reward", partial(_labelled, thirds), x))] if thirds else []
+    thirds = by_difficulty(exams, held_out=True)
+    draw(f"{DIFFICULTY}, by evaluations", "mean reward", _labelled, thirds, "evaluation")
+    return list(panels.items())
 
 
 def _overlaid(curves: Sequence[tuple[int, list[float], list[float]]], axis: Any) -> None:

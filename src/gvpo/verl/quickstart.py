@@ -32,16 +32,6 @@ from gvpo.verl import TRAINERS
 from gvpo.verl.main import V09, check_versions
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-_SHOWN = {  # verl's names and ours
-    "critic/score/mean": "reward",
-    "gvpo/loss": "gvpo/loss",
-    "gvpo/explained_variance": "gvpo/explained_variance",
-    "gvpo/kl": "gvpo/kl",
-    "gvpo/rows_left_out": "gvpo/rows_left_out",
-    "gvpo/scoring_passes": "gvpo/scoring_passes",
-    "actor/grad_norm": "grad_norm",
-    "actor/lr": "learning_rate",
-}
 _SECONDS = {"seconds_generation": "timing_s/gen", "seconds_update": "timing_s/update_actor"}
 
 
@@ -171,7 +161,7 @@ def _train(run: RunDirectory, arguments: list[str], console: Console, steps: int
 
 
 def _follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
-    """The entries that verl's file logger appends, as they come, under our names."""
+    """The entries that verl's file logger appends, as they come."""
     seen, running = 0, True
     while running:
         running = process.poll() is None
@@ -179,9 +169,7 @@ def _follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, 
         whole = text[: text.rfind("\n") + 1].splitlines()
         for entry in map(json.loads, whole[seen:]):
             data = entry["data"]
-            found = {ours: data[theirs] for theirs, ours in _SHOWN.items() if data.get(theirs) is not None}
-            found |= {name: value for name, value in data.items() if name.startswith("timing_s/")}
             right = [v for k, v in data.items() if re.fullmatch(r"val-core/.*/acc/mean@\d+", k)]
-            yield {"step": entry["step"], **found, **({"accuracy_200": right[0]} if right else {})}
+            yield {"step": entry["step"], **data, **({"accuracy_200": right[0]} if right else {})}
         seen = len(whole)
         time.sleep(0.5 * running)
