@@ -28,7 +28,7 @@ REFUSED: dict[str, str] = {
     "scale_rewards": "GVPO fits the rewards as they are; to scale them, scale beta",
     "multi_objective_aggregation": "GVPO fits the weighted sum of the rewards as they are",
     "top_entropy_quantile": "GVPO's weights belong to whole sequences, not to chosen tokens",
-    "sync_ref_model": "a group's reference must stay fixed; with reference='moving' and reference_every it does",
+    "sync_ref_model": "a group's reference must stay fixed: reference='moving' has that",
     "ref_model_mixup_alpha": "sync_ref_model has no meaning in GVPO",
     "ref_model_sync_steps": "sync_ref_model has no meaning in GVPO",
     "use_liger_kernel": "GVPO brings its own fused head, which Liger's forward would replace",
