@@ -29,14 +29,14 @@ def test_a_resumed_run_has_the_reference_it_had(tmp_path: Path) -> None:
     assert all(value.equal(parameters(again)[name]) for name, value in parameters(whole).items())
     assert again.state.log_history[-2]["loss"] == whole.state.log_history[-2]["loss"]
     # Two updates per rollout, and a move just before each: 0 and then 1 update old.
-    ages = [entry["gvpo/reference_age"] for entry in whole.state.log_history if "loss" in entry]
+    ages = [entry["staleness/reference_age"] for entry in whole.state.log_history if "loss" in entry]
     assert ages == [0, 1, 0, 1, 0, 1]
 
 
 def test_groups_keep_the_reference_they_were_scored_with(tmp_path: Path) -> None:
     run = trainer(**settings(tmp_path, steps_per_generation=16, reference_every=3), replay_ratio=1.0)
     run.train()
-    ages = [entry["gvpo/reference_age"] for entry in run.state.log_history if "loss" in entry]
+    ages = [entry["staleness/reference_age"] for entry in run.state.log_history if "loss" in entry]
     # The second generation comes after four updates, one after the reference has moved.
     assert ages == [0, 1, 2, 3, 1, 2]
     assert run.replay is not None

@@ -95,8 +95,8 @@ def test_the_initial_reference_needs_no_old_policy(tmp_path, mode):
         assert entry["actor/entropy"] > 0
         assert not any(name.startswith("rollout_corr/") for name in entry)
     old = logged[-1]
-    assert old["gvpo/age_max"] >= 2
-    assert 0 < old["gvpo/spanning_rows"] <= 1
+    assert old["staleness/age_max"] >= 2
+    assert 0 < old["staleness/spanning_rows"] <= 1
     assert any(name.startswith("gvpo/kl/age_") for name in old)
 
 
@@ -110,7 +110,7 @@ def test_a_moving_reference_stays_between_its_moves_and_through_resuming(tmp_pat
     assert_exact(assets, dumps)
     references = [set(dump["reference_versions"].tolist()) for dump in dumps]
     assert references == [{0}] * 6 + [{3}] * 2
-    assert [entry["gvpo/reference_age_mean"] for entry in logged] == [4, 0]  # of the resumed steps
+    assert [entry["staleness/reference_age"] for entry in logged] == [4, 0]  # of the resumed steps
 
 
 @pytest.mark.cluster

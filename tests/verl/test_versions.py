@@ -126,11 +126,11 @@ def test_ages_and_shares():
     ages = {"fresh": 0, "mixed": 2, "spanning": 4}
     found = staleness(spans, ages, {"fresh": 0, "mixed": 2, "spanning": 2})
     assert found == {
-        "gvpo/age_mean": 2,
-        "gvpo/age_max": 4,
-        "gvpo/mixed_groups": pytest.approx(2 / 3),
-        "gvpo/spanning_rows": pytest.approx(1 / 6),
-        "gvpo/reference_age_mean": pytest.approx(4 / 3),
+        "staleness/age_mean": 2,
+        "staleness/age_max": 4,
+        "staleness/mixed_groups": pytest.approx(2 / 3),
+        "staleness/spanning_rows": pytest.approx(1 / 6),
+        "staleness/reference_age": pytest.approx(4 / 3),
     }
-    assert "gvpo/reference_age_mean" not in staleness(spans, ages, {})
+    assert "staleness/reference_age" not in staleness(spans, ages, {})
     assert staleness({}, {}, {}) == {}

@@ -326,7 +326,7 @@ class GVPOTrainer(ScoringTrainer):
         shares = shares_of(report, batch, with_trust=self.args.trust is not None)
         if self.moving is not None:
             ages = [self.state.global_step - item.reference_step for item in self._window]
-            shares["gvpo/reference_age"] = Share(sum(ages), len(ages))
+            shares["staleness/reference_age"] = Share(sum(ages), len(ages))
         self._log(shares | memory_shares(self.accelerator.device))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:

@@ -25,11 +25,11 @@ def staleness(spans: Spans, ages: Mapping[str, int], reference_ages: Mapping[str
     rows = [span for group in spans.values() for span in group]
     mixed = [len({version for span in group for version in span}) > 1 for group in spans.values()]
     found = {
-        "gvpo/age_mean": fmean(ages[prompt] for prompt in spans),
-        "gvpo/age_max": float(max(ages[prompt] for prompt in spans)),
-        "gvpo/mixed_groups": fmean(mixed),
-        "gvpo/spanning_rows": fmean(oldest != newest for oldest, newest in rows),
+        "staleness/age_mean": fmean(ages[prompt] for prompt in spans),
+        "staleness/age_max": float(max(ages[prompt] for prompt in spans)),
+        "staleness/mixed_groups": fmean(mixed),
+        "staleness/spanning_rows": fmean(oldest != newest for oldest, newest in rows),
     }
     if reference_ages:
-        found["gvpo/reference_age_mean"] = fmean(reference_ages[prompt] for prompt in spans)
+        found["staleness/reference_age"] = fmean(reference_ages[prompt] for prompt in spans)
     return found
