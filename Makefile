@@ -17,8 +17,10 @@ LOWEST_TRL := 1.10.0
 CORE := $(addprefix src/gvpo/,__init__.py objective.py batch.py packing.py trust.py scoring.py step.py model)
 # One thread is faster for models of the tests' size, and much faster on a busy machine.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
+# A file's tests stay together: they share what is made once.
+SPREAD := -n 2 --dist loadfile
 
-.PHONY: help quickstart quickstart-llm quickstart-verl test test-real test-verl test-verl060 test-vllm test-fast fuzz bench gpu torture soak mutants lint docs wheel clean
+.PHONY: help quickstart quickstart-llm quickstart-verl test test-real test-verl test-verl060 test-vllm test-fast fuzz bench gpu torture soak mutants lint docs wheel release compat clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,12 +36,12 @@ quickstart-verl: $(VENV)/verl.installed  ## the same through verl and Ray, on a 
 	$(BIN)/gvpo verl quickstart
 
 test: $(VENV)/dev.installed $(VENV)/trl-lowest  ## all tests (15 minutes at most on 2 cores)
-	$(RUN) pytest
+	$(RUN) pytest $(SPREAD)
 	@echo "The trainer's tests again, on the lowest TRL that gvpo claims ($(LOWEST_TRL)):"
-	PYTHONPATH=$(VENV)/trl-lowest GVPO_EXPECTED_TRL=$(LOWEST_TRL) $(RUN) pytest tests/trl
+	PYTHONPATH=$(VENV)/trl-lowest GVPO_EXPECTED_TRL=$(LOWEST_TRL) $(RUN) pytest $(SPREAD) tests/trl
 
 test-fast: $(VENV)/dev.installed  ## unit tests alone (a minute at most)
-	$(RUN) pytest -m "not slow" -n 2 --dist loadfile
+	$(RUN) pytest -m "not slow" $(SPREAD)
 
 test-real: $(VENV)/dev.installed $(VENV)/llm.installed  ## a language model that people know, SmolLM2, through everything
 	$(RUN) pytest -m real tests/real
@@ -83,14 +85,20 @@ lint: $(VENV)/dev.installed  ## ruff, mypy, and deptry: what is imported is decl
 
 # Alone in an environment of its own, outside the repository, as from an index.
 wheel: $(VENV)/dev.installed  ## build wheel and sdist into dist/, and try the wheel (5 minutes)
-	rm -rf dist && $(PIP) build twine && $(BIN)/python -m build --no-isolation --outdir dist && $(BIN)/twine check --strict dist/*
+	rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist && $(BIN)/twine check --strict dist/*
 	bash tests/wheel.sh "$(PYTHON)" dist/gvpo-*.whl constraints.txt
+
+release: $(VENV)/dev.installed  ## VERSION=0.2.0: tells what a release would be; with APPLY=1 makes it
+	$(BIN)/python -m tools.release $(or $(VERSION),$(error say which: make release VERSION=0.2.0)) $(if $(APPLY),--apply)
+
+compat: $(VENV)/dev.installed $(VENV060)/verl.installed  ## lowest and newest of what gvpo stands on: docs/compatibility.md (an hour)
+	$(RUN) tools.compat
 
 docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what was installed and built
-	rm -rf $(VENV) $(VENV060) $(VENVVLLM) site dist
+	rm -rf $(VENV) $(VENV060) $(VENVVLLM) .compat site dist
 
 $(VENV)/python.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,6 +1,7 @@
 """The wheel alone, far from the repository, and without what its extras bring."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,19 @@ def run(site: Path, cwd: Path, *argv: str) -> "subprocess.CompletedProcess[str]"
 def test_the_wheel_alone_runs(argv: list[str], site: Path, tmp_path: Path) -> None:
     done = run(site, tmp_path, *argv)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_what_an_index_shows_of_the_readme_leads_somewhere(site: Path) -> None:
+    (metadata,) = site.glob("gvpo-*.dist-info/METADATA")
+    _, _, page = metadata.read_text(encoding="utf-8").partition("\n\n")
+    text = re.sub(r"(?s)```.*?```", "", page)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert "$" not in text  # formulas, which indexes do not set
+    assert "the source distribution" in text
+    assert text.rstrip().endswith("(https://arxiv.org/abs/2504.19599).")
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""What maintainers run: which versions go together, and a release."""
