@@ -1,12 +1,12 @@
 """Which versions GVPO works with: an environment and the same tests for each combination, and a table.
 
-    python -m tools.compat                    # each combination that has not passed with these sources yet
+    python -m tools.compat                    # each combination that has not passed today
     python -m tools.compat lowest newest      # these
     python -m tools.compat --here NAME        # the environment that runs this, filed under NAME
 
 uv makes the environments, in `.compat`; results are in `benchmarks/results/compat.json`, the table is in
 `docs/compatibility.md`. Killed, the same command goes on. Torch is a build for CPUs: where the indexes have
-none, that is the result (`--any-torch` takes a build for GPUs, too: gigabytes).
+none, that is the result (`--torch 2.14.1` takes that release, be it a build for GPUs: gigabytes).
 """
 
 import argparse
@@ -102,14 +102,14 @@ def called(*words: str | Path, **settings: Any) -> "subprocess.CompletedProcess[
     return subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=ROOT, **settings)
 
 
-def torch_build(python: str, wanted: str, *, any_build: bool) -> str:
-    """The newest torch of the `wanted` version that is a build for CPUs; `any_build` takes others."""
+def torch_build(python: str, wanted: str) -> str:
+    """The newest torch of the `wanted` version that is a build for CPUs."""
     words = ["index", "versions", "torch", "--python-version", python, "--only-binary=:all:"]
     listed = called(sys.executable, "-m", "pip", *words).stdout
     offered = listed.partition("Available versions:")[2].partition("\n")[0].split(",")
     for version in sorted((Version(v.strip()) for v in offered if v.strip()), reverse=True):
         right = wanted == "newest" or version.base_version == Version(f"{wanted}.0").base_version
-        if right and (any_build or version.local == "cpu"):
+        if right and version.local == "cpu":
             return f"torch=={version}"
     raise Unavailable(f"no CPU build of torch ({wanted}) for Python {python} in the indexes here")
 
@@ -129,11 +129,11 @@ def uv(*words: str | Path) -> None:
         raise Unavailable(" ".join(done.stderr.split())[-500:])
 
 
-def prepared(folder: Path, way: Combination, *, any_torch: bool) -> tuple[Path, list[Path]]:
+def prepared(folder: Path, way: Combination, torch: str | None) -> tuple[Path, list[Path]]:
     """The interpreter of the combination, and the folders that lie over its packages; made once."""
     shared = not way.requirements or way.overlay
     python = (ROOT / way.environment if shared else folder) / "bin" / "python"
-    recipe = repr((way, [str(r) for r in asked("trl")]))
+    recipe = repr((way, torch, [str(r) for r in asked("trl")]))
     made = folder / "made"
     if way.requirements and not (made.is_file() and made.read_text() == recipe):
         shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +141,7 @@ def prepared(folder: Path, way: Combination, *, any_torch: bool) -> tuple[Path, 
         if way.overlay:
             uv(*install, "--no-deps", "--target", folder, *way.requirements)
         else:
-            build = torch_build(way.python, way.torch, any_build=any_torch)
+            build = f"torch=={torch}" if torch else torch_build(way.python, way.torch)
             uv("venv", "--python", way.python, folder)
             uv(*install, build, *TESTERS)
             uv(
@@ -201,6 +201,11 @@ def sources() -> str:
     return " ".join(called("git", "rev-parse", "HEAD:src", "HEAD:pyproject.toml").stdout.split())
 
 
+def fresh(record: dict[str, Any]) -> bool:
+    """Whether the result is today's, of these sources."""
+    return (record["date"], record["sources"]) == (date.today().isoformat(), sources())
+
+
 def results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
@@ -237,7 +242,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.compat", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}")
     parser.add_argument("--here", metavar="NAME", help="try the environment that runs this, filed under NAME")
-    parser.add_argument("--any-torch", action="store_true", help="builds of torch for GPUs, too (gigabytes)")
+    parser.add_argument("--torch", metavar="VERSION", help="this torch, be it a build for GPUs (gigabytes)")
     given = parser.parse_args()
     if unknown := [n for n in given.names if n not in known]:
         parser.error(f"no combination is called {unknown[0]}; there are {', '.join(known)}")
@@ -246,13 +251,13 @@ def main() -> int:
         return 0
     for name in given.names or known:
         before = results().get(name, {})
-        if not given.names and before.get("sources") == sources() and before.get("failed") == []:
+        if not given.names and before.get("failed") == [] and fresh(before):
             continue
         try:
             record = tried(
                 name,
                 known[name],
-                *prepared(FOLDER / folder_name(name), known[name], any_torch=given.any_torch),
+                *prepared(FOLDER / folder_name(name), known[name], given.torch),
             )
         except Unavailable as reason:
             record = {"note": f"not to be had: {reason}"}
