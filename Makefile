@@ -57,7 +57,7 @@ test-vllm: $(VENVVLLM)/vllm.installed  ## real vLLM on a CPU, in an environment 
 
 fuzz: $(VENV)/dev.installed  ## 10,000 hostile inputs for each reader, twice over (an hour)
 	GVPO_FUZZ_EXAMPLES=10000 $(RUN) pytest --timeout=7200 tests/fuzz "tests/rewards/test_verification.py::test_hostile_strings_end_in_bounded_time_and_memory_and_score_nothing"
-	for reader in config prompts answers rewards replay metrics; do $(RUN) tests.fuzz.guided $$reader -runs=10000 -verbosity=0 || exit 1; done
+	for reader in config prompts answers rewards replay metrics samples; do $(RUN) tests.fuzz.guided $$reader -runs=10000 -verbosity=0 || exit 1; done
 
 bench: $(VENV)/dev.installed  ## every benchmark: tables, and JSON in benchmarks/results (an hour on an idle machine)
 	$(RUN) benchmarks

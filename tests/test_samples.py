@@ -74,12 +74,12 @@ def test_reward_by_difficulty_follows_thirds_of_the_first_rewards() -> None:
     # Two hard prompts that are learnt, one easy one that is not visited again after the second time.
     lines = told(generation(0.0, 0.2, 0.9), generation(0.4, 0.4, 1.0), generation(0.8, 1.0), generation(1.0))
     hard, easy = by_difficulty(lines, held_out=False)
-    assert hard == ("0 to 0.3 (2 prompts)", pytest.approx([0.1, 0.4, 0.9, 1.0]))
-    assert easy == ("0.6 to 0.9 (1 prompts)", pytest.approx([0.9, 1.0]))
+    assert hard == ("0 to 0.3 (n = 2)", pytest.approx([0.1, 0.4, 0.9, 1.0]))
+    assert easy == ("0.6 to 0.9 (n = 1)", pytest.approx([0.9, 1.0]))
     assert by_difficulty(lines, held_out=True) == []
     assert by_difficulty(lines[:1], held_out=False) == []
     alike = by_difficulty(told(generation(0.5, 0.5), generation(0.5, 0.5)), held_out=False)
-    assert alike == [("0.5 to 0.5 (2 prompts)", pytest.approx([0.5, 0.5]))]
+    assert alike == [("0.5 to 0.5 (n = 2)", pytest.approx([0.5, 0.5]))]
 
 
 def test_completions_that_verl_wrote_are_read(tmp_path: Path) -> None:
@@ -120,3 +120,7 @@ def test_a_new_run_drops_an_earlier_one_s_samples(tmp_path: Path) -> None:
     assert len(read_samples(tmp_path)) == 1
     run.start({})
     assert read_samples(tmp_path) == []
+
+
+def test_prompts_need_not_be_valid_unicode() -> None:
+    assert Recorder().line(0, [Sample("\ud800", "\udfff", 1.0)])["rewards"] != {}

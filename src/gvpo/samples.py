@@ -8,6 +8,7 @@ followed, which are the first few, or else of one prompt. So its size does not d
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from gvpo.run import read_metrics
 
 SAMPLES = "samples.jsonl"
 # Of trainer.rollout_data_dir and trainer.validation_data_dir in verl; which are held out.
-VERL_FOLDERS = {"rollouts": False, "validation": True}
+VERL_FOLDERS = (("rollouts", False), ("validation", True))
 _FOLLOWED = 6  # prompts of training, and as many held out
 _MOST = 2000  # characters of a prompt and of a completion
 Line = dict[str, Any]
@@ -61,26 +62,23 @@ class Recorder:
         """The line of a generation, `step` updates into the run."""
         prompts: dict[str, list[Sample]] = {}
         for one in generation:
-            prompts.setdefault(hashlib.sha256(one.prompt.encode()).hexdigest()[:12], []).append(one)
+            key = hashlib.sha256(one.prompt.encode(errors="surrogatepass")).hexdigest()[:12]
+            prompts.setdefault(key, []).append(one)
         chosen = [key for key in self._follow(held_out, list(prompts)) if key in prompts] or list(prompts)[:1]
-        firsts = {key: prompts[key][0] for key in chosen}
-        scored = {
-            key: [one.reward for one in group if one.reward is not None] for key, group in prompts.items()
-        }
+        rewards = {key: [s.reward for s in given if s.reward is not None] for key, given in prompts.items()}
         return {
             "step": step,
             "held_out": held_out,
-            "rewards": {key: round(fmean(rewards), 6) for key, rewards in scored.items() if rewards},
-            "samples": [
-                {
-                    "key": key,
-                    "prompt": _clipped(one.prompt),
-                    "completion": _clipped(one.completion),
-                    "reward": one.reward,
-                }
-                for key, one in firsts.items()
-            ],
+            "rewards": {key: round(fmean(given), 6) for key, given in rewards.items() if given},
+            "samples": [{"key": key, **vars(_clipped(prompts[key][0]))} for key in chosen],
         }
+
+
+def _clipped(sample: Sample) -> Sample:
+    texts = (sample.prompt, sample.completion)
+    half = _MOST // 2
+    prompt, completion = (t if len(t) <= _MOST else f"{t[:half]}\n…\n{t[-half:]}" for t in texts)
+    return Sample(prompt, completion, sample.reward)
 
 
 def text_of(given: Any) -> str:
@@ -93,35 +91,36 @@ def text_of(given: Any) -> str:
     return "".join(part.get("text") or f"[{part.get('type')}]" for part in content)
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= _MOST else f"{text[: _MOST // 2]}\n…\n{text[-_MOST // 2 :]}"
-
-
 def read_samples(run: Path) -> list[Line]:
     """The lines of a run; of verl's, made from all the completions that it wrote.
 
     Raises:
         InputError: a file is damaged.
     """
-    recorder, lines, path = Recorder(), [], run / SAMPLES
+    recorder, path = Recorder(), run / SAMPLES
     try:
-        for line in read_metrics(path):
-            Recorder([line])
-            [sample_of(one) for one in line["samples"]], sum(line["rewards"].values())
-            lines.append(line)
-        for folder, held_out in VERL_FOLDERS.items():
+        lines = [_checked(line) for line in read_metrics(path)]
+        for folder, held_out in () if lines else VERL_FOLDERS:
             for path in sorted((run / folder).glob("*.jsonl"), key=lambda file: (len(file.stem), file.stem)):
-                rows = read_metrics(path)
-                if not rows:
-                    continue
-                generation = [Sample(row["input"], row["output"], float(row["score"])) for row in rows]
-                # verl counts the step that it is making, and validates after it.
-                lines.append(recorder.line(rows[0]["step"] - (not held_out), generation, held_out=held_out))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+                if rows := read_metrics(path):
+                    generation = [Sample(row["input"], row["output"], float(row["score"])) for row in rows]
+                    # verl counts the step that it is making, and validates after it.
+                    step = rows[0]["step"] - (not held_out)
+                    lines.append(recorder.line(step, generation, held_out=held_out))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} does not hold samples as they were written: remove or repair it."
         ) from error
     return lines
+
+
+def _checked(line: Line) -> Line:
+    Recorder([line])
+    samples = {one["key"]: sample_of(one) for one in line["samples"]}
+    numbers = [line["step"], *line["rewards"].values(), *(one.reward or 0.0 for one in samples.values())]
+    if not math.isfinite(sum(numbers)) or not all(isinstance(one.prompt, str) for one in samples.values()):
+        raise ValueError
+    return line
 
 
 @dataclass
@@ -172,5 +171,5 @@ def by_difficulty(lines: Sequence[Line], *, held_out: bool) -> list[tuple[str, l
         label = f"{low + number * third:.2g} to {low + (number + 1) * third:.2g}"
         most = sorted(map(len, prompts), reverse=True)[(len(prompts) - 1) // 2]
         means = [fmean(p[n] for p in prompts if len(p) > n) for n in range(most)]
-        found.append((f"{label} ({len(prompts)} prompts)", means))
+        found.append((f"{label} (n = {len(prompts)})", means))
     return found

@@ -121,7 +121,7 @@ def test_completions_over_a_run_and_reward_by_difficulty(runs):
     for mark, completion in (("wrong", "no. 0"), ("", "no. 1"), ("right", "no. 2"), ("", "yes 2")):
         assert f'<pre class="{mark}">{completion}</pre>' in text
     figure = text.partition("<figcaption>Reward by difficulty</figcaption>")[2].partition("</figure>")[0]
-    for label in ("0 to 0.33 (1 prompts)", "0.67 to 1 (1 prompts)", "visit of the prompt"):
+    for label in ("0 to 0.33 (n = 1)", "0.67 to 1 (n = 1)", "visit of the prompt"):
         assert f">{label}</text>" in figure
     assert "by chance alone" in text
     assert "by chance alone" not in page_of(runs[1])

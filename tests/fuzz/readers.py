@@ -14,6 +14,7 @@ from gvpo.replay.view import ReplayView
 from gvpo.rewards import extract_answer
 from gvpo.rewards.functions import accuracy
 from gvpo.run import RunDirectory
+from gvpo.samples import by_difficulty, read_samples, stories
 from gvpo.trl.arguments import parse_arguments
 from tests.replay.groups import group, same
 
@@ -72,6 +73,16 @@ def metrics(data: bytes) -> None:
         RunDirectory(folder).metrics()
 
 
+def samples(data: bytes) -> None:
+    """A run's completions, as `gvpo report` reads and tells them."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "samples.jsonl").write_bytes(data)
+        lines = read_samples(Path(folder))
+        stories(lines)
+        for held_out in (False, True):
+            by_difficulty(lines, held_out=held_out)
+
+
 READERS: dict[str, Callable[[bytes], None]] = {
     "config": config,
     "prompts": prompts,
@@ -79,6 +90,7 @@ READERS: dict[str, Callable[[bytes], None]] = {
     "rewards": rewards,
     "replay": replay,
     "metrics": metrics,
+    "samples": samples,
 }
 
 SEEDS: dict[str, list[bytes]] = {
@@ -104,6 +116,10 @@ SEEDS: dict[str, list[bytes]] = {
     "replay": [b"\x00" + at + b"\x00\xff" * 3 for at in (b"\x10\x00\x00", b"\x80\x25\x00", b"\x00\x90\x01")]
     + [b"\x02\x42\x00\x00[[7", b"\x02\x90\x00\x00\x00}"],
     "metrics": [b'{"step": 1, "loss": 0.5}\n{"step": 2}\n{"st'],
+    "samples": [
+        b'{"step": %d, "held_out": false, "rewards": {"a": 0.5, "b": 1}, "samples": '
+        b'[{"key": "a", "prompt": "p", "completion": "c", "reward": null}]}\n' * 2 % (1, 2),
+    ],
 }
 
 

@@ -155,9 +155,8 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._step = state.global_step
-            lines = [
-                line for line in read_samples(self.run.path) if line["step"] < self._step + line["held_out"]
-            ]
+            before = read_samples(self.run.path) if self._step else []
+            lines = [line for line in before if line["step"] < self._step + line["held_out"]]
             self.run.write_lines(SAMPLES, lines)
             self._recorder = Recorder(lines)
             self._ticker = Ticker(self.console, "GVPO", state.max_steps)
