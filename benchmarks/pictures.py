@@ -1,9 +1,9 @@
-"""The terminal and the report of a run, as pictures for the documentation.
+"""The terminal and the report, as pictures for the documentation.
 
-    gvpo quickstart --llm
-    python -m benchmarks.pictures [RUN]    # runs/quickstart-llm by default; needs chromium
+    python -m benchmarks.pictures    # a minute on a CPU; needs chromium
 
-Writes docs/assets/terminal.svg (what is shown three quarters through the run), report.html and report.png.
+The quickstart's model, warmed up, is trained twice on 64 of its sums, and asked 64 others every ten steps.
+Writes docs/assets/terminal.svg (three quarters through the first run), report.html and report.png.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
+from PIL import Image
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
@@ -24,31 +25,40 @@ from gvpo.progress import Ticker
 from gvpo.run import read_metrics
 from gvpo.samples import read_samples, sample_of
 
+QUICKSTART = "quickstart --steps 1"
+TRAIN = """
+    train --model_name_or_path runs/quickstart/warmed-up-model --no_chat
+    --reward_funcs exact --reference initial --dataset_name sums.jsonl
+    --eval_dataset_name others.jsonl --eval_strategy steps --eval_steps 10 --eval_on_start
+    --learning_rate 7e-4 --num_generations 8 --max_completion_length 4 --max_steps 40 --logging_steps 1
+    --per_device_train_batch_size 128 --per_device_eval_batch_size 128 --save_strategy no --report_to none
+"""
+BETAS = (0.2, 0.05)
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 
 
 def terminal(run: Path, share: float = 0.75) -> str:
     """The live table with that share of the steps made, as SVG without fonts from elsewhere."""
-    metrics = [entry for entry in read_metrics(run / "metrics.jsonl") if "loss" in entry]
-    total, last = int(metrics[-1]["step"]), metrics[round(share * len(metrics)) - 1]
+    metrics = read_metrics(run / "metrics.jsonl")
+    total = int(metrics[-1]["step"])
+    last = round(share * total)
     console = Console(file=StringIO(), force_terminal=True, record=True, width=92)
     now = [0.0]
     with patch("time.monotonic", lambda: now[0]):
         ticker = Ticker(console, "GVPO", total)
         ticker.running()
-        for entry in metrics[: metrics.index(last) + 1]:
-            now[0] += entry["step_time"]
-            ticker.advance(int(entry["step"]), metrics=entry)
-        shown = [line for line in read_samples(run) if line["step"] < last["step"] and not line["held_out"]][
-            -1
-        ]
+        for entry in metrics:
+            if entry["step"] <= last:
+                now[0] += entry.get("step_time", 0.0)
+                ticker.advance(int(entry["step"]), metrics=entry)
+        shown = [line for line in read_samples(run) if line["step"] < last and not line["held_out"]][-1]
         ticker.sample = sample_of(shown["samples"][-1])
         console.print(ticker)
     drawn = console.export_svg(title="gvpo train", theme=MONOKAI, unique_id="terminal")
     return re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
 
 
-def picture(page: Path, output: Path, width: int = 1180, height: int = 1500) -> None:
+def picture(page: Path, output: Path, width: int = 1180, height: int = 1150) -> None:
     """A page's upper part, as a browser shows it."""
     with tempfile.TemporaryDirectory() as profile:
         options = [
@@ -61,13 +71,29 @@ def picture(page: Path, output: Path, width: int = 1180, height: int = 1500) -> 
         shot = f"--screenshot={output}"
         command = ["chromium", *options, shot, f"--window-size={width},{height}", page.as_uri()]
         subprocess.run(command, check=True, capture_output=True)
+    Image.open(output).quantize(48).save(output, optimize=True)
+
+
+def trained(folder: Path) -> list[Path]:
+    """The runs, made below a folder."""
+
+    def gvpo(words: str) -> None:
+        subprocess.run([sys.executable, "-m", "gvpo", *words.split()], cwd=folder, check=True)
+
+    gvpo(QUICKSTART)
+    sums = (folder / "runs/quickstart/held_out.jsonl").read_text().splitlines(keepends=True)
+    (folder / "sums.jsonl").write_text("".join(sums[:64]))
+    (folder / "others.jsonl").write_text("".join(sums[64:128]))
+    for beta in BETAS:
+        gvpo(f"{TRAIN} --beta {beta} --output_dir runs/beta-{beta}")
+    return [folder / f"runs/beta-{beta}" for beta in BETAS]
 
 
 def main() -> None:
-    run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart-llm")
-    (ASSETS / "terminal.svg").write_text(terminal(run), encoding="utf-8")
-    exams = [run / name for name in ("before", "after") if (run / name).is_dir()]
-    write_report([run, *exams], ASSETS / "report.html", title=f"GVPO: {run.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = trained(Path(folder))
+        (ASSETS / "terminal.svg").write_text(terminal(runs[0]), encoding="utf-8")
+        write_report(runs, ASSETS / "report.html", title="Sums, at two temperatures")
     picture(ASSETS / "report.html", ASSETS / "report.png")
     for name in ("terminal.svg", "report.html", "report.png"):
         print(f"{name}: {(ASSETS / name).stat().st_size / 1024:.0f} KiB")

@@ -100,10 +100,17 @@ def test_staleness_is_drawn_where_it_was_logged(runs):
     for title in (
         "Age of the rollouts",
         "Age of the oldest rollout",
-        "Groups of mixed age",
+        "Groups of several versions",
         "Age of the reference",
     ):
         assert f"<figcaption>{title}</figcaption>" in text
+
+
+def test_numbers_on_the_axes_are_whole(runs):
+    for step in range(5):
+        RunDirectory(runs[0]).log({"step": step, "gvpo/weight_abs_mean": 1e-4 * step})
+    drawing = page_of(runs[0]).partition("Weight spread")[2].partition("</svg>")[0]
+    assert any(0 < float(label) < 1e-3 for label in re.findall(r">([\d.]+)</text>", drawing))
 
 
 def test_completions_over_a_run_and_reward_by_difficulty(runs):

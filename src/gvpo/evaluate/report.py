@@ -6,6 +6,7 @@ The page is the Jinja template `report.html.jinja`.
 
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from gvpo.samples import Line, Recorder, Sample, by_difficulty, read_samples, st
 # Title, the metric's names (the first that a run has counts), and the unit of the vertical axis.
 PANELS = (
     ("Reward", ("reward", "critic/score/mean"), "mean per completion"),
+    ("Reward, held out", ("eval_reward",), "mean per completion"),
     ("Accuracy", ("accuracy", "eval_accuracy", "rewards/accuracy/mean"), "share right"),
     ("Explained variance", ("gvpo/explained_variance",), "1: the optimum"),
     ("KL to the reference", ("gvpo/kl", "kl"), "nats"),
@@ -37,12 +39,14 @@ PANELS = (
     ("Tokens", ("num_tokens",), "so far"),
     ("Age of the rollouts", ("staleness/age_mean",), "updates, mean"),
     ("Age of the oldest rollout", ("staleness/age_max",), "updates"),
-    ("Groups of mixed age", ("staleness/mixed_groups",), "groups"),
+    ("Groups of several versions", ("staleness/mixed_groups",), "share"),
+    ("Responses of several versions", ("staleness/spanning_rows",), "share"),
     ("Age of the reference", ("staleness/reference_age",), "updates"),
 )
 DIFFICULTY = "Reward by difficulty"
 _COLOURS = ("#1f5fa8", "#c8553d", "#2f8f5b", "#8a5bb0", "#b8860b", "#3f8c9b", "#a3485e", "#5a6570")
 _ON_DARK = ("#6fa8e8", "#f08a72", "#66c793", "#bd93e0", "#dfb54a", "#71bfcd", "#e08aa0", "#a3aeb9")
+_SAID = ("Creator", "Date", "Format", "Type")  # by matplotlib in a drawing, of itself
 _SAMPLES_SHOWN = 20
 Curves = dict[str, tuple[list[float], list[float]]]  # steps and values by title
 Card = tuple[str, list[tuple[str, str, str]]]  # a prompt; labels, texts and how they are marked
@@ -286,7 +290,7 @@ def _panels(runs: Sequence[Run], curves: Sequence[Curves]) -> list[tuple[str, st
     names = [f": {run.name}" * (len(runs) > 1) for run in runs]
     for name, run in zip(names, runs, strict=True):
         draw(f"Where the time goes{name}", "seconds a step", _stacked, split_of(run.metrics))
-    for held_out, which in ((False, ""), (True, " held out")):
+    for held_out, which in ((False, ""), (True, ", held out")):
         for name, run in zip(names, runs, strict=True):
             thirds = by_difficulty(run.lines, held_out=held_out)
             draw(f"{DIFFICULTY}{which}{name}", "mean reward", _labelled, thirds, "visit of the prompt")
@@ -318,20 +322,28 @@ def _stacked(split: Sequence[tuple[float, dict[str, float]]], axis: Any) -> None
     axis.legend(fontsize=7, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
+def _rounded(attribute: re.Match[str]) -> str:
+    """Coordinates to a tenth of a point, on one line."""
+    line = attribute[0].replace("\n", "")
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", line)
+
+
 def _drawing(title: str, unit: str, draw: Callable[[Any], None], x: str = "optimizer step") -> str:
     import matplotlib
     from markupsafe import Markup
 
     # Text as text keeps it small and selectable; the fixed salt makes the same runs give the same page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.sans-serif": ["DejaVu Sans"]}
+    with matplotlib.rc_context(style):
         figure, (axis,) = new_figure(width=4.6, height=3.0)
         draw(axis)
         axis.set_xlabel(x, fontsize=9)
         axis.set_ylabel(unit, fontsize=9)
         axis.tick_params(labelsize=8)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(_SAID))
     drawing = buffer.getvalue().replace("#000000", "currentColor")
+    drawing = re.sub(r'"[^"]*"', _rounded, re.sub(r">\s+<", "><", drawing))
     for number, colour in enumerate(_COLOURS):  # by number, as a dark page has others
         drawing = drawing.replace(colour, f"var(--c{number})")
     return Markup(drawing[drawing.index("<svg") :])
