@@ -68,6 +68,8 @@ def test_a_story_is_a_prompt_early_in_the_middle_and_late() -> None:
     once = stories(told(*(generation(0.1, first=step) for step in range(9))))
     assert [(one.prompt, len(one.answers)) for one in once] == [(f"prompt {n}", 1) for n in (0, 4, 8)]
     assert stories([]) == []
+    many = told(*[generation(*[0.5] * 9)] * 2, held_out=True) + told(*[generation(*[0.5] * 9)] * 2)
+    assert [one.held_out for one in stories(many)] == [False] * 6 + [True] * 6
 
 
 def test_reward_by_difficulty_follows_thirds_of_the_first_rewards() -> None:

@@ -132,8 +132,11 @@ class Story:
     answers: list[tuple[int, Sample]] = field(default_factory=list)
 
 
-def stories(lines: Sequence[Line], most: int = _FOLLOWED) -> list[Story]:
-    """Of prompts that came again, three of their answers; where none did, other prompts in their place."""
+def stories(lines: Sequence[Line]) -> list[Story]:
+    """Of prompts that came again, three of their answers; where none did, other prompts in their place.
+
+    At most six prompts of training, and as many held out.
+    """
     found: dict[tuple[bool, str], Story] = {}
     for line in lines:
         for one in line["samples"]:
@@ -142,7 +145,10 @@ def stories(lines: Sequence[Line], most: int = _FOLLOWED) -> list[Story]:
     again = [story for story in found.values() if story.answers[0][0] < story.answers[-1][0]]
     if not again:
         return _spread(list(found.values()))
-    return [Story(one.prompt, one.held_out, _spread(one.answers)) for one in again[:most]]
+    few = [
+        one for held_out in (False, True) for one in [s for s in again if s.held_out == held_out][:_FOLLOWED]
+    ]
+    return [Story(one.prompt, one.held_out, _spread(one.answers)) for one in few]
 
 
 def _spread(items: list[T]) -> list[T]:

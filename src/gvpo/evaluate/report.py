@@ -196,7 +196,7 @@ def _cell(value: Any, name: str) -> str:
 
 
 def _number(value: float, sign: str = "") -> str:
-    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.{3 if sign else 4}g}"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
