@@ -121,10 +121,10 @@ def test_completions_over_a_run_and_reward_by_difficulty(runs):
     text = page_of(runs[0])
     shown = section(text, "Completions")
     assert shown.startswith(
-        "hard &lt;b&gt;?&lt;/b&gt; after 0 updates: reward 0 no. 0 after 1 updates: reward 0.25 no. 1 "
-        "after 2 updates: reward 1 no. 2 easy? after 0 updates: reward 1 yes 0"
+        "hard &lt;b&gt;?&lt;/b&gt; step 0: reward 0 no. 0 step 1: reward 0.25 no. 1 "
+        "step 2: reward 1 no. 2 easy? step 0: reward 1 yes 0"
     )
-    assert "after 2 updates: no reward yes 2 1+1= before 3 after 2 right answer 2" in shown
+    assert "step 2: no reward yes 2 1+1= before 3 after 2 right answer 2" in shown
     for mark, completion in (("wrong", "no. 0"), ("", "no. 1"), ("right", "no. 2"), ("", "yes 2")):
         assert f'<pre class="{mark}">{completion}</pre>' in text
     figure = text.partition("<figcaption>Reward by difficulty</figcaption>")[2].partition("</figure>")[0]
@@ -144,7 +144,7 @@ def test_evaluations_of_the_same_prompts_are_compared_by_difficulty(tmp_path):
     text = page_of(tmp_path / "before", tmp_path / "after")
     assert text.count("<figure") == 1
     assert "<figcaption>Reward by difficulty, by evaluations</figcaption>" in text
-    assert "updates" not in section(text, "Completions: before")
+    assert "step" not in section(text, "Completions: before")
 
 
 def test_every_colour_has_one_for_dark_pages(runs):

@@ -229,8 +229,8 @@ def _cards(run: Run) -> list[Card]:
     cards: list[Card] = []
     for story in stories(run.lines):
         marks = [
-            (f"after {updates} updates: {_reward(one.reward)}", one.completion, _mark_reward(one.reward))
-            for updates, one in story.answers
+            (f"step {step}: {_reward(one.reward)}", one.completion, _mark_reward(one.reward))
+            for step, one in story.answers
         ]
         cards.append((story.prompt + " (held out)" * story.held_out, marks))
     for row in run.samples:
