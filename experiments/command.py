@@ -28,6 +28,8 @@ _ABOUT = {
     "foreign": "Learning addition from another model's responses, whose probabilities nobody knows.",
     "frontier": "Reward against KL on-policy, beside the exact frontier.",
     "reuse": "Many updates on each rollout of addition: where GVPO loses, and why.",
+    "relatives": "Beside other losses that regress log-ratios on rewards: REBEL, OPMD, A*-PO, DRO, FlowRL, …",
+    "choices": "How large k, how noisy rewards, how long answers, which β schedule.",
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
 from experiments.comparison import TUNING_SEED, Record, Scale
@@ -24,13 +25,16 @@ from gvpo.errors import InputError
 from gvpo.progress import Ticker
 from gvpo.run import RunDirectory
 
-EXPERIMENTS = ("optimum", "offline", "foreign", "frontier", "reuse")
+EXPERIMENTS = ("optimum", "offline", "foreign", "frontier", "reuse", "relatives", "choices")
+JOBS = "jobs.jsonl"  # what an unfinished run has done
 
 
 def run_experiment(
     name: str, scale: Scale, output: Path, *, workers: int = 1, console: Console | None = None
 ) -> dict[str, Any]:
     """Run one experiment and write `config.yaml`, `metrics.jsonl`, `summary.json` and a picture.
+
+    Jobs that an interrupted run of the same settings has done are not done again.
 
     Args:
         name: one of `EXPERIMENTS`.
@@ -48,23 +52,26 @@ def run_experiment(
     console = console or Console()
     module = importlib.import_module(f"experiments.{name}")
     run = RunDirectory(output)
-    run.start({"command": f"lab {name}", "seeds": list(scale.seeds), "quick": scale.quick})
+    config = {"command": f"lab {name}", "seeds": list(scale.seeds), "quick": scale.quick}
+    earlier = _earlier(run, config)
+    run.start(config)
     jobs = module.jobs(scale)
     if hasattr(module, "prepare"):
         console.print(f"gvpo lab {name}: models to begin with …", highlight=False)
         module.prepare(scale, run.path)
     ticker = Ticker(console, f"gvpo lab {name}", len(jobs))
-    done: dict[int, list[Record]] = {}
-    seconds = 0.0
+    done = {job: outcome for job, outcome in earlier.items() if job in jobs}
     with ticker.running():
-        for index, records, taken in _outcomes(name, jobs, scale, run.path, workers):
-            done[index] = records
-            seconds += taken
-            ticker.advance(len(done), f"({jobs[index]}, {taken:.0f} s)")
+        ticker.advance(len(done))
+        left = [job for job in jobs if job not in done]
+        for job, records, taken in _outcomes(name, left, scale, run.path, workers):
+            done[job] = records, taken
+            with open(run.path / JOBS, "a", encoding="utf-8") as file:
+                file.write(json.dumps([job, [vars(record) for record in records], taken]) + "\n")
+            ticker.advance(len(done), f"({job}, {taken:.0f} s)")
+    seconds = sum(taken for _, taken in done.values())
     # Rounded as they are written, so that `show_again` finds the same.
-    records = [
-        replace(record, metrics=rounded(record.metrics)) for index in sorted(done) for record in done[index]
-    ]
+    records = [replace(record, metrics=rounded(record.metrics)) for job in jobs for record in done[job][0]]
     run.write_lines("metrics.jsonl", map(vars, records))
     head = {
         "experiment": name,
@@ -74,7 +81,20 @@ def run_experiment(
         "tuning_seed": TUNING_SEED,
         "quick": scale.quick,
     }
-    return _finish(module, head, records, scale, run, console)
+    found = _finish(module, head, records, scale, run, console)
+    (run.path / JOBS).unlink(missing_ok=True)
+    return found
+
+
+def _earlier(run: RunDirectory, config: dict[str, Any]) -> dict[str, tuple[list[Record], float]]:
+    """What an interrupted run of the same settings has done: job → records, seconds."""
+    path, settings = run.path / JOBS, run.path / "config.yaml"
+    if not (path.exists() and settings.exists() and yaml.safe_load(settings.read_text()) == config):
+        path.unlink(missing_ok=True)
+        return {}
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {job: ([Record(**record) for record in records], taken) for job, records, taken in lines}
 
 
 def show_again(name: str, output: Path, *, console: Console | None = None) -> dict[str, Any]:
@@ -120,16 +140,14 @@ def _finish(
 
 def _outcomes(
     name: str, jobs: list[str], scale: Scale, directory: Path, workers: int
-) -> Iterator[tuple[int, list[Record], float]]:
-    if workers <= 1:
-        for index, job in enumerate(jobs):
-            yield index, *_run_job(name, job, scale, directory)
+) -> Iterator[tuple[str, list[Record], float]]:
+    if workers <= 1 or not jobs:
+        for job in jobs:
+            yield job, *_run_job(name, job, scale, directory)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        waiting = {
-            pool.submit(_run_job, name, job, scale, directory): index for index, job in enumerate(jobs)
-        }
+        waiting = {pool.submit(_run_job, name, job, scale, directory): job for job in jobs}
         for future in as_completed(waiting):
             yield waiting[future], *future.result()
 

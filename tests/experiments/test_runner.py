@@ -1,16 +1,20 @@
 """`gvpo lab` as it is used: files written, the same numbers with any number of workers, bad usage refused."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import gvpo
 from experiments import frontier
+from experiments.comparison import Record, Scale
+from experiments.runner import EXPERIMENTS, run_experiment
 from gvpo.cli import main
 
 
@@ -20,7 +24,7 @@ def stops(argv: list[str]) -> int:
     return int(stopped.value.code or 0)
 
 
-@pytest.mark.parametrize("command", ["optimum", "offline", "foreign", "frontier", "reuse", "all"])
+@pytest.mark.parametrize("command", [*EXPERIMENTS, "all"])
 def test_each_experiment_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert stops(["lab", command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -75,3 +79,37 @@ def test_a_run_leaves_its_records_and_can_be_shown_again(
     assert "GVPO, β 0.2" in text
     assert stops(["lab", "show", "--output", str(tmp_path)]) == 0
     assert json.loads((run / "summary.json").read_text()) == found
+
+
+def test_an_interrupted_run_goes_on_where_it_was_and_only_if_its_settings_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    interrupts = iter((True, False, True, False))
+
+    def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
+        if name == "third" and next(interrupts):
+            raise KeyboardInterrupt
+        done.append(name)
+        return [Record(name, "all", {"lr": 0.1}, seed, {"score": math.inf}) for seed in scale.all_seeds]
+
+    fake = SimpleNamespace(
+        jobs=lambda scale: ["first", "second", "third"],
+        run_job=run_job,
+        summary=lambda records, scale, directory: {"rows": [[r.arm, r.metrics["score"]] for r in records]},
+        tables=lambda found: [],
+        draw=lambda found, path: None,
+    )
+    monkeypatch.setitem(sys.modules, "experiments.fake", fake)
+    scale = Scale.of(2, quick=True)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment("fake", scale, tmp_path)
+    found = run_experiment("fake", scale, tmp_path)
+    assert done == ["first", "second", "third"]
+    assert [arm for arm, _ in found["rows"]] == ["first"] * 3 + ["second"] * 3 + ["third"] * 3
+    assert not (tmp_path / "jobs.jsonl").exists()
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment("fake", scale, tmp_path)
+    run_experiment("fake", Scale.of(3, quick=True), tmp_path)
+    assert done == ["first", "second", "first", "second", "third"]
