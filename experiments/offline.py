@@ -109,10 +109,10 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     return run_arm(next(a for a in arms(scale) if a.name == name), scale)
 
 
-def run_arm(arm: Arm, scale: Scale, *, reference_n: int = 0) -> list[Record]:
-    """One algorithm on all logs; with `reference_n` rewards of the reference's own responses."""
+def run_arm(arm: Arm, scale: Scale, *, updates: int = 0, reference_n: int = 0) -> list[Record]:
+    """One algorithm on all logs; `updates` and `reference_n` as in `optimum.run_arm`."""
     starts = pretrain(scale.all_seeds)
-    steps = 100 if scale.quick else 320
+    steps = updates or (100 if scale.quick else 320)
     records = []
     for setting, rates in arm.by_loss():
         runs = [(log, seed, lr) for log in LOGS for seed in scale.all_seeds for lr in rates]

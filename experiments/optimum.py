@@ -148,8 +148,16 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     return run_arm(next(a for a in arms(scale) if a.name == name), scale, tuple(SAMPLERS))
 
 
-def run_arm(arm: Arm, scale: Scale, samplers: Sequence[str], *, reference_n: int = 0) -> list[Record]:
-    """Some samplers, all seeds and settings; with `reference_n` rewards of the reference's own responses."""
+def run_arm(
+    arm: Arm, scale: Scale, samplers: Sequence[str], *, updates: int = 0, reference_n: int = 0
+) -> list[Record]:
+    """Some samplers, all seeds and settings.
+
+    Args:
+        updates: if not as many as the table of this module has.
+        reference_n: how many rewards of the reference's own responses the losses are given.
+    """
+    updates = updates or steps(scale)
     problems = {seed: make_problem(seed) for seed in scale.all_seeds}
     records = []
     for setting, rates in arm.by_loss():
@@ -184,10 +192,10 @@ def run_arm(arm: Arm, scale: Scale, samplers: Sequence[str], *, reference_n: int
             problem,
             sampler,
             arm.loss(**setting),
-            steps=steps(scale),
+            steps=updates,
             groups=GROUPS,
             k=K,
-        )[steps(scale)]
+        )[updates]
         records += [
             Record(arm.name, s, {"lr": lr, **setting}, seed, metrics)
             for (s, seed, lr), metrics in zip(runs, outcome, strict=True)

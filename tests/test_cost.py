@@ -1,4 +1,4 @@
-"""The estimate of the published run: the page has what the script says, which follows from the assumptions."""
+"""The estimate of the published run: the page has what the script says, as its assumptions have it."""
 
 import importlib.util
 from dataclasses import replace
