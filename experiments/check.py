@@ -126,9 +126,8 @@ def _made(results: Results, experiment: str) -> str:
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "trl", "transformers"))
     spent = f"{made['cpu_seconds']} CPU seconds" if "cpu_seconds" in made else f"{made['seconds']} s"
     tuning = found["tuning_seed"]
-    chosen = (
-        f"seeds {seeds[0]}–{seeds[-1]}, settings chosen on seed {tuning}" if seeds else f"seed {tuning} alone"
-    )
+    tuning = f"seeds {tuning[0]}–{tuning[-1]}" if isinstance(tuning, list) else f"seed {tuning}"
+    chosen = f"seeds {seeds[0]}–{seeds[-1]}, settings chosen on {tuning}" if seeds else f"{tuning} alone"
     return f"`{found['command']}`: {made['date']}, {chosen}; {made['machine']}, {spent}; {versions}.\n"
 
 

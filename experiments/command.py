@@ -30,6 +30,7 @@ _ABOUT = {
     "reuse": "Many updates on each rollout of addition: where GVPO loses, and why.",
     "relatives": "Beside other losses that regress log-ratios on rewards: REBEL, OPMD, A*-PO, DRO, FlowRL, …",
     "choices": "How large k, how noisy rewards, how long answers, which β schedule.",
+    "staleness": "Responses of a policy 0 to 32 updates old: accuracy and KL by lag.",
 }
 
 

@@ -94,6 +94,7 @@ class GRPO:
         level: "sequence" is GSPO.
         cap: know μ: weigh by the policy at rollout / μ, one weight a response, truncated at `cap` (TRL's
             correction for an inference engine whose probabilities are reported).
+        by_token: one such weight a token (TRL's "token_truncate") instead.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class GRPO:
         loss_type: str = "grpo",
         level: str = "token",
         cap: float | None = None,
+        by_token: bool = False,
     ) -> None:
-        self.standardise, self.cap = standardise, cap
+        self.standardise, self.cap, self.by_token = standardise, cap, by_token
         self._trainer = _FedGRPO(
             args=SimpleNamespace(use_bias_correction_kl=corrected, delta=None),
             beta=kl,
@@ -131,8 +133,11 @@ class GRPO:
         self._trainer.max_completion_length = responses.policy.shape[1]
         inputs = {"advantages": advantages.flatten(), "old_per_token_logps": responses.rollout}
         if self.cap is not None:
-            ratio = (responses.rollout.sum(1) - responses.behaviour).exp().clamp(max=self.cap)
-            inputs["importance_sampling_ratio"] = ratio[:, None]
+            moved = (responses.rollout.sum(1) - responses.behaviour)[:, None]
+            if self.by_token:
+                assert responses.behaviour_tokens is not None
+                moved = responses.rollout - responses.behaviour_tokens
+            inputs["importance_sampling_ratio"] = moved.exp().clamp(max=self.cap)
         return self._trainer.evaluate_loss(responses, ref_per_token_logps=responses.reference, **inputs)
 
 

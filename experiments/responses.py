@@ -29,6 +29,7 @@ class Responses:
         reference_rewards: R of n responses that the reference gave to a group's prompt before training.
         values: log-sum-exp of the policy's logits before a group's first token, with gradient; only for
             losses with `wants_values`.
+        behaviour_tokens: as `behaviour`, of each token, where that is known.
     """
 
     policy: Float[Tensor, "rows tokens"]
@@ -41,6 +42,7 @@ class Responses:
     prompts: Int[Tensor, "groups"] | None = None
     reference_rewards: Float[Tensor, "groups n"] | None = None
     values: Float[Tensor, "groups"] | None = None
+    behaviour_tokens: Float[Tensor, "rows tokens"] | None = None
 
     @property
     def group_ids(self) -> Int[Tensor, "rows"]:

@@ -25,7 +25,7 @@ from gvpo.errors import InputError
 from gvpo.progress import Ticker
 from gvpo.run import RunDirectory
 
-EXPERIMENTS = ("optimum", "offline", "foreign", "frontier", "reuse", "relatives", "choices")
+EXPERIMENTS = ("optimum", "offline", "foreign", "frontier", "reuse", "staleness", "relatives", "choices")
 JOBS = "jobs.jsonl"  # what an unfinished run has done
 
 

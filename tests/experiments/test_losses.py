@@ -81,6 +81,9 @@ def test_grpo_is_the_clipped_ratio_with_k3() -> None:
     torch.testing.assert_close(GRPO(kl=0.3, corrected=True)(r), (-surrogate + 0.3 * ratio * k3).mean())
     weight = (r.rollout.sum(1) - r.behaviour).exp().clamp(max=2)[:, None]
     torch.testing.assert_close(GRPO(kl=0.3, cap=2)(r), (-surrogate * weight + 0.3 * k3).mean())
+    r.behaviour_tokens = r.policy.detach().roll(1, 0)
+    by_token = (r.rollout - r.behaviour_tokens).exp().clamp(max=2)
+    torch.testing.assert_close(GRPO(cap=2, by_token=True)(r), (-surrogate * by_token).mean())
     plain = (group - group.mean(1, keepdim=True)).view(-1, 1)
     dr_grpo = -torch.minimum(ratio * plain, ratio.clamp(0.8, 1.2) * plain).mean()
     torch.testing.assert_close(GRPO(standardise=False, loss_type="dr_grpo")(r), dr_grpo)
