@@ -208,10 +208,10 @@ def otherwise(a: Assumptions, ahead: int) -> Iterator[Row]:
         yield {"assumption": name, **compared(replace(a, **change), ahead)}
 
 
-def splits(a: Assumptions) -> Iterator[Row]:
+def splits(a: Assumptions, farthest: int) -> Iterator[Row]:
     """Throughput and staleness against the pools' sizes and how far generation may run ahead."""
     yield {"way": "synchronous, all GPUs", "ahead": 0, "share": None, **_cells(run(a, ahead=0, way="shared"))}
-    for ahead in (1, 2, 4, 8):
+    for ahead in sorted({1, 2, farthest, 2 * farthest}):
         yield {
             "way": "shared GPUs",
             "ahead": ahead,
@@ -324,15 +324,11 @@ def main(
     elif settings:
         show(console, f"{a.model} on {a.gpus} GPUs, {a.lengths} (mean {a.mean:g})", one_cluster(a, ahead))
     else:
-        tables = {
-            "assumptions": assumptions(a),
-            "pays": list(where_it_pays(a, ahead)),
-            "otherwise": list(otherwise(a, ahead)),
-            "splits": list(splits(a)),
-            "old": list(old_policies(a, ahead)),
-        }
-        for name, rows in tables.items():
-            show(console, name, rows)
+        tables = {"assumptions": assumptions(a)}
+        parts = {"pays": where_it_pays, "otherwise": otherwise, "splits": splits, "old": old_policies}
+        for name, part in parts.items():
+            tables[name] = list(part(a, ahead))
+            show(console, name, tables[name])
         # No machine, no versions: nothing was measured.
         (output / "scale.json").write_text(
             json.dumps({"benchmark": "scale", "rows": tables}, indent=1) + "\n"
