@@ -190,6 +190,7 @@ class Oracle:
         self.generations, self.args = generations, args
         self.policy = policy or tiny_model().double()
         self.initial = self.reference = copy.deepcopy(self.policy)
+        self.takes: list[tuple[int, torch.nn.Module]] = []  # the policies when generations were begun with
         # Of each generation the step at which it was sampled, the policy of then, and its reference.
         self.samplers: list[tuple[int, torch.nn.Module, torch.nn.Module]] = []
         self.owed = 0.0
@@ -207,9 +208,10 @@ class Oracle:
             number, part = divmod(call, args.steps_per_generation * args.num_iterations)
             part %= args.steps_per_generation
             if number == len(self.samplers):
-                sampler = copy.deepcopy(self.policy)
+                self.takes.append((step, copy.deepcopy(self.policy)))
+                sampled, sampler = self.takes[max(0, number - args.generate_ahead)]
                 reference = sampler if args.reference == "rollout" else self.reference
-                self.samplers.append((step, sampler, reference))
+                self.samplers.append((sampled, sampler, reference))
             used.append((number, part, uses[number, part]))
             uses[number, part] += 1
         for number in sorted({number for number, _, _ in used}):
@@ -244,10 +246,11 @@ class Oracle:
         stored = [
             (number, rows) for number in range(len(self.samplers)) for rows in self.groups(number, every)
         ]
+        first = self.samplers[oldest][0]
         limit = math.inf if args.replay_max_age is None else args.replay_max_age
         # Looked at when the last generation came, and then again.
         kept = [(n, rows) for n, rows in stored if step - self.samplers[n][0] <= limit]
-        kept = [(n, rows) for n, rows in kept[-args.replay_capacity :] if n < oldest]
+        kept = [(n, rows) for n, rows in kept[-args.replay_capacity :] if self.samplers[n][0] < first]
         self.owed += args.replay_ratio * fresh
         assert len(kept) <= int(self.owed), "not all of them are drawn"
         self.owed -= int(self.owed)

@@ -14,6 +14,7 @@ from trl import GRPOConfig
 
 from gvpo.errors import InputError
 from gvpo.replay.options import OffPolicyConfig
+from gvpo.trl.ahead import AheadConfig, check_ahead
 from gvpo.trl.dynamic import DynamicConfig, check_dynamic
 from gvpo.trl.health_config import HealthConfig, check_health
 
@@ -53,11 +54,11 @@ for _reason, _names in {
 
 
 @dataclass
-class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
+class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPOConfig):
     """Training arguments of `GVPOTrainer`: those of `trl.GRPOConfig`, with the differences below.
 
     For replay, demonstrations and logged completions see `OffPolicyConfig`; for the choice of prompts
-    `DynamicConfig`; for bad numbers `HealthConfig`.
+    `DynamicConfig`; for generation in another process `AheadConfig`; for bad numbers `HealthConfig`.
 
     `per_device_train_batch_size × gradient_accumulation_steps × processes` responses make an optimizer step,
     as in TRL. How they are cut into micro-batches has no influence on the update.
@@ -121,6 +122,7 @@ class GVPOConfig(OffPolicyConfig, DynamicConfig, HealthConfig, GRPOConfig):
         if getattr(self, given) and self.remove_unused_columns:
             raise InputError(f"{given} needs remove_unused_columns=False (the default here).")
         check_dynamic(self)
+        check_ahead(self)
         check_health(self)
         if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
             raise InputError(
@@ -244,7 +246,7 @@ def check_size(dataset: Any, args: GVPOConfig) -> None:
 
 def warn_of_settings(args: GVPOConfig) -> None:
     """Warn where a setting defeats the method."""
-    fresh_only = args.offline is None and not args.replays
+    fresh_only = args.offline is None and not args.replays and not args.generate_ahead
     newest = args.reference == "rollout" or args.reference_every == 1
     if fresh_only and newest and args.updates_per_rollout <= 1:
         warnings.warn(

@@ -78,6 +78,20 @@ class ScoringTrainer(SamplingTrainer):
         fresh = all(item.policy_step == item.reference_step == now for item in slices)
         return fresh and self.args.reference != "initial" and self.offline is None
 
+    def sampled(self, prompts: list[Any]) -> tuple[list[list[int]], list[list[int]], Tensor]:
+        """k responses to each prompt, by rows: prompt, completion, and S under the policy that sampled."""
+        self._without_tokens = None
+        rows = [prompt for prompt in prompts for _ in range(self.num_generations)]
+        prompt_ids, completions, *_ = self._generate(rows)
+        none: list[int] = self._without_tokens or []
+        for row in none:
+            completions[row] = []
+        batch = GroupBatch.from_tokens(
+            prompt_ids, completions, [0.0] * len(rows), list(range(len(rows))), device=self.accelerator.device
+        )
+        self._metrics["train"].clear()
+        return prompt_ids, completions, self._score_policy(batch).sum(1)
+
     def _score_policy(self, batch: GroupBatch) -> Tensor:
         """log p of each token under the policy as it is; S' if it is that of the rollout, or bare."""
         self._gvpo_step.model = self.model_wrapped

@@ -16,6 +16,7 @@ from gvpo.errors import InputError
 from gvpo.model.generation import shared_prompts
 from gvpo.model.logprobs import unwrap
 from gvpo.trl import offpolicy
+from gvpo.trl.ahead import Ahead
 from gvpo.trl.config import GVPOConfig, warn_of_small_beta
 from gvpo.trl.dynamic import Generation
 from gvpo.trl.episodes import Environments, check_rollout
@@ -37,6 +38,7 @@ class SamplingTrainer(ResumableTrainer):
     offline: offpolicy.Offline | None
     demonstrations: Any
     replay: offpolicy.Replay | None
+    ahead: Ahead | None
     _environments: Environments
     _portions: Portions
     _collective: bool
@@ -61,12 +63,15 @@ class SamplingTrainer(ResumableTrainer):
             self._refuse_to_store_images()
             others = ([some or None for some in others[0]], *others[1:])  # as vLLM knows rows without
         # Images are not cut into portions: TRL has those of all rows in one.
-        alone = not self._collective and not self.use_vllm and not images
+        ahead = self.ahead if self.model.training else None
+        alone = not self._collective and not self.use_vllm and not images and ahead is None
+        if ahead is not None:
+            sample = ahead.sample
         if alone:
             sample = functools.partial(self._portions, sample)
         with shared_prompts(unwrap(self.model)) if alone else engine_errors(self.args):
             if any(ids is not None for ids in self._given):
-                whole = self.use_vllm  # it wants every group whole
+                whole = self.use_vllm or ahead is not None  # which have every group whole
                 ids, logps = offpolicy.complete(
                     sample, self._given, prompt_ids, *others, whole=whole, **kwargs
                 )
@@ -77,7 +82,8 @@ class SamplingTrainer(ResumableTrainer):
         return self._ended(ids), None if logps is None else [row or [0.0] for row in logps]
 
     def _refuse_to_store_images(self) -> None:
-        for name, part in (("replay_ratio", self.replay), ("demonstrations_per_group", self.demonstrations)):
+        parts = {"replay_ratio": self.replay, "demonstrations_per_group": self.demonstrations}
+        for name, part in (parts | {"generate_ahead": self.ahead}).items():
             if part is not None:
                 raise InputError(
                     f"{name} does not go with images in prompts, which are not stored: leave one out."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl import GRPOTrainer
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
@@ -32,6 +34,7 @@ from gvpo.trl import (
     compat,  # noqa: F401  (asserts TRL's private names)
     offpolicy,
 )
+from gvpo.trl.ahead import Ahead, check_trainer, write_recipe
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings
 from gvpo.trl.dynamic import DynamicSampling
@@ -142,6 +145,11 @@ class GVPOTrainer(ScoringTrainer):
             kwargs["tools"] = [limited(tool, args.tool_timeout) for tool in kwargs["tools"]]
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
         kept = {"beta": args.beta if initial and twin is None else 0.0, "router_aux_loss_coef": 0.0}
+        if args.generate_ahead:
+            kept["use_vllm"] = False  # the other process has it
+            names = inspect.signature(GRPOTrainer.__init__).bind(self, model, None, args, *others, **kwargs)
+            if args.process_index == 0:
+                write_recipe(args, model, names.arguments)
         with temporarily(args, **kept), engine_of(args):
             super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
@@ -239,6 +247,11 @@ class GVPOTrainer(ScoringTrainer):
             gather = self.accelerator.gather
             self.dynamic = DynamicSampling(args, self.train_dataset, rank=rank, world=world, gather=gather)
             self.checkpointed["prompts"] = self.dynamic.prompts
+        self.ahead = None
+        if args.generate_ahead:
+            check_trainer(self)
+            self.ahead = Ahead(args, self.train_dataset, lambda: model, self._rollouts, rank)
+            self.checkpointed["ahead"] = self.ahead
         if args.replays:
             self.replay = self.checkpointed["replay"] = offpolicy.Replay(
                 args, encoder, rank=rank, world=world
@@ -254,19 +267,26 @@ class GVPOTrainer(ScoringTrainer):
             return batch
         spg = self.args.steps_per_generation
         if self._step % (spg * self.num_iterations) == 0 or self._buffered_inputs is None:
+            if self.ahead is not None:
+                with self.timing.during("generation"):
+                    self.ahead.take(self._step // (spg * self.num_iterations), self.state.global_step)
             if self.dynamic is None:
                 generation = self._sample(generation_batch)
             else:
                 generation, shares = self.dynamic(generation_batch, self._sample)
                 self._log(shares)
-            now = self.state.global_step
-            reference = {"rollout": now, "moving": self.moving and self.moving.step}.get(self.args.reference)
-            slices = [Slice(part, now, reference or 0) for part in split(generation.batch, spg)]
+            sampled = self.state.global_step if self.ahead is None else self.ahead.version
+            if self.ahead is not None and self.args.reference == "rollout":
+                logps = self.ahead.reference_logps(len(generation.batch))
+                generation.batch.reference_logps = logps.to(generation.batch.rewards.device)
+            moved = self.moving and self.moving.step
+            reference = {"rollout": sampled, "moving": moved}.get(self.args.reference) or 0
+            slices = [Slice(part, sampled, reference) for part in split(generation.batch, spg)]
             self._attach_reference(slices)
             if self.replay is not None:
                 whole = GroupBatch.concatenate([item.batch for item in slices])
                 named = dict(zip(self.reward_func_names, generation.components.T, strict=True))
-                self.replay.store(whole, now, reference or 0, named, generation.given)
+                self.replay.store(whole, sampled, reference, named, generation.given)
             self._buffered_inputs = slices
         return self._buffered_inputs[self._step % spg]
 
@@ -282,7 +302,18 @@ class GVPOTrainer(ScoringTrainer):
             self.dynamic.prompts.begin()
         if not resume_from_checkpoint and self.moving is not None:
             self.moving.begin()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if not resume_from_checkpoint and self.ahead is not None:
+            self.ahead.begin()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.ahead is not None:
+                self.ahead.stop()
+
+    def _rollouts(self) -> int:
+        """Of the whole run."""
+        each = self.args.steps_per_generation * self.num_iterations
+        return -(-self.state.max_steps * self.args.gradient_accumulation_steps // each)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collect this call's slice; on the last call of the accumulation window make the whole update."""
@@ -324,14 +355,25 @@ class GVPOTrainer(ScoringTrainer):
             self._awaits_optimizer = batch
         self._log_objective(report.metrics)
         shares = shares_of(report, batch, with_trust=self.args.trust is not None)
-        if self.moving is not None:
-            ages = [self.state.global_step - item.reference_step for item in self._window]
-            shares["staleness/reference_age"] = Share(sum(ages), len(ages))
+        shares |= self._ages()
         self._log(shares | memory_shares(self.accelerator.device))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return report.loss.to(self.accelerator.device, torch.float32)
+
+    def _ages(self) -> dict[str, Share]:
+        """Updates since the step's fresh rows were sampled, and since the policy was their reference."""
+        if self.ahead is None and self.moving is None:
+            return {}
+        now = self.state.global_step
+        ages = [now - item.policy_step for item in self._window]
+        reference = [now - item.reference_step for item in self._window]
+        return {
+            "staleness/age_mean": Share(sum(ages), len(ages)),
+            "staleness/age_max": Share(max(ages), len(ages), largest=True),
+            "staleness/reference_age": Share(sum(reference), len(ages)),
+        }
 
     def _with_replay(self, replay: offpolicy.Replay, batch: GroupBatch) -> GroupBatch:
         """The batch of an optimizer step and its share of replayed groups."""
