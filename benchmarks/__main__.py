@@ -28,6 +28,7 @@ NAMES = (
     "threads",
     "long",
     "dynamic",
+    "ahead",
     "prefix",
     "quickstart",
     "families",

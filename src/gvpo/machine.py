@@ -33,7 +33,9 @@ def memory() -> tuple[int, int]:
     return psutil.Process().memory_info().rss, total  # no peak outside Linux
 
 
-def choose_threads(wanted: int | None = None, *, run: Path | None = None, most: int | None = None) -> str:
+def choose_threads(
+    wanted: int | None = None, *, run: Path | None = None, most: int | None = None, beside: int = 0
+) -> str:
     """Choose torch's threads for work on a CPU, as entrances do before it starts; one line that says why.
 
     As many as there are free cores for each process: with one more all wait, busily, for the one that has no
@@ -43,10 +45,11 @@ def choose_threads(wanted: int | None = None, *, run: Path | None = None, most: 
         wanted: by the user.
         run: the directory of a run that may go on; `threads` in its `config.yaml` is how it began.
         most: that the work is known to gain from.
+        beside: further processes of this run, which work at the same time.
     """
     import torch
 
-    before, usable, share = torch.get_num_threads(), usable_cores(), processes_here()
+    before, usable, share = torch.get_num_threads(), usable_cores(), processes_here() + beside
     set_by = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
     earlier = re.search(r"^threads: (\d+)$", _read(run / "config.yaml"), re.MULTILINE) if run else None
     if wanted is not None:

@@ -16,9 +16,9 @@ from gvpo.errors import InputError
 from gvpo.model.generation import shared_prompts
 from gvpo.model.logprobs import unwrap
 from gvpo.trl import offpolicy
-from gvpo.trl.ahead import Ahead
+from gvpo.trl.ahead import Ahead, check_trainer
 from gvpo.trl.config import GVPOConfig, warn_of_small_beta
-from gvpo.trl.dynamic import Generation
+from gvpo.trl.dynamic import DynamicSampling, Generation
 from gvpo.trl.episodes import Environments, check_rollout
 from gvpo.trl.guard import Incidents
 from gvpo.trl.health import check_failures, total_rewards
@@ -35,18 +35,66 @@ class SamplingTrainer(ResumableTrainer):
     args: GVPOConfig
     incidents: Incidents
     timing: Timing
-    offline: offpolicy.Offline | None
-    demonstrations: Any
-    replay: offpolicy.Replay | None
-    ahead: Ahead | None
     _environments: Environments
     _portions: Portions
     _collective: bool
     on_generation: Callable[[list[Any], list[Any], list[float], bool], None] | None
-    _given: offpolicy.Given  # demonstrations in the rows being generated
     _rewards_seen: Tensor
     _failed_rows: Tensor
     _without_tokens: list[int] | None
+
+    # ------------------------------------------------------------------------------------------- set-up
+
+    def _check_turns(self) -> None:
+        """Processes make different numbers of turns: none may wait for another in one."""
+        server = self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1)
+        together = server or (self._collective and not self.use_vllm)
+        if getattr(self, "tools", None) and self.accelerator.num_processes > 1 and together:
+            raise InputError(
+                "With tools, processes make different numbers of turns and so must generate each on its own: "
+                "use DDP, or vllm_mode='colocate' with vllm_tensor_parallel_size=1."
+            )
+
+    def _make_off_policy(self) -> None:
+        args = self.args
+        model = self.accelerator.unwrap_model(self.model)
+        template = getattr(self, "chat_template", None)
+        options = dict(args.chat_template_kwargs or {})
+        if getattr(self, "tools", None):  # as in the prompts of a generation
+            options["tools"] = self.tools
+        encoder = offpolicy.encoder_for(model, self.processing_class, template, options)
+        self.offline = self.demonstrations = self.replay = None
+        self._given: offpolicy.Given = []  # demonstrations in the rows being generated
+        if args.offline is not None:
+            self.offline = offpolicy.Offline(args.offline, args, encoder)
+            self.train_dataset = self.offline.dataset(len(self.offline.groups))
+        if args.demonstrations_per_group:
+            for name in ("rollout_func", "tools", "environments"):
+                if getattr(self, name, None):
+                    raise InputError(
+                        f"demonstrations_per_group does not go with {name}: completions are single turns."
+                    )
+            self.demonstrations = offpolicy.demonstrations_of(args, encoder, self.train_dataset)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.dynamic = None
+        if args.chooses_prompts:
+            gather = self.accelerator.gather
+            self.dynamic = DynamicSampling(args, self.train_dataset, rank=rank, world=world, gather=gather)
+            self.checkpointed["prompts"] = self.dynamic.prompts
+        self.ahead = None
+        if args.generate_ahead:
+            check_trainer(self)
+            self.ahead = Ahead(args, self.train_dataset, lambda: model, self._rollouts, rank)
+            self.checkpointed["ahead"] = self.ahead
+        if args.replays:
+            self.replay = self.checkpointed["replay"] = offpolicy.Replay(
+                args, encoder, rank=rank, world=world
+            )
+
+    def _rollouts(self) -> int:
+        """Of the whole run."""
+        each = self.args.steps_per_generation * self.num_iterations
+        return -(-self.state.max_steps * self.args.gradient_accumulation_steps // each)
 
     # ------------------------------------------------------------------------------------------ sampling
 

@@ -74,7 +74,9 @@ def main(argv: Sequence[str]) -> None:
     record = arguments.given | {"beta": training.beta, "reference": training.reference}
     threads = ""
     if training.device.type == "cpu":
-        threads = choose_threads(script.threads, run=Path(training.output_dir) if checkpoint else None)
+        beside = int(training.generate_ahead > 0)
+        begun = Path(training.output_dir) if checkpoint else None
+        threads = choose_threads(script.threads, run=begun, beside=beside)
         record["threads"] = torch.get_num_threads()
     trainer = _trainer(arguments, rewards, agents, train_dataset, eval_dataset)
     run = RunDirectory(training.output_dir)

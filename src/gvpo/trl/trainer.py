@@ -34,10 +34,9 @@ from gvpo.trl import (
     compat,  # noqa: F401  (asserts TRL's private names)
     offpolicy,
 )
-from gvpo.trl.ahead import Ahead, check_trainer, write_recipe
+from gvpo.trl.ahead import write_recipe
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings
-from gvpo.trl.dynamic import DynamicSampling
 from gvpo.trl.episodes import Environments, limited
 from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health
@@ -211,52 +210,6 @@ class GVPOTrainer(ScoringTrainer):
         self._rewards_seen = torch.empty(0, 0)
         self._without_tokens: list[int] | None = None
 
-    def _check_turns(self) -> None:
-        """Processes make different numbers of turns: none may wait for another in one."""
-        server = self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1)
-        together = server or (self._collective and not self.use_vllm)
-        if getattr(self, "tools", None) and self.accelerator.num_processes > 1 and together:
-            raise InputError(
-                "With tools, processes make different numbers of turns and so must generate each on its own: "
-                "use DDP, or vllm_mode='colocate' with vllm_tensor_parallel_size=1."
-            )
-
-    def _make_off_policy(self) -> None:
-        args = self.args
-        model = self.accelerator.unwrap_model(self.model)
-        template = getattr(self, "chat_template", None)
-        options = dict(args.chat_template_kwargs or {})
-        if getattr(self, "tools", None):  # as in the prompts of a generation
-            options["tools"] = self.tools
-        encoder = offpolicy.encoder_for(model, self.processing_class, template, options)
-        self.offline = self.demonstrations = self.replay = None
-        self._given: offpolicy.Given = []  # demonstrations in the rows being generated
-        if args.offline is not None:
-            self.offline = offpolicy.Offline(args.offline, args, encoder)
-            self.train_dataset = self.offline.dataset(len(self.offline.groups))
-        if args.demonstrations_per_group:
-            for name in ("rollout_func", "tools", "environments"):
-                if getattr(self, name, None):
-                    raise InputError(
-                        f"demonstrations_per_group does not go with {name}: completions are single turns."
-                    )
-            self.demonstrations = offpolicy.demonstrations_of(args, encoder, self.train_dataset)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.dynamic = None
-        if args.chooses_prompts:
-            gather = self.accelerator.gather
-            self.dynamic = DynamicSampling(args, self.train_dataset, rank=rank, world=world, gather=gather)
-            self.checkpointed["prompts"] = self.dynamic.prompts
-        self.ahead = None
-        if args.generate_ahead:
-            check_trainer(self)
-            self.ahead = Ahead(args, self.train_dataset, lambda: model, self._rollouts, rank)
-            self.checkpointed["ahead"] = self.ahead
-        if args.replays:
-            self.replay = self.checkpointed["replay"] = offpolicy.Replay(
-                args, encoder, rank=rank, world=world
-            )
-
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The slice of the current call in training (generating when due); a whole batch in evaluation."""
         self.incidents.rounds.clear()
@@ -309,11 +262,6 @@ class GVPOTrainer(ScoringTrainer):
         finally:
             if self.ahead is not None:
                 self.ahead.stop()
-
-    def _rollouts(self) -> int:
-        """Of the whole run."""
-        each = self.args.steps_per_generation * self.num_iterations
-        return -(-self.state.max_steps * self.args.gradient_accumulation_steps // each)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collect this call's slice; on the last call of the accumulation window make the whole update."""
