@@ -119,12 +119,10 @@ class Queued:
         versions = {
             "oldest_version": [tags[i]["min_global_steps"] for i in rows],
             "newest_version": [tags[i]["max_global_steps"] for i in rows],
-            "reference_version": [self.references.get(prompts[i]) for i in rows],
+            "reference_version": [self.references.get(prompts[i], -1) for i in rows],
         }
-        return {name: list(data[name].unbind()) for name in names} | {
-            name: [torch.tensor(-1 if value is None else value) for value in values]
-            for name, values in versions.items()
-        }
+        columns = {name: list(torch.tensor(values)) for name, values in versions.items()}
+        return {name: list(data[name].unbind()) for name in names} | columns
 
     def _get(self, rows: Sequence[int], *fields: str) -> TensorDict:
         keys = [self.batch.keys[i] for i in rows]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
 
 import ray
 import torch
@@ -62,38 +61,27 @@ class References(PPOTrainer):
         self.versions.keep(self.global_steps)
 
     def spans(self, batch: KVBatchMeta) -> dict[str, list[tuple[int, int]]]:
-        """Of each prompt the versions that began and ended its responses, without replayed ones."""
-        newest = self.global_steps - 1
-
-        def version(tag: dict[str, Any], name: str) -> int:
-            return newest if tag.get(name) is None else int(tag[name])
-
-        fresh = {
-            prompt: [batch.tags[i] for i in rows if "reference_logp" not in batch.tags[i]]
-            for prompt, rows in self.prompts(batch).items()
-        }
-        return {
-            prompt: [(version(tag, "min_global_steps"), version(tag, "max_global_steps")) for tag in tags]
-            for prompt, tags in fresh.items()
-            if tags
-        }
+        """Of each prompt the versions that began and ended its responses, but of those that bring S'."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for prompt, rows in self.prompts(batch).items():
+            for tag in (batch.tags[i] for i in rows if "reference_logp" not in batch.tags[i]):
+                spans.setdefault(prompt, []).append((tag["min_global_steps"], tag["max_global_steps"]))
+        return spans
 
     def references(self, batch: KVBatchMeta) -> dict[str, int]:
         """The version that each prompt's responses are measured against, unless it is the initial one."""
         if self.settings.reference == "initial":
             return {}
         newest = self.global_steps - 1
-        spans = self.spans(batch).items()
-        return {prompt: self.versions.of(min(spans)[0], newest) for prompt, spans in spans}
+        return {prompt: self.versions.of(min(span)[0], newest) for prompt, span in self.spans(batch).items()}
 
     def to_score(self, batch: KVBatchMeta) -> dict[int, list[int]]:
         """The rows that are to be scored under each version, for S'."""
         parts: dict[int, list[int]] = {}
         prompts = self.prompts(batch)
         for prompt, version in self.references(batch).items():
-            parts.setdefault(version, []).extend(
-                i for i in prompts[prompt] if "reference_logp" not in batch.tags[i]
-            )
+            rows = [i for i in prompts[prompt] if "reference_logp" not in batch.tags[i]]
+            parts.setdefault(version, []).extend(rows)
         return parts
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

@@ -46,20 +46,10 @@ from gvpo.verl.updates import Updates, count_updates
 from gvpo.verl.watch import Watch
 
 _TOUCHED = (
-    "_balance_batch",
-    "_build_replay_buffer",
-    "_compute_old_log_prob",
-    "_get_required_batch_multiple",
-    "_init_dataloader",
-    "_init_resource_pool_mgr",
-    "_load_checkpoint",
-    "_rollout_server_managers",
-    "_save_checkpoint",
-    "_submit_batch_to_rollout",
-    "_update_actor",
-    "fit",
-    "step",
-)
+    "_balance_batch", "_build_replay_buffer", "_compute_old_log_prob", "_get_required_batch_multiple",
+    "_init_dataloader", "_init_resource_pool_mgr", "_load_checkpoint", "_rollout_server_managers",
+    "_save_checkpoint", "_submit_batch_to_rollout", "_update_actor", "fit", "step",
+)  # fmt: skip
 _missing = [name for name in _TOUCHED if not hasattr(PPOTrainer, name)]
 _missing += [name for name in ("_TQ_CONTROLLER", "_TQ_STORAGE") if not hasattr(tq.interface, name)]
 if _missing:
@@ -234,10 +224,8 @@ class GVPOUpdates(References):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         returns = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["returns"])
         spans, references = self.spans(batch), self.references(batch)
-        per_step = self.updates_per_step
-        made = (
-            self.global_steps - 1
-        ) * per_step + self.local_trigger_step * per_step // self.parameter_sync_step
+        per_step, parts = self.updates_per_step, self.parameter_sync_step
+        made = (self.global_steps - 1) * per_step + self.local_trigger_step * per_step // parts
         ages = {prompt: made - per_step * min(span)[0] for prompt, span in spans.items()}
         rows = Queued(self, batch, references, ages, self.fresh)
         found = self.updates.run(self.global_steps, self.prompts(batch), rows)
