@@ -97,6 +97,7 @@ def run(folder: Path, kind: str, steps: int, kinds: Kinds = KINDS) -> list[dict[
     environment = {**os.environ, **use(), "VERL_FILE_LOGGER_PATH": str(metrics), "HF_HUB_OFFLINE": "1"}
     # Which also keeps verl away from TRL: what verl 0.9 imports of it, TRL has no more.
     environment["VERL_USE_EXTERNAL_MODULES"] += ",gvpo.verl.plugin"
+    environment["VERL_LOGGING_LEVEL"] = "WARNING"  # docs/upstream/verl-async.md
     with open(folder / "log.txt", "wb") as log:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=environment, cwd=folder
