@@ -66,9 +66,10 @@ class Queued:
         )
 
     def score(self, rows: Sequence[int]) -> Tensor:
-        # Any other row may fill up; padding rows are shorter.
-        others = dict.fromkeys(i for i in [*self.padding, *range(len(self.batch))] if i not in {*rows})
-        filled = [*rows, *others][: len(rows) + rows_short(len(rows), self.trainer.row_multiple)]
+        taken = {*rows}
+        others = dict.fromkeys([*self.padding, *range(len(self.batch))])  # any of which may fill up
+        short = rows_short(len(rows), self.trainer.row_multiple)
+        filled = [*rows, *[i for i in others if i not in taken][:short]]
         with marked_timer("gvpo_score", self.trainer.timing_raw, color="blue"):
             part = self._part(filled, calculate_entropy=self.tells_entropy, compute_loss=False)
             self.trainer.actor_rollout_wg.compute_log_prob(part)
