@@ -94,8 +94,7 @@ class Queued:
         chosen = [candidates[i] for i in taken]
         pairs = zip(chosen, every[taken].float(), strict=True)
         advantages = jagged([weight * self.masks[i].float() for i, weight in pairs])
-        # verl's loss reads old log-probabilities, and its `gpg` does nothing with them.
-        put(self.batch, chosen, advantages=advantages, old_log_probs=advantages)
+        put(self.batch, chosen, advantages=advantages)
         part = self._part(
             chosen,
             calculate_entropy=bool(self.trainer.config.actor_rollout_ref.actor.calculate_entropy),

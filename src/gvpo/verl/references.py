@@ -87,8 +87,6 @@ class References(PPOTrainer):
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Score each row under its group's reference; a reference that never moves needs nothing here."""
         self.fresh.clear()
-        if self.settings.reference == "initial":
-            return batch
         present = self.global_steps - 1 if self.local_trigger_step == 0 else None  # before the first update
         parts, padding = self.to_score(batch), [i for i, tag in enumerate(batch.tags) if is_padding(tag)]
         left = {*range(len(batch))}
@@ -105,7 +103,7 @@ class References(PPOTrainer):
                 self.fresh |= {batch.keys[i] for i in rows}
                 found["actor/entropy"] = entropy
             metrics |= found
-        if left:  # every row needs the field
+        if left:  # verl's loss reads the field of every row, and its `gpg` does nothing with it
             rows = sorted(left)
             put(batch, rows, old_log_probs=jagged([torch.zeros(batch.tags[i]["response_len"]) for i in rows]))
         return batch
