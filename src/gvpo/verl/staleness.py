@@ -17,7 +17,7 @@ def staleness(spans: Spans, ages: Mapping[str, int], reference_ages: Mapping[str
         reference_ages: the same of the version that the group is measured against.
 
     Returns:
-        `age_mean`, `age_max` and `reference_age_mean`, in updates; `mixed_groups`, the share of groups with
+        `age_mean`, `age_max` and `reference_age`, in updates; `mixed_groups`, the share of groups with
         responses of several versions; `spanning_rows`, the share of responses that no single version made.
     """
     if not spans:
