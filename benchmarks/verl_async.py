@@ -21,9 +21,9 @@ from benchmarks.workloads import Workload
 
 ABOUT = (
     "Seconds on the wall of a step of two updates, the mean of the steps after the first (64 responses of 64 "
-    "tokens of 8 prompts, 4 layers, float32; a training worker and a rollout server of one thread each), all "
-    "of it, and of that: waiting for responses, log-probabilities under an old policy, under the reference, "
-    "and under the policy before each update. GVPO's reference is the initial policy."
+    "tokens of 8 prompts, 4 layers, a vocabulary of 4,096, float32; a trainer and a rollout server of one "
+    "thread each), all of it, and of that: waiting for responses, log-probabilities under an old policy, "
+    "under the reference, and under the policy before each update. GVPO's reference is the initial policy."
 )
 MODE = "trainer.v1.trainer_mode="
 SEPARATE = [f"{MODE}separate_async", "trainer.v1.separate_async.parameter_sync_step=2"]
@@ -60,7 +60,7 @@ def main(
     }
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), Workload())
+        prepare(Path(name), Workload(vocabulary=4096))
         for kind in kinds:
             logged = run(Path(name), kind, steps, kinds)[1:]
             row: Row = {"trainer": kind}
