@@ -117,7 +117,7 @@ def check_slots(per_group: int, group_size: int, slots: Sequence[int] | None) ->
     """Raise an InputError if so many demonstrations have no such places in a group."""
     if not 0 <= per_group <= group_size:
         raise InputError(
-            f"demonstrations_per_group={per_group} does not fit into groups of num_generations={group_size}."
+            f"demonstrations_per_group={per_group} does not fit into groups of {group_size} responses."
         )
     if slots is None:
         return

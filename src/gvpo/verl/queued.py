@@ -21,7 +21,8 @@ from gvpo.verl.rollouts import Rollouts, choose_rows, row_sums, rows_short
 class Queued:
     """A rollout in TransferQueue, as `gvpo.verl.updates.Workers`.
 
-    A row whose tag has `reference_logp` brings its S' in nats, and is scored under no reference.
+    A row whose tag has `reference_logp` brings its S' in nats, and is scored under no reference; it may have
+    its group's `age`, too.
 
     Args:
         trainer: the `GVPOUpdates` whose workers these are.
@@ -54,15 +55,22 @@ class Queued:
         sessions = [session_of(key) for key in batch.keys]
         rows = zip(batch.tags, self.masks, strict=True)
         scored = row_sums(data[reference], mask)
-        brought = torch.tensor([tag.get("reference_logp", math.nan) for tag in batch.tags])
+        brought = torch.tensor(
+            [tag.get("reference_logp", math.nan) for tag in batch.tags], dtype=scored.dtype
+        )
         self.rollouts = Rollouts(
             prompts=[prompt for prompt, _ in sessions],
             sessions=sessions,
-            reference=torch.where(brought.isnan(), scored, brought.double()),
+            reference=torch.where(brought.isnan(), scored, brought),
             start=torch.where(torch.tensor([key in fresh for key in batch.keys]), scored, math.nan),
             rewards=row_sums(data["rm_scores"], every_token),
             valid=torch.tensor([not is_padding(tag) and bool(kept.any()) for tag, kept in rows]),
-            ages=torch.tensor([ages.get(prompt, 0) for prompt, _ in sessions]),
+            ages=torch.tensor(
+                [
+                    tag.get("age", ages.get(prompt, 0))
+                    for tag, (prompt, _) in zip(batch.tags, sessions, strict=True)
+                ]
+            ),
         )
 
     def score(self, rows: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gvpo.errors import InputError
+from gvpo.replay.options import OffPolicyConfig
 from gvpo.run import Rule
 
 DEFAULT_BETA = 0.1
@@ -40,6 +41,8 @@ _AS_THEY_ARE = (
     "reference", "reference_every", "keep_versions", "leave_out_zero_weights", "poll_seconds",
     "watch_seconds", "max_bad_steps", "dump_dir",
 )  # fmt: skip
+_OFF_POLICY = [option.name for option in fields(OffPolicyConfig) if option.name != "offline"]
+SHOWN = "gvpo_shown"  # column of a prompt's demonstrations: tokens and reward by session
 _PADDING_TOKENS = 128  # length of the rows that verl pads a batch with
 
 
@@ -88,6 +91,7 @@ class Settings:
         incidents_dir: where the inputs of skipped updates are kept.
         warn_when, reference_every, keep_versions, leave_out_zero_weights, poll_seconds, watch_seconds,
             max_bad_steps, dump_dir: as in `config/gvpo_trainer.yaml`.
+        off_policy: replay and demonstrations.
     """
 
     beta: float
@@ -107,6 +111,7 @@ class Settings:
     watch_seconds: float
     max_bad_steps: int
     dump_dir: str | None
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
 
     def updates_per_step(self, prompts: int) -> int:
         """Optimizer updates for a rollout of so many prompts; the last mini-batch may be smaller."""
@@ -142,8 +147,17 @@ def read_settings(config: DictConfig) -> Settings:
         row_multiple=math.lcm(*sizes),
         incidents_dir=f"{config.trainer.default_local_dir}/incidents",
         warn_when=[str(rule) for rule in gvpo.warn_when],
+        off_policy=_off_policy(gvpo, rollout.n),
         **{name: gvpo[name] for name in _AS_THEY_ARE},
     )
+
+
+def _off_policy(gvpo: DictConfig, group_size: int) -> OffPolicyConfig:
+    given = OmegaConf.to_container(gvpo, resolve=True)
+    assert isinstance(given, dict)
+    options = OffPolicyConfig(**{name: given[name] for name in _OFF_POLICY if name in given})
+    options.check_off_policy(group_size)
+    return options
 
 
 def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
@@ -173,6 +187,8 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
     settings = read_settings(config)
     _check_sizes(config, settings)
     _check_separate(config)
+    if settings.off_policy.demonstrations_per_group:
+        _check_demonstrations(config)
     attention = "actor_rollout_ref.model.override_config.attn_implementation"
     kind = OmegaConf.select(config, attention, default=None) or "flash_attention_2"
     if (ranks := _ranks_of_a_sequence(config.actor_rollout_ref.actor)) > 1 and not kind.startswith("flash"):
@@ -220,6 +236,22 @@ def _check_separate(config: DictConfig) -> None:
         )
 
 
+def _check_demonstrations(config: DictConfig) -> None:
+    """Refuse what would make a demonstration another kind of answer than those that are sampled."""
+    for name, allowed, why in (
+        (f"{_ROLLOUT}.multi_turn.tool_config_path", None, "completions are single turns"),
+        (f"{_ROLLOUT}.multi_turn.function_tool_path", None, "completions are single turns"),
+        (f"{_ROLLOUT}.agent.default_agent_loop", "single_turn_agent", "completions are single turns"),
+        (f"{_ROLLOUT}.agent.agent_loop_config_path", None, "it brings an agent loop of its own"),
+        ("reward.reward_model.enable", False, "answers must be rewarded as they come, by a function"),
+    ):
+        value = OmegaConf.select(config, name, default=None)
+        if value not in (allowed, None):
+            raise InputError(
+                f"gvpo.demonstrations_per_group does not go with {name}={value}: {why}; leave one out."
+            )
+
+
 def _notes_on_age(config: DictConfig, settings: Settings) -> list[str]:
     notes, asynchronous = [], OmegaConf.select(config, "trainer.v1.trainer_mode") not in (None, "sync")
     per_step = settings.updates_per_step(config.data.train_batch_size)
@@ -252,6 +284,10 @@ def prepare(config: DictConfig) -> None:
     actor = config.actor_rollout_ref.actor
     beta, reference = _beta(config), config.gvpo.reference
     with open_dict(config):
+        if config.gvpo.demonstrations_per_group:
+            agent = config.actor_rollout_ref.rollout.agent
+            agent.default_agent_loop = "gvpo_demonstrating"
+            agent.agent_loop_config_path = str(_CONFIG / "agents.yaml")
         config.gvpo.beta = beta
         actor.pop("gvpo_beta", None)
         actor.policy_loss.loss_mode = "gpg"

@@ -36,8 +36,8 @@ from verl.utils.device import auto_set_device
 
 from gvpo.errors import InputError
 from gvpo.run import Rule
+from gvpo.verl.offpolicy import OffPolicy
 from gvpo.verl.queued import Queued, is_padding, put, session_of
-from gvpo.verl.references import References
 from gvpo.verl.reward import default_reward
 from gvpo.verl.rollouts import rows_short
 from gvpo.verl.settings import read_settings
@@ -46,9 +46,10 @@ from gvpo.verl.updates import Updates, count_updates
 from gvpo.verl.watch import Watch
 
 _TOUCHED = (
-    "_balance_batch", "_build_replay_buffer", "_compute_old_log_prob", "_get_required_batch_multiple",
-    "_init_dataloader", "_init_resource_pool_mgr", "_load_checkpoint", "_rollout_server_managers",
-    "_save_checkpoint", "_submit_batch_to_rollout", "_update_actor", "fit", "step",
+    "_balance_batch", "_build_replay_buffer", "_compute_metrics", "_compute_old_log_prob",
+    "_get_required_batch_multiple", "_init_dataloader", "_init_resource_pool_mgr", "_load_checkpoint",
+    "_log_rollout_data", "_rollout_server_managers", "_save_checkpoint", "_submit_batch_to_rollout",
+    "_update_actor", "fit", "step",
 )  # fmt: skip
 _missing = [name for name in _TOUCHED if not hasattr(PPOTrainer, name)]
 _missing += [name for name in ("_TQ_CONTROLLER", "_TQ_STORAGE") if not hasattr(tq.interface, name)]
@@ -60,7 +61,7 @@ if _missing:
 _COUNTS = ("gvpo/updates", "gvpo/scoring_passes", "gvpo/steps_skipped")
 
 
-class GVPOUpdates(References):
+class GVPOUpdates(OffPolicy):
     """GVPO's updates in one of verl's V1 trainers; to be named before it among the bases.
 
     Attributes:
@@ -201,6 +202,7 @@ class GVPOUpdates(References):
             raise RuntimeError(
                 "No response arrived: every session of the rollout failed, as the log says above."
             )
+        batch = self.joined(batch, metrics)
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         padding = sum(1 for tag in batch.tags if is_padding(tag))
         mini_batches = self.updates.mini_batches(self.prompts(batch), self.global_steps)
@@ -238,11 +240,11 @@ class GVPOUpdates(References):
             metrics |= staleness(spans, ages, reference_ages)
         # What verl logs as advantages are again its own.
         put(batch, range(len(batch)), advantages=returns["returns"])
-        self._trained(rows)
+        self.trained(rows)
         return batch
 
-    def _trained(self, rows: Queued) -> None:
-        """After the updates of these rows, whose rewards and S' are known."""
+    def trained(self, rows: Queued) -> None:
+        super().trained(rows)
         for prompt in {*rows.rollouts.prompts}:
             self._arrival.pop(prompt, None)
 

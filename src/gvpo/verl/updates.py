@@ -25,6 +25,8 @@ from gvpo.errors import InputError, NonFiniteError
 from gvpo.verl.rollouts import Rollouts, weigh
 from gvpo.verl.settings import Settings
 
+REPLAYED = "replay"  # how the names of prompts begin whose groups are replayed
+
 # Values of the workers' surrogate −Σ w S and of the KL term with coefficient 0: they mean nothing here.
 _SURROGATES = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/kl_coef")
 
@@ -59,16 +61,23 @@ class Updates:
     def mini_batches(self, prompts: Mapping[str, list[int]], step: int) -> Iterator[list[int]]:
         """The rows of each mini-batch of a step, epoch after epoch; the last of an epoch holds what remains.
 
+        Replayed groups are shared out among them, so that a step has as many updates with and without.
+
         Args:
-            prompts: the rows of each prompt, prompts in the order of the data.
+            prompts: the rows of each prompt, prompts in the order of the data; replayed ones have names that
+                begin with `REPLAYED`.
             step: number of the step, which a random order (another for each epoch) depends on.
         """
         size, shuffle = self.settings.mini_batch, self.settings.shuffle
-        names, generator = list(prompts), torch.Generator().manual_seed(self.settings.seed + step)
+        replayed = [name for name in prompts if name.startswith(REPLAYED)]
+        names = [name for name in prompts if not name.startswith(REPLAYED)]
+        generator, parts = torch.Generator().manual_seed(self.settings.seed + step), -(-len(names) // size)
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(names), generator=generator).tolist() if shuffle else range(len(names))
-            for start in range(0, len(names), size):
-                yield [row for i in order[start : start + size] for row in prompts[names[i]]]
+            for part in range(parts):
+                mine = [names[i] for i in order[part * size : (part + 1) * size]]
+                mine += replayed[part * len(replayed) // parts : (part + 1) * len(replayed) // parts]
+                yield [row for name in mine for row in prompts[name]]
 
     def run(self, step: int, prompts: Mapping[str, list[int]], workers: Workers) -> dict[str, float]:
         """Make all updates of a step; those with numbers that are not finite are skipped.

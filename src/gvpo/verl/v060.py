@@ -132,6 +132,10 @@ def train(config: DictConfig) -> None:
     """
     if config.gvpo.reference == "moving":
         raise InputError("gvpo.reference=moving needs verl 0.9: set gvpo.reference=initial or rollout.")
+    if config.gvpo.replay_ratio or config.gvpo.demonstrations_per_group:
+        raise InputError(
+            "gvpo.replay_ratio and gvpo.demonstrations_per_group need verl 0.9: leave them at 0."
+        )
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
     ranks = workers // actor.get("ulysses_sequence_parallel_size", 1)
