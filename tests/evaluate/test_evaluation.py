@@ -54,7 +54,7 @@ def prompts():
 def evaluate(prompts, folder, sampler, settings=SETTINGS):
     run = RunDirectory(folder)
     rows = sample_all(settings, prompts, run, lambda: sampler)
-    grade(rows, run, settings.reward, load_reward(settings.reward))
+    grade(rows, prompts, run, settings.reward, load_reward(settings.reward))
     return rows, finish(run, settings, rows)
 
 
@@ -158,5 +158,24 @@ def test_summary_on_disk(prompts, tmp_path):
 def test_answers_are_read_as_the_reward_reads_them(name, extracted, tmp_path):
     row = {"prompt": "7 x 8?", "completion": "7 x 8 = 56.", "answer": "56", "prompt_index": 0}
     rows = [row | {"sample_index": 0, "tokens": 5, "truncated": False}]
-    grade(rows, RunDirectory(tmp_path), name, load_reward(name))
+    prompts = datasets.Dataset.from_list([{"prompt": "7 x 8?", "answer": "56"}])
+    grade(rows, prompts, RunDirectory(tmp_path), name, load_reward(name))
     assert (rows[0]["extracted"], rows[0]["reward"]) == (extracted, float(extracted is not None))
+
+
+def test_a_reward_of_ones_own_gets_what_it_gets_in_training(tmp_path):
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [0.5] * len(completions)
+
+    asked = [{"role": "user", "content": "Peru?"}]
+    prompts = datasets.Dataset.from_list([{"prompt": asked, "capital": "Lima"}])
+    row = {"prompt": "<user>Peru?", "completion": "Lima", "answer": None, "prompt_index": 0}
+    rows = [row | {"sample_index": i, "tokens": 1, "truncated": False} for i in range(2)]
+    grade(rows, prompts, RunDirectory(tmp_path), "my:own", reward)
+    assert seen["prompts"] == [asked, asked]
+    assert seen["completions"] == [[{"role": "assistant", "content": "Lima"}]] * 2
+    assert seen["capital"] == ["Lima", "Lima"]
+    assert [row["reward"] for row in rows] == [0.5, 0.5]

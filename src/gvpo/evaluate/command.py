@@ -43,8 +43,11 @@ def evaluate(
         typer.Option(help="Precision; vLLM makes half precision of a float32 model unless told."),
     ] = "auto",
     reward: Annotated[
-        str, typer.Option(help="What is right, as in training: accuracy, exact …")
+        str, typer.Option(help="What is right, as in training: accuracy, exact, module:function …")
     ] = "accuracy",
+    keep_column: Annotated[
+        list[str] | None, typer.Option(help="A further column that a reward of your own reads; repeatable.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train or test; files are taken as they are.")] = "test",
     size: Annotated[int | None, typer.Option(min=1, help="So many prompts, drawn at random.")] = None,
     column: Column = None,
@@ -90,10 +93,12 @@ def evaluate(
         dtype=dtype,
         seed=seed,
     )
-    _evaluate(settings, parse_columns(column or []), output, compare)
+    _evaluate(settings, parse_columns(column or []), keep_column or [], output, compare)
 
 
-def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path | None) -> None:
+def _evaluate(
+    settings: Any, columns: dict[str, str], keep: list[str], output: Path, other: Path | None
+) -> None:
     import torch
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -104,7 +109,7 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
     from gvpo.machine import choose_threads
     from gvpo.model.tokenizer import load_tokenizer
     from gvpo.progress import Ticker
-    from gvpo.rewards import load_reward
+    from gvpo.rewards.registry import load_reward, needs_answers
     from gvpo.run import RunDirectory
 
     console = Console(highlight=False)
@@ -119,6 +124,8 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
         system_prompt=settings.system_prompt,
         instruction=settings.instruction,
         chat=settings.chat,
+        keep=keep,
+        answers=needs_answers(settings.reward),
     )
     chat = not isinstance(prompts[0]["prompt"], str)
     tokenizer = load_tokenizer(
@@ -138,7 +145,7 @@ def _evaluate(settings: Any, columns: dict[str, str], output: Path, other: Path 
     ticker = Ticker(console, "sampling", len(prompts) * settings.samples)
     with ticker.running():
         rows = sample_all(settings, prompts, run, make_sampler, ticker.advance)
-    grade(rows, run, settings.reward, reward)
+    grade(rows, prompts, run, settings.reward, reward)
     summary = finish(run, settings, rows)
     _show(console, summary)
     if other is not None:

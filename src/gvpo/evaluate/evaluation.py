@@ -110,7 +110,7 @@ def sample_all(
 
 def _start(run: RunDirectory, settings: Settings, prompts: datasets.Dataset) -> None:
     # A file may have changed under the same name.
-    content = json.dumps([prompts["prompt"][:], prompts["answer"][:]])
+    content = json.dumps([prompts[name][:] for name in ("prompt", "answer") if name in prompts.column_names])
     config = {**asdict(settings), "prompts_sha256": hashlib.sha256(content.encode()).hexdigest()}
     path = run.path / "config.yaml"
     started = (run.path / SAMPLES).exists() or (run.path / _PARTS).exists()
@@ -132,11 +132,10 @@ def _row(prompts: datasets.Dataset, job: tuple[int, int], text: str, completion:
         "prompt_index": index,
         "sample": number,
         "prompt": text,
-        "answer": source["answer"],
+        "answer": source.get("answer"),
         "completion": completion.text,
         "tokens": completion.tokens,
         "truncated": completion.truncated,
-        **{key: source[key] for key in ("task", "entry") if key in source},
     }
 
 
@@ -157,18 +156,23 @@ def _read(path: Path) -> list[Row]:
 # --- Grading ------------------------------------------------------------------------------------------------
 
 
-def grade(rows: list[Row], run: RunDirectory, reward_name: str, reward: RewardFunction) -> None:
+def grade(
+    rows: list[Row], prompts: datasets.Dataset, run: RunDirectory, reward_name: str, reward: RewardFunction
+) -> None:
     """Add `extracted` and `reward` to every sample, in `rows` and in the run's samples.
+
+    The reward gets what it gets in training: the data set's columns, and conversations for conversations.
 
     Raises:
         InputError: the reward cannot score a sample.
     """
     from gvpo.rewards.extraction import extract_answer
 
-    columns = {key: [row[key] for row in rows] for key in ("answer", "task", "entry") if key in rows[0]}
-    rewards = reward(
-        prompts=[row["prompt"] for row in rows], completions=[row["completion"] for row in rows], **columns
-    )
+    columns = prompts[[row["prompt_index"] for row in rows]]
+    completions: list[Any] = [row["completion"] for row in rows]
+    if not isinstance(columns["prompt"][0], str):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    rewards = reward(prompts=columns.pop("prompt"), completions=completions, **columns)
     closing = "sentence" if reward_name == "accuracy:sentence" else None  # as the reward reads it
     for row, score in zip(rows, rewards, strict=True):
         if score is None:

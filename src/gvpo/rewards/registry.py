@@ -40,6 +40,11 @@ def load_reward(spec: str) -> RewardFunction:
     return rewards[0] if factors == [1.0] else combine(rewards, factors)
 
 
+def needs_answers(spec: str) -> bool:
+    """Whether a reward by this description reads ground truths."""
+    return re.search(r"\b(accuracy|exact)\b", spec) is not None
+
+
 def combine(rewards: Sequence[RewardFunction], weights: Sequence[float]) -> RewardFunction:
     """The weighted sum of reward functions; None for a completion that any of them cannot score.
 

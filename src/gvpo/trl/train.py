@@ -6,7 +6,6 @@ Everything that can be checked is checked before the model is loaded, and nothin
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from gvpo.errors import InputError, first_line
 from gvpo.machine import choose_threads
 from gvpo.model.tokenizer import load_tokenizer, read_template
 from gvpo.rewards import load_reward
-from gvpo.rewards.registry import load_function
+from gvpo.rewards.registry import load_function, needs_answers
 from gvpo.run import RunDirectory, check_writable, plot_curves
 from gvpo.trl.arguments import TrainArguments, parse_arguments
 from gvpo.trl.checkpoint import flaw, last_checkpoint
@@ -188,7 +187,7 @@ def _load(
             instruction=script.instruction,
             chat=script.chat,
             keep=[*script.keep_columns, *keep, *images],
-            answers=any(re.search(r"\b(accuracy|exact)\b", spec) for spec in script.reward_funcs),
+            answers=any(map(needs_answers, script.reward_funcs)),
             **own,
         )
         for name in names
