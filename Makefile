@@ -20,7 +20,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 # A file's tests stay together: they share what is made once.
 SPREAD := -n 2 --dist loadfile
 
-.PHONY: help quickstart quickstart-llm quickstart-verl test test-real test-verl test-verl060 test-vllm test-fast fuzz bench gpu torture soak mutants lint docs wheel release compat clean
+.PHONY: help quickstart quickstart-llm quickstart-verl test test-real test-verl test-verl060 test-vllm test-fast fuzz bench gpu torture soak mutants lint docs notebooks wheel release compat clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -97,6 +97,14 @@ compat: $(VENV)/dev.installed $(VENV060)/verl.installed  ## lowest and newest of
 docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Quiet, since what is said on the way would be part of the pages.
+notebooks: $(VENV)/notebooks.installed $(VENV)/llm.installed  ## run the notebooks and write their pages, docs/notebooks (20 minutes)
+	for path in $(if $(NAME),examples/notebooks/$(NAME).py,examples/notebooks/*.py); do name=$$(basename $$path .py); \
+	  TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 \
+	    $(BIN)/jupytext --to ipynb --execute --run-path . --output runs/notebooks/$$name.ipynb $$path && \
+	  $(BIN)/jupyter-nbconvert --to markdown --CoalesceStreamsPreprocessor.enabled=True \
+	    --output-dir docs/notebooks runs/notebooks/$$name.ipynb || exit 1; done
+
 clean:  ## remove what was installed and built
 	rm -rf $(VENV) $(VENV060) $(VENVVLLM) .compat site dist
 
@@ -149,6 +157,10 @@ $(VENVVLLM)/vllm.installed: constraints-vllm.txt pyproject.toml
 
 $(VENV)/docs.installed: $(VENV)/quickstart.installed
 	$(PIP) -e '.[docs]'
+	touch $@
+
+$(VENV)/notebooks.installed: $(VENV)/quickstart.installed
+	$(PIP) jupytext nbconvert ipykernel
 	touch $@
 
 $(VENV)/trl-lowest: $(VENV)/torch.installed

@@ -9,8 +9,6 @@ import matplotlib
 import pytest
 import torch
 
-from tests.trl.chat_model import save_chat_model
-
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.py"))
 
@@ -64,14 +62,3 @@ def test_the_formula_in_60_lines() -> None:
     assert all(distance < 1e-7 for (loss, _), distance in distances.items() if loss == "gvpo")
     assert all(distance > 0.01 for (loss, _), distance in distances.items() if loss == "grpo")
     assert (found["logps"].grad + found["weights"]).abs().max() < 1e-15
-
-
-@pytest.mark.slow
-def test_a_reward_of_your_own(tmp_path: Path) -> None:
-    model = str(save_chat_model(tmp_path / "model"))
-    found = run("own_reward", MODEL=model, STEPS=2, OUTPUT=str(tmp_path / "run"))
-    assert [row["country"] for row in found["held_out"]][:2] == ["Peru", "Cuba"]
-    assert len(found["training"]) == 32
-    assert [line["step"] for line in found["lines"]] == [1, 2]
-    assert set(found["exam_after"]) >= {"eval_rewards/form/mean", "eval_rewards/fact/mean"}
-    assert found["form"]([[{"content": "[1]"}], [{"content": '{"a": 1}'}]], ["Peru"] * 2) == [0, 0.3]
