@@ -18,9 +18,9 @@ from benchmarks.measure import Row, in_fresh_process
 
 ABOUT = (
     "`gvpo quickstart` (addition, 30 steps of 32 groups of 8) with `generate_ahead` of 0, 1 and 2, one "
-    "thread for each process, seeds 0 to 2, in turns: seconds on the wall of a step (mean of the last 25), what "
-    "of it is generation, or waiting for it, the first step (of the other process's start), CPU seconds of both "
-    "processes, and greedy accuracy on 1,000 held-out problems. `load`: the machine's other work."
+    "thread for each process, seeds 0 to 2, in turns: seconds on the wall of a step (mean of the last 25), "
+    "what of it is generation, or waiting for it, the first step (of the other process's start), CPU seconds "
+    "of both processes, and greedy accuracy on 1,000 held-out problems. `load`: the machine's other work."
 )
 
 
