@@ -45,7 +45,7 @@ def groups(dump):
 def assert_stale(dumps):
     """Else the run proves nothing: a group of several versions, and a response that an update interrupted."""
     every = [rows for dump in dumps for rows in groups(dump).values()]
-    assert any(len({oldest for oldest, *_ in rows}) > 1 for rows in every)
+    assert any(len({(oldest, newest) for oldest, newest, _ in rows}) > 1 for rows in every)
     assert any(oldest != newest for rows in every for oldest, newest, _ in rows)
 
 
