@@ -111,6 +111,7 @@ def test_an_update_that_cannot_be_made_is_left_out_and_kept(two_workers):
     assert not set(incident["prompts"]) & {prompt for dump in dumps for prompt in dump["prompts"]}
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_one_worker_with_dynamic_batches_makes_the_same_updates_as_two_without(
     assets, two_workers, one_worker
