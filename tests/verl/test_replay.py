@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
+import gvpo.verl
+from gvpo.data.logs import Logs
+from gvpo.data.writer import write_logs
 from gvpo.errors import InputError
 from gvpo.replay import ReplayView
 from gvpo.replay.options import OffPolicyConfig
@@ -35,20 +38,21 @@ from tests.verl.test_settings import config
 from tests.verl.test_trainer import assert_exact
 from tests.verl.test_updates import settings
 
-AGENT = "actor_rollout_ref.rollout.agent"
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+AGENT = f"{ROLLOUT}.agent"
 
 
 def with_logged(assets: Path) -> Path:
-    """The prompts, some with answers that were logged with ratings, good and bad ones."""
-    rows = pq.read_table(assets / "prompts.parquet").to_pylist()
-    for i, row in enumerate(rows):
-        texts = [] if i % 3 == 2 else [f"{i}", f"{i}+{i}"][: 1 + i % 2]
-        row["logged"] = [
-            {"content": text, "reward": (0.9, None)[j], "complete": True, "completion_ids": None}
-            for j, text in enumerate(texts)
-        ]
-    pq.write_table(pa.Table.from_pylist(rows), assets / "logged.parquet")
-    return assets / "logged.parquet"
+    """The prompts with one or two answers each that were logged, of which the second has no rating."""
+    lines = []
+    for i, row in enumerate(pq.read_table(assets / "prompts.parquet").to_pylist()):
+        line = {"messages": row["prompt"], "truth": row["reward_model"]["ground_truth"]}
+        lines.append({**line, "response": f"{i}", "rating": 90})
+        lines += [{**line, "response": f"{i}+{i}"}] * (i % 2)
+    (assets / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    reader = Logs(scale=(0, 100), answer="truth", rewards="both")
+    write_logs([assets / "log.jsonl"], assets / "logged", reader)
+    return assets / "logged" / "train.parquet"
 
 
 def with_versions(dumps):
@@ -75,9 +79,9 @@ def test_replayed_groups_and_demonstrations_are_weighed_by_the_formula(tmp_path)
     words = [
         f"data.train_files={with_logged(assets)}",
         "trainer.logger=[file]",
-        "trainer.total_training_steps=4",
+        "trainer.total_training_steps=3",
         "gvpo.replay_ratio=0.5",
-        "gvpo.demonstrations_per_group=1",
+        "gvpo.demonstrations_per_group=2",
         "gvpo.demonstration_column=logged",
     ]
     run(arguments(assets, tmp_path, *words, workers=1), tmp_path, VERL_FILE_LOGGER_PATH=str(metrics))
@@ -85,30 +89,66 @@ def test_replayed_groups_and_demonstrations_are_weighed_by_the_formula(tmp_path)
     done = assert_exact(assets, dumps)
     # Two updates of a step, one of its two replayed groups each, from the second step on.
     names = [dict.fromkeys(update.dump["prompts"]) for update in done]
-    assert [sum(name.startswith(REPLAYED) for name in each) for each in names] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [sum(name.startswith(REPLAYED) for name in each) for each in names] == [0, 0, 1, 1, 1, 1]
     ages = [u.dump["step"] - 1 - v for u in done for v in u.dump["reference_versions"].tolist()]
     assert max(ages) > 0
     logged = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
-    assert [entry["replay/size"] for entry in logged] == [0, 4, 8, 12]
-    assert [entry["demonstrations/rows"] for entry in logged] == [3, 3, 2, 3]
-    # A logged answer's reward is its rating, else the reward function's; verl logs what was sampled.
-    assert logged[0]["demonstrations/reward"] != logged[0]["demonstrations/sampled_reward"]
+    assert [entry["replay/size"] for entry in logged] == [0, 4, 8]
+    assert [entry["demonstrations/rows"] for entry in logged] == [6, 6, 6]
     with ReplayView(tmp_path / "checkpoints" / "replay") as view:
         groups = view.read(range(len(view)))
-    assert [group.metadata.get("demonstrations") for group in groups[:3]] == [[3], [3], None]
-    assert groups[0].rewards[3] == pytest.approx(0.9)
+    assert [group.metadata["demonstrations"] for group in groups] == [[2], [2, 3]] * 6
+    # A logged answer's reward is its rating, else the reward function's.
+    assert [group.rewards[2] for group in groups] == pytest.approx([0.9] * 12)
+    assert all(group.rewards[3] != pytest.approx(0.9) for group in groups)
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
-def test_kill_9_of_the_driver_loses_no_group_and_trains_none_twice(tmp_path, mode):
+def test_demonstrations_teach_random_weights_what_they_never_sample(tmp_path):
+    """To copy a number; 24 prompts, six updates a step."""
+    assets = make_assets(tmp_path / "assets")
+    rows = pq.read_table(assets / "prompts.parquet").to_pylist()
+    rows = [{**row, "demonstrations": [row["reward_model"]["ground_truth"]]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), assets / "shown.parquet")
+    words = [
+        f"data.train_files={assets / 'shown.parquet'}",
+        f"reward.custom_reward_function.path={Path(gvpo.verl.__file__).with_name('reward.py')}",
+        "reward.custom_reward_function.name=exact",
+        *("data.train_batch_size=24", f"{ACTOR}.ppo_mini_batch_size=4", "data.max_response_length=4"),
+        *(f"{ACTOR}.optim.optimizer=Adam", f"{ACTOR}.optim.lr=0.01", "trainer.logger=[file]"),
+        *(f"{ACTOR}.ppo_micro_batch_size_per_gpu=16", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=16"),
+    ]
+    found = {}
+    for shown, steps in ((0, 8), (1, 40)):
+        folder = tmp_path / str(shown)
+        extra = [f"gvpo.demonstrations_per_group={shown}", f"trainer.total_training_steps={steps}"]
+        metrics = folder / "metrics.jsonl"
+        run(arguments(assets, folder, *words, *extra, workers=1), folder, VERL_FILE_LOGGER_PATH=str(metrics))
+        found[shown] = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+    assert max(entry["critic/score/mean"] for entry in found[0]) < 0.03
+    sampled = [entry["demonstrations/sampled_reward"] for entry in found[1]]
+    assert np.mean(sampled[:3]) < 0.03
+    assert np.mean(sampled[-5:]) > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("mode", "reference"),
+    [("sync", "rollout"), ("colocate_async", "rollout"), ("separate_async", "initial")],
+)
+def test_kill_9_of_the_driver_loses_no_group_and_trains_none_twice(tmp_path, mode, reference):
+    """With the initial reference, replayed groups are scored anew."""
     assets, steps = make_assets(tmp_path / "assets"), 6
     metrics, home = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
     words = [
         f"data.train_files={with_logged(assets)}",
-        f"trainer.v1.trainer_mode={mode}",
+        *(f"trainer.v1.trainer_mode={mode}", "trainer.v1.separate_async.parameter_sync_step=2"),
+        f"gvpo.reference={reference}",
+        f"gvpo.replay_reference={'stored' if reference == 'rollout' else 'current'}",
         f"trainer.total_training_steps={steps}",
         *("trainer.logger=[file]", "trainer.save_freq=1", "trainer.resume_mode=auto"),
         *("gvpo.replay_ratio=0.5", "gvpo.demonstrations_per_group=1", "gvpo.demonstration_column=logged"),
@@ -126,7 +166,7 @@ def test_kill_9_of_the_driver_loses_no_group_and_trains_none_twice(tmp_path, mod
     metrics.unlink()
     run(words, tmp_path, VERL_FILE_LOGGER_PATH=str(metrics))
     dumps = with_versions(updates(tmp_path / "updates"))
-    assert_exact(assets, dumps)
+    assert_exact(assets, dumps, reference=reference)
     fresh = [{n for n in dump["prompts"] if not n.startswith(REPLAYED)} for dump in dumps]
     assert sum(map(len, fresh)) == len(set.union(*fresh)) == 4 * steps
     replayed = [{n for n in dump["prompts"] if n.startswith(REPLAYED)} for dump in dumps]

@@ -136,7 +136,10 @@ class OffPolicy(References):
         if self.replay is None:
             return batch
         step = self.global_steps - 1
-        groups = self.replay.take(self.replay.owed(len(self.prompts(batch))), step)
+        if self.local_trigger_step == 0:
+            self._stored_before = self.replay.buffer.next_number  # a group comes back in a later step
+        owed = self.replay.owed(len(self.prompts(batch)))
+        groups = self.replay.take(owed, step, self._stored_before)
         for name, (total, count) in self.replay.facts(groups, step).items():
             if count is None or count:
                 metrics[name] = total if count is None or name.endswith("_max") else total / count

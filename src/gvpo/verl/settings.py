@@ -244,6 +244,7 @@ def _check_demonstrations(config: DictConfig) -> None:
         (f"{_ROLLOUT}.agent.default_agent_loop", "single_turn_agent", "completions are single turns"),
         (f"{_ROLLOUT}.agent.agent_loop_config_path", None, "it brings an agent loop of its own"),
         ("reward.reward_model.enable", False, "answers must be rewarded as they come, by a function"),
+        ("algorithm.filter_groups.metric", "reward", "a logged answer has its rating and no other metric"),
     ):
         value = OmegaConf.select(config, name, default=None)
         if value not in (allowed, None):
