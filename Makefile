@@ -46,8 +46,8 @@ test-fast: $(VENV)/dev.installed  ## unit tests alone (a minute at most)
 test-real: $(VENV)/dev.installed $(VENV)/llm.installed  ## a language model that people know, SmolLM2, through everything
 	$(RUN) pytest -m real tests/real
 
-test-verl: $(VENV)/dev.installed  ## verl again: killed processes, resuming, learning (15 minutes)
-	$(RUN) pytest -m cluster tests/verl
+test-verl: $(VENV)/dev.installed  ## verl again, and generation ahead: killed processes, resuming, learning (20 minutes)
+	$(RUN) pytest -m cluster tests/verl tests/trl
 
 test-verl060: $(VENV060)/verl.installed  ## verl 0.6.0, in an environment of its own (5 minutes)
 	OMP_NUM_THREADS=1 $(VENV060)/bin/python -m pytest tests/verl060/end_to_end.py

@@ -51,7 +51,9 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "route", [pytest.param(route, marks=[pytest.mark.cluster] if i else []) for i, route in enumerate(ROUTES)]
+)
 def test_updates_on_stale_groups_are_the_oracle_s(route: str, tmp_path: Path) -> None:
     """Against literal autograd: sampled by the policy of some updates ago, each group under one reference."""
     records, snapshots = Seen(), Snapshots()
@@ -115,6 +117,7 @@ CHECKPOINTED |= {"optim": "adamw_torch", "generate_ahead": 2}
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_killed_it_is_a_sentence_and_the_resumed_run_is_the_same(tmp_path: Path) -> None:
     """No group is lost or learnt twice: rollouts in flight are those that they would have been."""
     whole = ahead(tmp_path / "whole", **CHECKPOINTED)
@@ -136,6 +139,7 @@ def test_killed_it_is_a_sentence_and_the_resumed_run_is_the_same(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_it_ends_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"  # without a guard of its __main__
     script.write_text(
@@ -165,6 +169,7 @@ def _run_on_two(rank: int, world: int, folder: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_two_processes_learn_from_one_that_generates(tmp_path: Path) -> None:
     first, second = run_ranks(_run_on_two, 2, tmp_path)
     steps = Oracle([first[0], second[0]], first[2]).run()
@@ -173,13 +178,14 @@ def test_two_processes_learn_from_one_that_generates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_tiny_run_learns(tmp_path: Path) -> None:
     """Digits, from random weights, two rollouts behind."""
 
     def digits(completions: list[str], **_: Any) -> list[float]:
         return [sum(c.isdigit() for c in text) / 12 for text in completions]
 
-    settings = {"optim": "adamw_torch", "learning_rate": 0.02, "beta": 0.1, "generate_ahead": 2}
+    settings = {"optim": "adamw_torch", "learning_rate": 0.006, "beta": 0.02, "generate_ahead": 2}
     run = ahead(tmp_path, model=tiny_model(), rewards=digits, max_steps=40, reference="initial", **settings)
     run.train()
     rewards = [entry["reward"] for entry in run.state.log_history if "reward" in entry]
