@@ -81,6 +81,16 @@ def test_ratings_are_numbers_words_or_nested(tmp_path):
     assert row["logged"][0]["reward"] == 0.4
 
 
+def test_only_the_answer_must_have_a_text(tmp_path):
+    empty = {"role": "system", "content": ""}  # keeps a template from bringing its own
+    lines = [{"messages": [empty, *asked("2+2?", text)], "rating": 1} for text in ("4", " ")]
+    file = tmp_path / "log.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logs = Logs()
+    assert logs.prompts([file]) == [{"prompt": [empty, *asked("2+2?")], "logged": [answer("4", 1.0)]}]
+    assert logs.dropped == {"no text": 1}
+
+
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.floats(0, 1))
 def test_a_scale_is_linear_also_upside_down(low, high, part):
     value = low + part * (high - low)

@@ -117,7 +117,8 @@ class Logs:
             if _role(message, "assistant") != "assistant":
                 raise _LeaveOut("the conversation does not end with the assistant's message")
             prompt = [{"role": _role(said), "content": _text(said)} for said in before]
-            text = _text(message)
+            if not (text := _text(message)).strip():
+                raise _LeaveOut("no text")
             rating = None if self.rewards == "functions" else self._rating(facts)
             if rating is None and self.rewards == "ratings":
                 raise _LeaveOut("no rating")
@@ -192,8 +193,6 @@ def _text(message: Mapping[str, Any]) -> str:
         raise _LeaveOut("no text")
     if not isinstance(content, str):
         raise InputError(f"the content of a message is {content!r}, not text")
-    if not content.strip():
-        raise _LeaveOut("no text")
     return content
 
 
