@@ -211,14 +211,17 @@ def _ends(names: Sequence[str], curves: Sequence[Curves]) -> list[tuple[str, dic
     """Each run's last values, with their differences from the first run's."""
     ends = [{title: fmean(ys[-max(1, len(ys) // 10) :]) for title, (_, ys) in one.items()} for one in curves]
     titles = [title for title, _, _ in PANELS if any(title in end for end in ends)]
-    columns = []
-    for name, end in zip(names, ends, strict=True):
-        apart = {
-            title: f" ({_number(y - ends[0][title], '+')})" for title, y in end.items() if title in ends[0]
-        }
-        told = {title: _number(y) + apart.get(title, "") * (end is not ends[0]) for title, y in end.items()}
-        columns.append((name, {title: told.get(title, "") for title in titles}))
-    return columns
+
+    def told(end: dict[str, float], title: str) -> str:
+        last, first = end.get(title), ends[0].get(title)
+        if last is None:
+            return ""
+        apart = "" if end is ends[0] or first is None else f" ({_number(last - first, '+')})"
+        return _number(last) + apart
+
+    return [
+        (name, {title: told(end, title) for title in titles}) for name, end in zip(names, ends, strict=True)
+    ]
 
 
 # --- Completions --------------------------------------------------------------------------------------------
