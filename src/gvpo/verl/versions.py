@@ -57,6 +57,7 @@ class Versions:
             present: the newest version.
         """
         choices = self.kept or [present]
+        # A checkpoint's are of another period, if the user has changed it.
         return min((v for v in choices if v >= version - version % self.period), default=choices[-1])
 
     def each(self, versions: Collection[int], present: int | None) -> Iterator[int]:
