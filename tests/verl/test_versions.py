@@ -67,7 +67,7 @@ def test_a_version_that_was_resumed_at_is_kept_although_it_is_between_references
         versions.keep(step)
     assert versions.kept == [6, 8]
     assert [versions.of(version, 8) for version in (5, 6, 7, 8)] == [6, 6, 6, 8]
-    versions.period, versions.kept = 3, [0, 4]  # what a checkpoint brings after the user has changed the period
+    versions.period, versions.kept = 3, [0, 4]  # a checkpoint, and another period since
     assert versions.of(7, 7) == 4
 
 
