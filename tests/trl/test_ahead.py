@@ -122,8 +122,14 @@ def test_killed_it_is_a_sentence_and_the_resumed_run_is_the_same(tmp_path: Path)
     """No group is lost or learnt twice: rollouts in flight are those that they would have been."""
     whole = ahead(tmp_path / "whole", **CHECKPOINTED)
     whole.train()
-    killer = KillAt(3, lambda: others()[0])
-    run = ahead(tmp_path / "killed", callbacks=[killer], **CHECKPOINTED)
+
+    def victim() -> int:
+        (other,) = others()
+        assert psutil.Process(other).environ()["CUDA_VISIBLE_DEVICES"] == "7"
+        return other
+
+    settings = CHECKPOINTED | {"generate_ahead_devices": "7"}
+    run = ahead(tmp_path / "killed", callbacks=[KillAt(3, victim)], **settings)
     with pytest.raises(
         InputError, match=r"generates ahead ended by SIGKILL \(see .*producer.log\): go on from"
     ):

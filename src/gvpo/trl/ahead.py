@@ -351,17 +351,23 @@ class Ahead:
         for path in {self._weights(version) for version in self._requests.values()}:
             saved.mkdir(parents=True, exist_ok=True)
             _link(path, saved / path.name)
-        return {"requests": {str(number): version for number, version in self._requests.items()}}
+        requests = {str(number): version for number, version in self._requests.items()}
+        return {"requests": requests, "layout": self._layout()}
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         self.begin()
-        if self.rank != 0:
+        if self.rank != 0 or state.get("layout") != self._layout():
             return
-        self._requests = {int(number): version for number, version in state.get("requests", {}).items()}
+        self._requests = {int(number): version for number, version in state["requests"].items()}
         for version in set(self._requests.values()):
             path = self._weights(version)
             path.parent.mkdir(parents=True, exist_ok=True)
             _link(folder / _SAVED / path.name, path)
+
+    def _layout(self) -> list[int]:
+        """What the number of a rollout depends on."""
+        names = ("generation_batch_size", "num_generations", "steps_per_generation", "num_iterations")
+        return [len(self.dataset), *(getattr(self.args, name) for name in names)]
 
 
 def folder_of(args: Any) -> Path:

@@ -43,6 +43,7 @@ class Plan:
         optimizer: its state; None if unknown for this optimizer.
         head: the tile of logits and the sums of the gradients of head and embedding.
         cache: keys and values of a generation by transformers.
+        ahead: the weights of another process that generates.
         activation: kept for the backward, per token of a micro-batch.
         available: free memory of the device.
     """
@@ -54,6 +55,7 @@ class Plan:
     optimizer: int | None
     head: int
     cache: int
+    ahead: int
     activation: int
     available: int
 
@@ -117,6 +119,7 @@ def make_plan(arguments: TrainArguments) -> Plan:
         optimizer=None if relative is None else int(trained * (relative * size + absolute)),
         head=2 * tile_bytes(device) + 4 * text.vocab_size * text.hidden_size * sums,
         cache=0 if training.use_vllm or training.offline is not None else _cache_bytes(text, training, dtype),
+        ahead=weights if training.generate_ahead and training.generate_ahead_devices is None else 0,
         activation=activation,
         available=_available(),
     )
@@ -179,6 +182,7 @@ def show_plan(arguments: TrainArguments, console: Console) -> Plan:
         ("always", "parameters", plan.parameters),
         ("always", f"reference ({training.reference})", plan.reference),
         ("generation", "keys and values of the completions", plan.cache),
+        ("generation", "weights of the process that generates ahead", plan.ahead),
         ("update", "weights in bfloat16 (autocast)", plan.copies),
         ("update", "gradients", plan.gradients),
         ("update", f"optimizer ({getattr(training.optim, 'value', training.optim)})", plan.optimizer),

@@ -254,10 +254,11 @@ def _announce(console: Console, arguments: TrainArguments, prompts: int, checkpo
     per_step = (
         training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     )
+    ahead = f", generated {training.generate_ahead} rollout(s) ahead" * (training.generate_ahead > 0)
     console.print(
         f"GVPO on {arguments.model.model_name_or_path}: {prompts:,} prompts, "
         f"{per_step // training.num_generations} groups of {training.num_generations} a step, "
-        f"reference={training.reference}.",
+        f"reference={training.reference}{ahead}.",
         soft_wrap=True,
     )
     console.print(
