@@ -32,6 +32,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -95,10 +96,9 @@ def check_ahead(args: Any) -> None:
 
 def check_trainer(trainer: Any) -> None:
     """Raise an InputError for what a trainer was given that the other process cannot do."""
-    reasons = dict.fromkeys(("tools", "environments", "rollout_func"), "it runs in the trainer's process")
-    for name, reason in reasons.items():
+    for name in ("tools", "environments", "rollout_func"):
         if getattr(trainer, name, None):
-            raise InputError(f"generate_ahead does not go with {name}: {reason}.")
+            raise InputError(f"generate_ahead does not go with {name}: it runs in the trainer's process.")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise InputError("generate_ahead needs the trained parameters whole: use DDP, not shards.")
     if isinstance(trainer.train_dataset, IterableDataset):
@@ -173,11 +173,8 @@ class Ahead:
         rank: int,
     ) -> None:
         self.args, self.dataset, self.model, self.total, self.rank = args, dataset, model, total, rank
-        self.ahead, self.k, self.count = (
-            args.generate_ahead,
-            args.num_generations,
-            args.prompts_per_generation,
-        )
+        self.ahead, self.k = args.generate_ahead, args.num_generations
+        self.count = args.prompts_per_generation
         self.folder = folder_of(args)
         self.version = 0
         self._child: subprocess.Popen[str] | None = None
@@ -198,7 +195,7 @@ class Ahead:
         """Have the groups of a rollout, and others made meanwhile by the policy of now, of `step` updates.
 
         Raises:
-            InputError: the other process has ended, or found that it cannot do its work.
+            InputError: the other process has ended, or found that it cannot do its work; or the disk is full.
         """
         outcome: list[Any] = [None]
         if self.rank == 0:
@@ -206,6 +203,10 @@ class Ahead:
                 outcome = [self._wait(number, step)]
             except InputError as error:
                 outcome = [str(error)]
+            except (OSError, SafetensorError) as error:
+                outcome = [
+                    f"Weights cannot be written to {self.folder} ({first_line(error)}): make room there."
+                ]
         broadcast_object_list(outcome)
         if isinstance(outcome[0], str):
             raise InputError(outcome[0])
