@@ -1,5 +1,6 @@
 """Generation that runs ahead in another process: its updates, its lag and its end."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -228,3 +229,28 @@ def test_what_only_the_trainer_s_process_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be done here \(.*Local.*give the model's name"):
         ahead(tmp_path, model=model)
     assert not list(tmp_path.glob("ahead/*"))
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = ahead(tmp_path, model=tiny_model())
+    monkeypatch.setattr("gvpo.trl.ahead.publish", full)
+    monkeypatch.setattr(run.ahead, "_start", lambda: None)
+    with pytest.raises(InputError, match=r"Weights cannot be written .*No space left on device\): make room"):
+        run.train()
+
+
+def test_rollouts_in_flight_of_another_layout_are_made_anew(tmp_path: Path) -> None:
+    run = ahead(tmp_path, model=tiny_model())
+    assert run.ahead is not None
+    run.ahead._requests = {3: 2}
+    run.ahead._weights(2).parent.mkdir()
+    run.ahead._weights(2).write_bytes(b"weights")
+    state = run.ahead.state_dict(tmp_path / "checkpoint")
+    run.ahead.load_state_dict(state | {"layout": [1]}, tmp_path / "checkpoint")
+    assert run.ahead._requests == {}
+    run.ahead.load_state_dict(state, tmp_path / "checkpoint")
+    assert run.ahead._requests == {3: 2}
+    assert run.ahead._weights(2).read_bytes() == b"weights"
