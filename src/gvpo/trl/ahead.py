@@ -48,7 +48,8 @@ _KEPT = ("processing_class", "quantization_config", "peft_config")
 _OWN: dict[str, Any] = {
     "generate_ahead": 0, "reference": "rollout", "reference_every": None, "gradient_checkpointing": False,
     "demonstrations_per_group": 0, "replay_ratio": 0.0, "dynamic_sampling": "none", "report_to": [],
-    "eval_strategy": "no", "push_to_hub": False, "hub_token": None, "log_completions": False, "reward_weights": None,
+    "eval_strategy": "no", "push_to_hub": False, "hub_token": None, "log_completions": False,
+    "reward_weights": None,
 }  # fmt: skip
 _SAVED = "gvpo_ahead"  # in a checkpoint: weights by which rollouts in flight are sampled
 _OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
