@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from experiments.comparison import TUNING_SEED, Arm, Interval, Record, Scale, Setting, grid, summarise
 from experiments.exact import Dice, Problem, StackedAdam, measure, pick
@@ -21,7 +22,7 @@ from experiments.exact import draw as respond
 from experiments.losses import GVPO, TrustedGVPO
 from experiments.opponents import GRPO, RLOO
 from experiments.relatives.losses import TrajectoryBalance
-from experiments.report import COLOURS, by_condition, legend_below, save
+from experiments.report import COLOURS, by_condition, by_metric, legend_below, save
 from experiments.responses import Responses
 from experiments.sequences import REWARDS, SequencePolicies, pretrained
 from gvpo.run import new_figure
@@ -31,6 +32,7 @@ METRIC = "accuracy"
 LAGS = (0, 1, 2, 4, 8, 16, 32)
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 MOVES = 25  # updates after which a reference that moves does so
+WHY, WHY_ARMS, WHY_RATE, FAR = "why", ("gvpo", "gvpo_sampler", "rloo_is"), 5e-3, 2.0
 CYCLE = 4  # updates that decoupled PPO makes with one proximal policy
 TUNING = (TUNING_SEED, TUNING_SEED + 1, TUNING_SEED + 2)  # one is too few where settings nearly fail
 RIGHT = (REWARDS == 1).float()
@@ -132,11 +134,13 @@ def arms(scale: Scale) -> list[Arm]:
 
 
 def jobs(scale: Scale) -> list[str]:
-    return [arm.name for arm in arms(scale)]
+    return [arm.name for arm in arms(scale)] + [WHY]
 
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm at all lags: its settings on the tuning seeds, then the best on the others."""
+    if name == WHY:
+        return _why(scale)
     arm = next(a for a in arms(scale) if a.name == name)
     starts = Starts(scale.seeds)
     records = []
@@ -169,6 +173,21 @@ def _reported(arm: Arm, tuned: Sequence[Record], lag: int, scale: Scale, starts:
     ]
 
 
+def _why(scale: Scale) -> list[Record]:
+    """At the longest lag: how much of the update goes to responses that the policy has left behind."""
+    starts, records = Starts(scale.seeds), []
+    for arm in (arm for arm in arms(scale) if arm.name in WHY_ARMS):
+        for setting, _ in arm.by_loss():
+            runs = [(seed, WHY_RATE) for seed in scale.seeds]
+            outcome = _run(arm, setting, LAGS[-1], runs, scale, starts, watch=True)
+            (strength,) = setting.values()
+            records += [
+                Record(arm.name, f"{WHY}, β {strength:g}", {"lr": WHY_RATE, **setting}, seed, metrics)
+                for seed, metrics in zip(scale.seeds, outcome, strict=True)
+            ]
+    return records
+
+
 class Starts:
     """The policies to begin with, one a seed: a fifth of their answers is right."""
 
@@ -191,14 +210,21 @@ def _run(
     runs: Sequence[tuple[int, float]],
     scale: Scale,
     starts: Starts,
+    *,
+    watch: bool = False,
 ) -> list[dict[str, float]]:
-    """Train runs of (seed, learning rate) side by side; the learning rate is constant."""
+    """Train runs of (seed, learning rate) side by side; the learning rate is constant.
+
+    With `watch` there is one metric more, `behind`: the share of Σ|∂L/∂S| over the updates that falls on
+    responses which the policy finds less than e^−FAR times as likely as their sampler did.
+    """
     seeds, rates = [seed for seed, _ in runs], torch.tensor([rate for _, rate in runs])
     policies = starts.of(seeds)
     loss, feed = arm.loss(**setting), FEEDS[arm.name]
     versions = {0: policies.table().detach()}
     rewards = RIGHT.expand(len(runs), -1, -1)
     dice, optimizer = Dice(seeds), StackedAdam(policies.parameters, rates, CLIP)
+    total = torch.zeros(2, len(runs))
     for t in range(steps(scale)):
         table = policies.table()
         versions[t] = table.detach()
@@ -221,13 +247,21 @@ def _run(
             k=K,
             behaviour_tokens=behaviour,
         )
-        optimizer.step(torch.autograd.grad(loss(batch) * len(runs), policies.parameters))
+        *gradients, weights = torch.autograd.grad(loss(batch) * len(runs), [*policies.parameters, policy])
+        optimizer.step(gradients)
+        left = (policy.detach() - behaviour).sum(1) < -FAR
+        total += torch.stack([(weights[:, 0].abs() * kept).view(len(runs), -1).sum(1) for kept in (left, 1)])
     found = measure(policies, Problem(rewards, versions[0], seeds, rates, beta=1.0))
-    return [{METRIC: f["reward"], "kl": f["kl_reference"], "entropy": f["entropy"]} for f in found]
+    metrics = [{METRIC: f["reward"], "kl": f["kl_reference"], "entropy": f["entropy"]} for f in found]
+    if watch:
+        shares = (total[0] / total[1]).tolist()
+        metrics = [{**m, "behind": share} for m, share in zip(metrics, shares, strict=True)]
+    return metrics
 
 
 def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
-    before = (Starts(scale.seeds).of(scale.seeds).table().detach().sum(-1).exp() * RIGHT).sum(-1).mean(-1)
+    before = Starts(scale.seeds).of(scale.seeds).table().detach().double().sum(-1)
+    start = (before.exp() * RIGHT).sum(-1).mean(-1)
 
     def rows(kind: str) -> list[dict[str, Any]]:
         return summarise(
@@ -246,10 +280,37 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
             "cycle": CYCLE,
             "cap": 2,
         },
-        "start": {METRIC: vars(Interval.of(before.tolist()))},
+        "start": {METRIC: vars(Interval.of(start.tolist()))},
+        "optima": _optima(before),
         "rows": rows("lag"),
         "rates": rows("rate"),
+        "why": _rows_of_why(scale, records),
     }
+
+
+def _rows_of_why(scale: Scale, records: list[Record]) -> list[dict[str, Any]]:
+    labels = {arm.name: arm.label for arm in arms(scale)}
+    mine = [record for record in records if record.condition.startswith(WHY)]
+    rows = []
+    for arm, condition in dict.fromkeys((r.arm, r.condition) for r in mine):
+        runs = [r.metrics for r in mine if (r.arm, r.condition) == (arm, condition)]
+        cells = {name: vars(Interval.of([run[name] for run in runs])) for name in runs[0]}
+        rows.append(
+            {"arm": arm, "label": labels[arm], "condition": condition.removeprefix(f"{WHY}, "), **cells}
+        )
+    return rows
+
+
+def _optima(before: Tensor) -> list[dict[str, Any]]:
+    """Accuracy and KL of π*_β, what arms with the initial reference aim at."""
+    rows = []
+    for beta in (0.2, 0.05):
+        optimum = (before + RIGHT / beta).log_softmax(-1)
+        accuracy = (optimum.exp() * RIGHT).sum(-1).mean(-1)
+        kl = (optimum.exp() * (optimum - before)).sum(-1).mean(-1)
+        cells = {METRIC: vars(Interval.of(accuracy.tolist())), "kl": vars(Interval.of(kl.tolist()))}
+        rows.append({"label": "π*", "condition": f"β {beta:g}", **cells})
+    return rows
 
 
 def tables(found: dict[str, Any]) -> list[Any]:
@@ -257,6 +318,11 @@ def tables(found: dict[str, Any]) -> list[Any]:
         *by_condition(found["rows"], METRIC, "Accuracy by lag, with the best setting for each", columns=4),
         *by_condition(found["rows"], "kl", "KL to the start, nats", columns=4),
         *by_condition(found["rates"], METRIC, f"Accuracy at lag {LAGS[-1]}, by learning rate", columns=3),
+        by_metric(
+            [{**row, "label": f"{row['label']}, {row['condition']}"} for row in found["why"]],
+            {"behind": "weight on what it has left behind", METRIC: METRIC, "kl": "KL"},
+            f"Lag {LAGS[-1]}, learning rate {WHY_RATE:g}",
+        ),
     ]
 
 
