@@ -1,6 +1,7 @@
 """A release is whole or not made at all: in clones of this repository, with the real git, build and twine."""
 
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def test_a_dry_run_changes_nothing_and_a_release_is_version_changelog_tag_and_fi
     assert sorted(f.name for f in (clone / "dist").iterdir()) == [
         "gvpo-7.8.9-py3-none-any.whl",
         "gvpo-7.8.9.tar.gz",
+    ]
+    with tarfile.open(clone / "dist" / "gvpo-7.8.9.tar.gz") as source:
+        inside = {"/".join(name.split("/")[1:3]) for name in source.getnames()}
+    assert inside >= {"docs/index.md", "tests/models.py", "tools/release.py", "README.md", "pyproject.toml"}
+    assert not [
+        name for name in inside if name.startswith(("results", "benchmarks/results", ".compat", "runs"))
     ]
     assert git(clone, "status", "--porcelain") == ""
     with pytest.raises(InputError, match="no changes under '## Unreleased'"):

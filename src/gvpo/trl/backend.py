@@ -18,6 +18,8 @@ class AccelerateBackend(Backend):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        # By which accelerate divides what it is given; transformers sets more than 1 before 5.5.4.
+        accelerator.gradient_accumulation_steps = 1
         super().__init__(dist.group.WORLD if accelerator.num_processes > 1 else None)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
