@@ -191,7 +191,9 @@ def tried(name: str, tests: tuple[str, ...], python: Path, over: list[Path]) -> 
     FOLDER.mkdir(exist_ok=True)
     path = os.pathsep.join(map(str, [*over, ROOT / "src"]))
     environ = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    names = dict.fromkeys([*SHOWN, *(r.name.lower() for r in asked("trl"))])
+    # verl is told of where it was tried.
+    shown = [name for name in SHOWN if name != "verl" or any("verl" in test for test in tests)]
+    names = dict.fromkeys([*shown, *(r.name.lower() for r in asked("trl"))])
     versions = json.loads(called(python, "-c", VERSIONS, *names, env=environ).stdout)
     told = FOLDER / f"{folder_name(name)}.xml"
     told.unlink(missing_ok=True)
