@@ -74,7 +74,7 @@ def quickstart(
     )
     lesson.finish(summary, "GVPO quickstart", "optimizer step")
     lesson.console.print(
-        "\nA real model, on a GPU:\n"
+        "\nNext: gvpo quickstart --llm, and a reward of your own (docs/start.md). On a GPU:\n"
         "  gvpo train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name gsm8k "
         "--reward_funcs accuracy --output_dir runs/gsm8k",
         highlight=False,
