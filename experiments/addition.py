@@ -134,7 +134,6 @@ class Rollout:
     rewards: Float[Tensor, "rows"]
     behaviour: Float[Tensor, "rows"]
     reference: Float[Tensor, "rows tokens"]
-    reference_rewards: Float[Tensor, "prompts n"] | None = None  # of answers that the reference gave
 
     @classmethod
     @torch.no_grad()
@@ -153,13 +152,6 @@ class Rollout:
             token_logps(reference, prompts, completions, K),
         )
 
-    @torch.no_grad()
-    def rewards_of(self, model: LlamaForCausalLM, generator: torch.Generator) -> Float[Tensor, "prompts n"]:
-        """Of K answers by another model to the same prompts."""
-        answers = _TRAIN_ANSWERS[(self.prompts[:, None] == _TRAIN_PROMPTS).all(2).long().argmax(1)]
-        drawn = sample(model, self.prompts, K, generator)
-        return (drawn == answers.repeat_interleave(K, 0)).all(1).float().view(-1, K)
-
     def responses(self, model: LlamaForCausalLM, rollout: Tensor | None = None) -> Responses:
         """As a loss takes them, under the policy as it is; `rollout`: its log-probabilities back then."""
         logps = token_logps(model, self.prompts, self.completions, K)
@@ -171,7 +163,6 @@ class Rollout:
             rewards=self.rewards,
             mask=not_ended(self.completions),
             k=K,
-            reference_rewards=self.reference_rewards,
         )
 
 

@@ -10,6 +10,7 @@ Four parts, the first three on the task of `sequences.py`, on-policy unless said
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,7 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     return [replace(record, condition=f"{part}: {record.condition}") for record in records]
 
 
+@functools.cache
 def pretrain(scale: Scale) -> Start:
     """As in `offline.py`."""
     others = [seed + 5000 for seed in scale.all_seeds]

@@ -83,10 +83,7 @@ def prepare(scale: Scale, directory: Path) -> None:
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm: its settings on the tuning seed, then the best of them on the others."""
-    return run_arm(next(a for a in arms(scale) if a.name == name), scale, directory)
-
-
-def run_arm(arm: Arm, scale: Scale, directory: Path) -> list[Record]:
+    arm = next(a for a in arms(scale) if a.name == name)
     tuned = [_run(arm, setting, TUNING_SEED, scale, directory) for setting in arm.grid]
     best = max(tuned, key=lambda record: record.metrics[METRIC]).setting
     return tuned + [_run(arm, best, seed, scale, directory) for seed in scale.seeds]

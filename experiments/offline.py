@@ -7,6 +7,7 @@ constant learning rate: who drifts? Each seed has its own reference policy, othe
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def _drift(arm: Arm, scale: Scale) -> list[Record]:
 Start = tuple[SequencePolicies, SequencePolicies]  # the references and the other models, one a seed
 
 
+@functools.cache
 def pretrain(seeds: tuple[int, ...]) -> Start:
     """References that prefer small first symbols, other models that prefer large ones; both half noise."""
     references = pretrained(seeds, skew=-0.5, noise=0.5)

@@ -1,8 +1,7 @@
-"""GVPO and its relatives on the problems of `optimum.py`, `offline.py` and `foreign.py` (docs/relatives.md).
+"""GVPO and its relatives on the problems of `optimum.py` and `offline.py` (docs/relatives.md).
 
 What is GVPO by an identity has no row of its own: all pairs, trajectory balance with the group's log Z, AGRO
-from a fixed sampler. Learned numbers V(x), log Z(x) are a table by prompt here; where prompts hardly come
-twice (`foreign`) their losses are left out.
+from a fixed sampler. Learned numbers V(x), log Z(x) are a table by prompt here.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from experiments import addition, foreign, offline, optimum
+from experiments import offline, optimum
 from experiments.comparison import Arm, Record, Scale, Setting, grid, summarise
 from experiments.losses import GVPO, Loss
 from experiments.opponents import DPO
@@ -29,13 +26,13 @@ from experiments.relatives.losses import (
     MirrorDescent,
     SmoothedGVPO,
 )
-from experiments.report import by_condition, by_metric, dots, legend_below, save
+from experiments.report import by_condition, dots, legend_below, save
 from gvpo.run import new_figure
 
 SAMPLERS = ("on-policy", "perturbed", "uniform")
 N = 64  # answers of the reference to each prompt, for those who ask for some
 METRIC = "kl_optimum"
-UPDATES = {"optimum": 1500, "offline": 160}
+UPDATES = {"optimum": 600, "offline": 100}
 LME = "log-mean-exp"
 
 
@@ -69,67 +66,33 @@ def exact_arms(
     ]  # fmt: skip
 
 
-def foreign_arms(scale: Scale) -> list[Arm]:
-    """Two settings each (one in a quick run)."""
-    settings = grid((3e-4,), beta=(0.2,) if scale.quick else (0.2, 0.4))
-    return [
-        Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), settings),
-        Arm("rebel", "REBEL", lambda beta: REBEL(beta=beta), settings),
-        Arm("kimi", "OPMD, mean R", lambda beta: MirrorDescent(beta=beta), settings),
-        Arm("kimi_z", "OPMD, log-mean-exp", lambda beta: MirrorDescent(beta=beta, normaliser=LME), settings),
-        Arm("astar", "A*-PO, SPO", lambda beta: AStarPO(beta=beta, n=addition.K), settings),
-        Arm("qrpo", "QRPO", lambda beta: QRPO(beta=beta, n=addition.K), settings),
-        Arm("dpo", "DPO", lambda beta: DPO(beta=5 * beta), settings),
-    ]  # fmt: skip
-
-
 def arms(problem: str, scale: Scale) -> list[Arm]:
     if problem == "optimum":
         dpo = grid((0.03, 0.1), beta=(2, 4))
         found = exact_arms(optimum.BETA, (0.01, 0.03, 0.1, 0.2), (1.2, 5), scale)
-    elif problem == "offline":
+    else:
         dpo = grid((1e-3, 3e-3), beta=(2, 5))
         found = exact_arms(offline.BETA, (3e-3, 1e-2, 2e-2, 4e-2), (0.4, 2), scale)
-    else:
-        return foreign_arms(scale)
     return [*found, Arm("dpo", "DPO", lambda beta: DPO(beta=beta), dpo[:1] if scale.quick else dpo)]
 
 
-PROBLEMS = ("optimum", "offline", "foreign")
+PROBLEMS = ("optimum", "offline")
 
 
 def jobs(scale: Scale) -> list[str]:
-    return [f"{problem}: {arm.name}" for problem in PROBLEMS[:2] for arm in arms(problem, scale)] + [
-        "foreign"
-    ]
-
-
-def prepare(scale: Scale, directory: Path) -> None:
-    """The models and responses of `foreign.py`, and rewards of the policy's own answers at the start."""
-    foreign.prepare(scale, directory)
-    initial, path = addition.load(directory, "policy"), directory / "rollouts.pt"
-    rollouts = torch.load(path)
-    for seed, steps in rollouts.items():
-        generator = torch.Generator().manual_seed(seed + 104_729)
-        for rollout in steps:
-            rollout["reference_rewards"] = addition.Rollout(**rollout).rewards_of(initial, generator)
-    torch.save(rollouts, path)
+    return [f"{problem}: {arm.name}" for problem in PROBLEMS for arm in arms(problem, scale)]
 
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
-    """One algorithm on one problem; all of them on `foreign`, whose models are made first."""
+    """One algorithm on one problem."""
     problem, _, arm_name = name.partition(": ")
-    if problem == "foreign":
-        prepare(scale, directory)
-        records = [r for arm in arms(problem, scale) for r in foreign.run_arm(arm, scale, directory)]
-    else:
-        arm = next(a for a in arms(problem, scale) if a.name == arm_name)
-        updates = 60 if scale.quick else UPDATES[problem]
-        records = (
-            optimum.run_arm(arm, scale, SAMPLERS, updates=updates, reference_n=N)
-            if problem == "optimum"
-            else offline.run_arm(arm, scale, updates=updates, reference_n=N)
-        )
+    arm = next(a for a in arms(problem, scale) if a.name == arm_name)
+    updates = 60 if scale.quick else UPDATES[problem]
+    records = (
+        optimum.run_arm(arm, scale, SAMPLERS, updates=updates, reference_n=N)
+        if problem == "optimum"
+        else offline.run_arm(arm, scale, updates=updates, reference_n=N)
+    )
     return [replace(record, condition=f"{problem}: {record.condition}") for record in records]
 
 
@@ -140,8 +103,7 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
             for r in records
             if r.condition.startswith(f"{problem}: ")
         ]
-        highest = problem == "foreign"
-        return summarise(arms(problem, scale), mine, foreign.METRIC if highest else METRIC, highest=highest)
+        return summarise(arms(problem, scale), mine, METRIC)
 
     return {
         "question": "Where do the losses that regress log-ratios on rewards lead, each as its paper has it?",
@@ -150,18 +112,10 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
     }
 
 
-_COLUMNS = {
-    foreign.METRIC: "expected accuracy",
-    "greedy_accuracy": "greedy",
-    "kl_initial": "KL to the start, nats",
-}
-
-
 def tables(found: dict[str, Any]) -> list[Any]:
     return [
         *by_condition(found["optimum"], METRIC, "KL(π‖π*) in nats after training, by sampler"),
         *by_condition(found["offline"], METRIC, "KL(π‖π*) in nats after training, by who made the log"),
-        by_metric(found["foreign"], _COLUMNS, "Addition from another model's responses"),
     ]
 
 

@@ -14,9 +14,9 @@ QUICK = Scale.of(2, quick=True)
 @pytest.mark.parametrize("problem", beside.PROBLEMS)
 def test_every_arm_has_as_many_settings(problem: str) -> None:
     arms = beside.arms(problem, Scale.of(2, quick=False))
-    assert {len(arm.grid) for arm in arms} == {2 if problem == "foreign" else 4}
+    assert {len(arm.grid) for arm in arms} == {4}
     assert [arm.name for arm in arms] == [arm.name for arm in beside.arms(problem, QUICK)]
-    assert sum(job.startswith(problem) for job in jobs(QUICK)) == (1 if problem == "foreign" else len(arms))
+    assert sum(job.startswith(problem) for job in jobs(QUICK)) == len(arms)
 
 
 @pytest.mark.parametrize("arm", beside.arms("optimum", QUICK), ids=lambda arm: arm.name)
