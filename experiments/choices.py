@@ -68,7 +68,7 @@ def arms(part: str, scale: Scale) -> list[Arm]:
         betas = (0.1, 0.3)
         return [
             Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), settings(beta=betas)),
-            Arm("per_token", "GVPO, βℓ/|y|", lambda beta: PerToken(beta=beta), settings(beta=betas)),
+            Arm("per_token", "GVPO, βℓ a token", lambda beta: PerToken(beta=beta), settings(beta=betas)),
             Arm("grpo", "GRPO, mean a response", lambda beta: _grpo(beta), settings(beta=betas)),
             Arm("dr_grpo", "Dr. GRPO", lambda beta: _dr_grpo(beta), settings(beta=betas)),
         ]  # fmt: skip
