@@ -127,7 +127,7 @@ def test_demonstrations_teach_random_weights_what_they_never_sample(tmp_path):
         metrics = folder / "metrics.jsonl"
         run(arguments(assets, folder, *words, *extra, workers=1), folder, VERL_FILE_LOGGER_PATH=str(metrics))
         found[shown] = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
-    assert max(entry["critic/score/mean"] for entry in found[0]) < 0.03
+    assert np.mean([entry["critic/score/mean"] for entry in found[0]]) < 0.03
     sampled = [entry["demonstrations/sampled_reward"] for entry in found[1]]
     assert np.mean(sampled[:3]) < 0.03
     assert np.mean(sampled[-5:]) > 0.3
