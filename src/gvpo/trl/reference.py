@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
