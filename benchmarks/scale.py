@@ -135,7 +135,7 @@ def best(a: Assumptions, shares: tuple[float, ...], **how: Any) -> tuple[float, 
     return share, outcomes[share]
 
 
-SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 WORK: dict[str, dict[str, Any]] = {
     "all alike, 1,000": {"lengths": "lognormal:1000:0", "mean": 0},
     "GSM8K's answers": {"lengths": "gsm8k", "mean": 0},

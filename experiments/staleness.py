@@ -277,7 +277,7 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
             "groups": GROUPS,
             "steps": steps(scale),
             "moves": MOVES,
-            "cycle": CYCLE,
+            "why_rate": WHY_RATE,
             "cap": 2,
         },
         "start": {METRIC: vars(Interval.of(start.tolist()))},
@@ -350,6 +350,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         if key == "rows":
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.set_xticks(LAGS, LAGS)
+            axis.set_xlim(-0.3, 40)
             axis.set_xlabel("lag, updates")
         else:
             axis.set_xscale("log")
