@@ -1,5 +1,6 @@
 """The notebooks run, and their pages in the documentation are what they are."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+
+from tests.trl.chat_model import save_chat_model
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.py"))
@@ -49,7 +52,7 @@ def test_a_page_shows_its_notebook(notebook: Path) -> None:
     for is_code, text in cells(notebook):
         assert is_code or text in page, "make notebooks"
     pictures = re.findall(r"!\[png\]\((.+?)\)", page)
-    assert pictures
+    assert bool(pictures) != ("Not run yet" in page)
     assert all((ROOT / "docs" / "notebooks" / picture).is_file() for picture in pictures)
 
 
@@ -62,3 +65,25 @@ def test_the_formula_in_60_lines() -> None:
     assert all(distance < 1e-7 for (loss, _), distance in distances.items() if loss == "gvpo")
     assert all(distance > 0.01 for (loss, _), distance in distances.items() if loss == "grpo")
     assert (found["logps"].grad + found["weights"]).abs().max() < 1e-15
+
+
+@pytest.mark.slow
+def test_a_reward_of_your_own(tmp_path: Path) -> None:
+    model = str(save_chat_model(tmp_path / "model"))
+    found = run("own_reward", MODEL=model, STEPS=2, OUTPUT=str(tmp_path / "run"))
+    assert [row["country"] for row in found["held_out"]][:2] == ["Peru", "Cuba"]
+    assert len(found["training"]) == 32
+    assert [line["step"] for line in found["lines"]] == [1, 2]
+    assert set(found["exam_after"]) >= {"eval_rewards/form/mean", "eval_rewards/fact/mean"}
+    assert found["form"]([[{"content": "[1]"}], [{"content": '{"a": 1}'}]], ["Peru"] * 2) == [0, 0.3]
+
+
+@pytest.mark.slow
+def test_learning_from_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("logs", MODEL=str(save_chat_model(tmp_path / "model")), STEPS=2, FOLDER=str(tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [len(line["response"]["choices"]) for line in lines] == [6] * 32
+    assert not any(country in json.dumps(lines) for country in found["HELD_OUT"])
+    assert "GVPO 2/2" in capsys.readouterr().out
+    assert [found["stars"](text, "Peru") for text in ("no", "[1]", '{"country": "Peru"}')] == [1, 3, 5]
+    assert len(found["after"]["Peru"]) == 4

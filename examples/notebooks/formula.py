@@ -140,5 +140,5 @@ weights = gvpo_weights(logps.detach(), zeros, rewards, torch.zeros(K, dtype=torc
 print(f"the largest difference to autograd: {float((logps.grad + weights).abs().max()):.0e}")
 
 # %% [markdown]
-# Next: [a language model on your own reward](../start.md#a-reward-of-your-own),
+# Next: [a language model on your own reward](own_reward.md), [learning from logs](logs.md),
 # [the seven facts](../theory.md). A loop without a trainer for a language model: `examples/plain_pytorch.py`.
