@@ -15,9 +15,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 OPTIONS = {
     name for config in (GVPOScriptArguments, GVPOConfig, ModelConfig) for name in config.__dataclass_fields__
 } - REFUSED.keys()
-# Of other commands: accelerate, gvpo eval, gvpo report, vllm serve, verl.model_merger, gvpo train itself.
+# Of other commands: accelerate, vllm serve, verl.model_merger, and gvpo's others.
 OTHERS = {"num_processes", "config", "samples", "output", "enable-lora", "max-lora-rank", "lora-modules"}
-OTHERS |= {"backend", "local_dir", "target_dir", "model"}
+OTHERS |= {"backend", "local_dir", "target_dir", "model", "scale"}
 
 
 def test_first_steps_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
