@@ -158,7 +158,9 @@ def replay(
             if reference == "initial":
                 against = _logps(initial, dump)
             else:
-                each = dump["reference_versions"].long()
+                # verl 0.6.0 has no older versions than the one that made the responses.
+                latest = torch.full([len(dump["input_ids"])], step - 1)
+                each = dump.get("reference_versions", latest).long()
                 scored = {
                     version: torch.func.functional_call(_Scorer(model), versions[version], dump)
                     for version in each.unique().tolist()
