@@ -1,11 +1,14 @@
 """Slices of a generation on their way to optimizer steps."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gvpo.batch import GroupBatch
 from gvpo.trl.rollouts import Slice, load_rollouts, save_rollouts, split, used_within, window_batch
@@ -31,6 +34,16 @@ def test_slices_survive_a_file(tmp_path: Path) -> None:
         for field in fields(GroupBatch):
             before, after = getattr(item.batch, field.name), getattr(kept.batch, field.name)
             assert before is after is None or before.equal(after)
+
+
+def test_slices_of_another_version_are_none(tmp_path: Path) -> None:
+    slices = [Slice(part, step) for step, part in enumerate(split(random_batch(groups=4), 2))]
+    save_rollouts(tmp_path / "slices", slices, {})
+    with safe_open(tmp_path / "slices", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    earlier = {"state": json.dumps({"policy_steps": [0, 1], "parts": {}})}
+    save_file(tensors, tmp_path / "slices", metadata=earlier)
+    assert load_rollouts(tmp_path / "slices", torch.device("cpu"))[0] == []
 
 
 def test_a_slice_used_twice_makes_groups_of_its_own() -> None:

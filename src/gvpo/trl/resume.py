@@ -169,7 +169,7 @@ class ResumableTrainer(GRPOTrainer):
         for name, part in self.checkpointed.items():
             part.load_state_dict(state.get("parts", {}).get(name, {}), path.parent)
         lost = None
-        if "parts" not in state:
+        if "steps" not in state:
             lost = f"{path} is {'of another version of gvpo' if state else 'not there'}"
         elif state["layout"] != self._layout():
             lost = f"the run was started with {state['layout']}, not {self._layout()}"

@@ -94,7 +94,7 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[s
         state = json.loads(file.metadata()["state"])
         names = set(file.keys())
         slices = []
-        for i, steps in enumerate(state["steps"]):
+        for i, steps in enumerate(state.get("steps", ())):
             values: dict[str, Any] = {
                 name: file.get_tensor(f"{i}.{name}").to(device) for name in _FIELDS if f"{i}.{name}" in names
             }
