@@ -1,5 +1,10 @@
 """The CPU rollout's sampling: independent of the batch, and from the right distribution."""
 
+import asyncio
+import threading
+import warnings
+
+import pytest
 import torch
 
 from gvpo.verl.cpu.sampling import Sampling, row_seed, sample
@@ -60,3 +65,73 @@ def test_greedy_and_the_end_of_a_sequence():
         assert 2 not in response.tokens[:-1]
         assert len(response.tokens) == len(response.logps) <= 8
         assert response.reason == "completed" or len(response.tokens) == 8
+
+
+def test_generation_that_is_stopped_gives_what_there_is():
+    class Third(threading.Event):
+        looks = 0
+
+        def is_set(self):
+            self.looks += 1
+            return self.looks >= 3
+
+    lm, how = model(), Sampling(max_tokens=20)
+    whole = sample(lm, PROMPTS, how, [1, 2, 3])
+    assert all(len(response.tokens) > 3 for response in whole)
+    for response, part in zip(whole, sample(lm, PROMPTS, how, [1, 2, 3], Third()), strict=True):
+        assert (part.tokens, part.reason) == (response.tokens[:3], "aborted")
+
+
+@pytest.fixture
+def server(tmp_path):
+    with warnings.catch_warnings():  # of engines that are not installed
+        warnings.simplefilter("ignore")
+        from gvpo.verl.cpu.rollout import HFServer
+    model().save_pretrained(tmp_path)
+    return HFServer(str(tmp_path), response_length=400, seed=0, most=2)
+
+
+def test_aborted_requests_are_answered_and_later_ones_wait_or_are_turned_away(server):
+    def ask(prompt):
+        return asyncio.create_task(server.generate("id", prompt, {"temperature": 1.0}))
+
+    async def scene():
+        server.version = 4
+        busy = [ask([5, 6, i]) for i in range(3)]  # the third waits for the other two
+        await asyncio.sleep(0.1)
+        await server.abort_all_requests()
+        parts = await asyncio.gather(*busy)
+        later = ask([7])
+        await asyncio.sleep(0.05)
+        assert not later.done()
+        server.version = 5
+        await server.resume_generation()
+        whole = await later
+        await server.abort_all_requests(reject_request=True)
+        return parts, whole, await server.generate("id", [8], {})
+
+    parts, whole, turned_away = asyncio.run(scene())
+    assert {part.stop_reason for part in parts} == {"aborted"}
+    assert all(0 < len(part.token_ids) < 400 for part in parts[:2])
+    assert parts[2].token_ids == turned_away.token_ids == []
+    assert [part.extra_fields["global_steps"] for part in (*parts, whole)] == [4, 4, 4, 5]
+    assert whole.stop_reason in ("completed", "length")
+    assert turned_away.stop_reason == "aborted"
+
+
+def test_weights_are_waited_for():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from gvpo.verl.cpu.engine import _Mailbox
+
+    async def scene():
+        box = _Mailbox()
+        first, second = asyncio.create_task(box.get(1)), asyncio.create_task(box.get(2))
+        await box.put(1, {"a": torch.ones(1)})
+        got = await first
+        assert not second.done()
+        await box.put(2, {"a": torch.zeros(1)})
+        return got, await second
+
+    first, second = asyncio.run(scene())
+    assert (first["a"].item(), second["a"].item()) == (1, 0)
