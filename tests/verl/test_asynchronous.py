@@ -57,7 +57,7 @@ def assert_measured_against_the_oldest_that_is_kept(dumps, keep):
             assert {reference for *_, reference in rows} == {wanted}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_colocated_updates_are_those_of_the_formula_for_groups_of_several_versions(tmp_path):
     """With micro-batches of as many tokens, whatever rows those are."""
     assets, dumps, _ = train(tmp_path, *COLOCATE, *DYNAMIC, "gvpo.keep_versions=1")
@@ -67,7 +67,7 @@ def test_colocated_updates_are_those_of_the_formula_for_groups_of_several_versio
     assert_measured_against_the_oldest_that_is_kept(dumps, keep=1)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_separate_updates_are_those_of_the_formula_while_the_policy_moves_between_syncs(tmp_path):
     """Without servers on the trainer's own GPUs: docs/upstream/verl-async.md."""
     assets, dumps, _ = train(tmp_path, *SEPARATE)
