@@ -90,7 +90,8 @@ def test_the_initial_reference_needs_no_old_policy(tmp_path, mode):
     assets, dumps, logged = train(tmp_path, *mode, *extra, f"{ROLLOUT}.n=5", workers=2)
     assert_exact(assets, dumps, reference="initial")
     assert_stale(dumps)
-    assert sum(entry["timing_s/old_log_prob"] for entry in logged) < 0.05
+    seconds = {name: sum(entry[f"timing_s/{name}"] for entry in logged) for name in ("old_log_prob", "ref")}
+    assert seconds["old_log_prob"] < seconds["ref"] / 3  # no pass, however small
     for entry in logged:
         assert (entry["gvpo/updates"], entry["gvpo/scoring_passes"]) == (2, 2)
         assert entry["actor/entropy"] > 0
