@@ -96,10 +96,9 @@ def test_the_initial_reference_needs_no_old_policy(tmp_path, mode):
         assert (entry["gvpo/updates"], entry["gvpo/scoring_passes"]) == (2, 2)
         assert entry["actor/entropy"] > 0
         assert not any(name.startswith("rollout_corr/") for name in entry)
-    old = logged[-1]
-    assert old["staleness/age_max"] >= 2
-    assert 0 < old["staleness/spanning_rows"] <= 1
-    assert any(name.startswith("gvpo/kl/age_") for name in old)
+    assert max(entry["staleness/age_max"] for entry in logged) >= 2
+    assert 0 < max(entry["staleness/spanning_rows"] for entry in logged) <= 1
+    assert any(name.startswith("gvpo/kl/age_") for name in logged[-1])
 
 
 @pytest.mark.cluster
