@@ -12,7 +12,7 @@ from gvpo.verl import TRAINERS
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", TRAINERS)
 def test_the_laptop_run_gains_forty_points(tmp_path, mode):
     output = tmp_path / "run"
