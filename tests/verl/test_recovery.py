@@ -38,7 +38,7 @@ def wait_for(condition, seconds, what):
         ("sync", "AgentLoopWorkerTQ"),
         ("colocate_async", "WorkerDict"),
         ("separate_async", "HFServer"),
-        ("separate_async", "GVPOTaskRunner"),  # verl's trainer itself
+        ("separate_async", "TaskRunnerV1"),  # verl's trainer itself
     ],
 )
 def test_kill_9_of_a_ray_process_ends_the_run_and_the_next_one_resumes(tmp_path, mode, victim):
