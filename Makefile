@@ -101,7 +101,7 @@ docs: $(VENV)/docs.installed  ## build the documentation into site/, with strict
 notebooks: $(VENV)/notebooks.installed $(VENV)/llm.installed  ## run the notebooks and write their pages, docs/notebooks (20 minutes)
 	mkdir -p runs/notebooks
 	for path in $(if $(NAME),examples/notebooks/$(NAME).py,examples/notebooks/*.py); do name=$$(basename $$path .py); \
-	  TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 \
+	  TTY_COMPATIBLE=0 TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 \
 	    $(BIN)/jupytext --to ipynb --set-kernel python3 --execute --run-path . --output runs/notebooks/$$name.ipynb $$path && \
 	  $(BIN)/jupyter-nbconvert --to markdown --CoalesceStreamsPreprocessor.enabled=True \
 	    --output-dir docs/notebooks runs/notebooks/$$name.ipynb || exit 1; done

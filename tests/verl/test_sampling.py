@@ -88,7 +88,7 @@ def server(tmp_path):
         warnings.simplefilter("ignore")
         from gvpo.verl.cpu.rollout import HFServer
     model().save_pretrained(tmp_path)
-    return HFServer(str(tmp_path), response_length=400, seed=0, most=2)
+    return HFServer(str(tmp_path), response_length=4000, seed=0, most=2)
 
 
 def test_aborted_requests_are_answered_and_later_ones_wait_or_are_turned_away(server):
@@ -97,6 +97,7 @@ def test_aborted_requests_are_answered_and_later_ones_wait_or_are_turned_away(se
 
     async def scene():
         server.version = 4
+        ends, server.model.generation_config.eos_token_id = server.model.generation_config.eos_token_id, []
         busy = [ask([5, 6, i]) for i in range(3)]  # the third waits for the other two
         await asyncio.sleep(0.1)
         await server.abort_all_requests()
@@ -105,6 +106,7 @@ def test_aborted_requests_are_answered_and_later_ones_wait_or_are_turned_away(se
         await asyncio.sleep(0.05)
         assert not later.done()
         server.version = 5
+        server.model.generation_config.eos_token_id = ends
         await server.resume_generation()
         whole = await later
         await server.abort_all_requests(reject_request=True)
@@ -112,7 +114,7 @@ def test_aborted_requests_are_answered_and_later_ones_wait_or_are_turned_away(se
 
     parts, whole, turned_away = asyncio.run(scene())
     assert {part.stop_reason for part in parts} == {"aborted"}
-    assert all(0 < len(part.token_ids) < 400 for part in parts[:2])
+    assert all(0 < len(part.token_ids) < 4000 for part in parts[:2])
     assert parts[2].token_ids == turned_away.token_ids == []
     assert [part.extra_fields["global_steps"] for part in (*parts, whole)] == [4, 4, 4, 5]
     assert whole.stop_reason in ("completed", "length")
