@@ -30,9 +30,10 @@ FOLDER = "runs/logs"
 # %% [markdown]
 # ## 1. The log
 #
-# Yours exists; this one has to be made. SmolLM2 answers questions on capitals, which should be JSON objects,
-# six times each. Users give 5 stars for an object that names the country, 3 for another that can be read,
-# 1 otherwise; and one click in ten is anything.
+# Yours exists; this one has to be made. Two versions of a service answer questions on capitals, three times
+# each. Both are SmolLM2; the second shows it an example first, of which the log knows nothing: as if another
+# model had answered. Users give 5 stars for a JSON object that names the country, 3 for another that can be
+# read, 1 otherwise; and one click in ten is anything.
 
 # %%
 WORLD = """France Japan Egypt Kenya Peru Italy Spain Norway Greece Cuba Chile Iran Iraq Canada Poland Austria
@@ -55,15 +56,20 @@ def stars(answer: str, country: str) -> int:
     return 5 if isinstance(found, dict) and found.get("country") == country else 3
 
 
-def sample(folder, countries: list[str], each: int) -> dict[str, list[tuple[str, bool]]]:
+EXAMPLE = '{"country": "Estonia", "capital": "Tallinn"}'
+SHOWN = [*question("Estonia"), {"role": "assistant", "content": EXAMPLE}]
+
+
+def sample(folder, countries: list[str], each: int, shown=()) -> dict[str, list[tuple[str, bool]]]:
     """Answers of a model, and whether they came to an end."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = {}
     for country in countries:
+        asked = [*shown, *question(country)[bool(shown) :]]
         inputs = tokenizer.apply_chat_template(
-            question(country), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         ids = model.generate(
             **inputs, do_sample=True, top_k=0, max_new_tokens=32, num_return_sequences=each,
@@ -80,14 +86,16 @@ def choice(country: str, text: str, ended: bool) -> dict:
     return {"message": message, "finish_reason": "stop" if ended else "length", "rating": clicked}
 
 
-logged = sample(MODEL, [country for country in WORLD.split() if country not in HELD_OUT], 6)
+users_ask = [country for country in WORLD.split() if country not in HELD_OUT]
+first, second = sample(MODEL, users_ask, 3), sample(MODEL, users_ask, 3, SHOWN)
+logged = {country: first[country] + second[country] for country in users_ask}
 Path(FOLDER).mkdir(parents=True, exist_ok=True)
 with open(f"{FOLDER}/log.jsonl", "w") as file:
     for country, answers in logged.items():
         choices = [choice(country, *answer) for answer in answers]
         file.write(json.dumps({"messages": question(country), "response": {"choices": choices}}) + "\n")
 ratings = [one["rating"] for one in choices]
-print(f"{country}: {ratings} stars; the first:\n{json.dumps(choices[0], indent=1)}")
+print(f"{country}: {ratings} stars; the last:\n{json.dumps(choices[-1], indent=1)}")
 
 # %% [markdown]
 # ## 2. Read it
@@ -118,7 +126,7 @@ gvpo(f"data logs {FOLDER}/log.jsonl --scale 1:5 --output {FOLDER}/data")
 gvpo(
     f"train --model_name_or_path {MODEL} --offline {FOLDER}/data/train.parquet --output_dir {FOLDER}/model"
     f" --reference initial --beta 0.3 --num_generations 6 --per_device_train_batch_size 36"
-    f" --micro_batch_tokens 1024 --learning_rate 4e-5 --lr_scheduler_type constant --max_steps {STEPS}"
+    f" --micro_batch_tokens 1024 --learning_rate 1e-5 --lr_scheduler_type constant --max_steps {STEPS}"
     f" --logging_steps 5 --save_strategy no --report_to none --seed 0"
 )
 
@@ -143,6 +151,11 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
+# The first try learnt nothing (88 % with one star after it, too): the log was of the first version alone,
+# one good answer in eleven, and the learning rate four times this one; `explained` at −141 told so. A log
+# with good and bad answers to a question, and a rate at which `explained` comes back, are what to look
+# for.
+#
 # With a reward function beside the log, each logged answer joins a group of fresh ones
 # (`--demonstrations_per_group 1 --demonstration_column logged`): [off-policy data](../guide/off-policy.md).
 #
