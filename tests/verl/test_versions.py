@@ -136,3 +136,25 @@ def test_ages_and_shares():
     }
     assert "staleness/reference_age" not in staleness(spans, ages, {})
     assert staleness({}, {}, {}) == {}
+
+
+def test_bad_updates_in_a_row_are_counted_through_resuming(tmp_path, monkeypatch):
+    with warnings.catch_warnings():  # of engines that are not installed
+        warnings.simplefilter("ignore")
+        from gvpo.verl.trainer import GVPOSync, PPOTrainer
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: None)
+    monkeypatch.setattr(PPOTrainer, "_load_checkpoint", lambda self: None)
+
+    def trainer(bad):
+        made = object.__new__(GVPOSync)
+        where = {"resume_from_path": None, "resume_mode": "auto", "default_local_dir": str(tmp_path)}
+        made.config = SimpleNamespace(trainer=SimpleNamespace(**where))
+        made.updates, made.global_steps = SimpleNamespace(bad_in_a_row=bad), 3
+        made.settings = SimpleNamespace(reference="rollout")
+        made.versions, made.actor_rollout_wg = Versions(0, 1, False), None
+        return made
+
+    trainer(2)._save_checkpoint()
+    resumed = trainer(0)
+    resumed._load_checkpoint()
+    assert resumed.updates.bad_in_a_row == 2
