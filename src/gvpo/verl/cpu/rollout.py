@@ -7,7 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import AsyncIterable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import torch
@@ -15,16 +15,9 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
-from gvpo.verl.cpu.sampling import Response, Sampling, row_seed, sample
+from gvpo.verl.cpu.sampling import Request, Response, Sampling, next_batch, row_seed, sample
 
 _GATHER_SECONDS = 0.02  # how long the first of a batch waits for company
-
-
-class _Request(NamedTuple):
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    seed: int
-    answer: asyncio.Future[Response]
 
 
 class HFServer:
@@ -40,7 +33,7 @@ class HFServer:
         self.response_length, self.seed, self.most = response_length, seed, most
         self.version: int | None = None
         self._seen: Counter[tuple[int, ...]] = Counter()
-        self._waiting: list[_Request] = []
+        self._waiting: list[Request] = []
         self._worker: asyncio.Task[None] | None = None
         self._stop = threading.Event()  # ends what is being generated at its next token
         self._open = asyncio.Event()  # new requests wait for it,
@@ -72,7 +65,7 @@ class HFServer:
         seed = row_seed(self.seed, self.version, prompt, self._seen[prompt])
         self._seen[prompt] += 1
         sampling = Sampling.from_verl(sampling_params, self.response_length)
-        request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
+        request = Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._serve())
@@ -87,10 +80,9 @@ class HFServer:
                     request.answer.set_result(Response([], [], "aborted"))
                 self._waiting = []
                 return
-            sampling = self._waiting[0].sampling
-            batch = [request for request in self._waiting if request.sampling == sampling][: self.most]
+            batch = next_batch(self._waiting, self.most)
             self._waiting = [request for request in self._waiting if request not in batch]
-            prompts, _, seeds, answers = zip(*batch, strict=True)
+            prompts, (sampling, *_), seeds, answers = zip(*batch, strict=True)
             try:
                 responses = await asyncio.to_thread(sample, self.model, prompts, sampling, seeds, self._stop)
             except Exception as error:

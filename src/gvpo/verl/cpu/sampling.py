@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -69,6 +70,20 @@ class Response(NamedTuple):
     tokens: list[int]  # with the end-of-sequence token, if that was sampled
     logps: list[float]  # of each token at the temperature, in nats
     reason: str  # "completed" by itself, at the "length" that was asked for, or "aborted"
+
+
+class Request(NamedTuple):
+    """A response that is waited for."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    answer: asyncio.Future[Response]
+
+
+def next_batch(waiting: Sequence[Request], most: int) -> list[Request]:
+    """The oldest request and others that sample alike, `most` in all."""
+    return [request for request in waiting if request.sampling == waiting[0].sampling][:most]
 
 
 class _GumbelNoise(LogitsProcessor):
