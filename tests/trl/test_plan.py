@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gvpo.cli import main
@@ -17,10 +18,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_chat_model(tmp_path_factory.mktemp("models") / "chat")
 
 
-def kept_for_backward(folder: Path, tokens: int, checkpointing: bool) -> int:
+def kept_for_backward(folder: Path, tokens: int, way: list[str]) -> int:
     """Bytes that autograd keeps on a real device, by the storages that it holds."""
-    model = AutoModelForCausalLM.from_pretrained(folder).train()
-    if checkpointing:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=way[1] if "--dtype" in way else None)
+    body = model.model.train()
+    if "--use_peft" in way:
+        # In bfloat16 the adapters stay float32, and so does a copy of what they are given.
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    if "--gradient_checkpointing" in way:
         model.gradient_checkpointing_enable()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
@@ -34,15 +39,20 @@ def kept_for_backward(folder: Path, tokens: int, checkpointing: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        body(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_at_least_those_of_a_real_forward(model: Path, checkpointing: bool) -> None:
-    flag = "true" if checkpointing else "false"
-    plan = make_plan(parse_arguments(["--model_name_or_path", str(model), "--gradient_checkpointing", flag]))
-    real = (kept_for_backward(model, 256, checkpointing) - kept_for_backward(model, 128, checkpointing)) / 128
+LORA = ["--use_peft", "--lora_target_modules", "all-linear"]
+
+
+@pytest.mark.parametrize(
+    "way", [[], ["--gradient_checkpointing"], LORA, ["--dtype", "bfloat16", *LORA]], ids=" ".join
+)
+def test_activations_are_at_least_those_of_a_real_forward(model: Path, way: list[str]) -> None:
+    off = [] if "--gradient_checkpointing" in way else ["--gradient_checkpointing", "false"]
+    plan = make_plan(parse_arguments(["--model_name_or_path", str(model), *off, *way]))
+    real = (kept_for_backward(model, 256, way) - kept_for_backward(model, 128, way)) / 128
     assert 0.99 * real <= plan.activation <= 1.35 * real
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
 from gvpo.errors import InputError
+from gvpo.model.determinism import without_noise
 from gvpo.model.fused_head import tile_bytes
 from gvpo.trl.arguments import TrainArguments
 
@@ -92,15 +93,10 @@ def make_plan(arguments: TrainArguments) -> Plan:
     dtype = wanted or config.dtype or torch.float32
     peft = get_peft_config(options)
     inside = torch.bfloat16 if training.bf16 else dtype
-    with FakeTensorMode():
-        bare = _skeleton(config, inside, trust)
-        activation = _activation_bytes(bare, bool(training.gradient_checkpointing))
-    with torch.device("meta"):
-        model = _skeleton(config, dtype, trust)
-    if peft is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, peft, low_cpu_mem_usage=True)
+    model = _skeleton(config, dtype, trust, peft)
+    activation = _activation_bytes(
+        _skeleton(config, inside, trust, peft), bool(training.gradient_checkpointing)
+    )
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = dtype.itemsize
@@ -125,21 +121,29 @@ def make_plan(arguments: TrainArguments) -> Plan:
     )
 
 
-def _skeleton(config: Any, dtype: torch.dtype, trust: bool) -> Any:
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, trust_remote_code=trust, attn_implementation="sdpa"
-    )
+def _skeleton(config: Any, dtype: torch.dtype, trust: bool, peft: Any) -> Any:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust, attn_implementation="sdpa"
+        )
+    if peft is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, peft, low_cpu_mem_usage=True)
 
 
 def _activation_bytes(model: Any, checkpointing: bool) -> int:
     """Bytes that autograd keeps for one more token, without the head (whose logits are never kept)."""
-    body = model.base_model.train()
+    body = getattr(model, "get_base_model", lambda: model)().base_model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
+        if body is not model.base_model:
+            model.enable_input_require_grads()
 
     def kept(length: int) -> int:
         seen: dict[int, int] = {}
-        own = {p.untyped_storage()._cdata for p in body.parameters()}
+        own = {tensor.untyped_storage()._cdata for tensor in held.values()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -149,12 +153,18 @@ def _activation_bytes(model: Any, checkpointing: bool) -> int:
             return tensor
 
         alive: list[torch.Tensor] = []
-        ids = torch.zeros(1, length, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            body(input_ids=ids, use_cache=False)
+        inputs = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
+        with without_noise(body), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            torch.func.functional_call(body, held, kwargs=inputs)
         return sum(seen.values())
 
-    return max(1, (kept(_LONG) - kept(_SHORT)) // (_LONG - _SHORT))
+    # The meta device's own tensors do not tell their values, for which masks ask.
+    with FakeTensorMode():
+        held = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in (*body.named_parameters(), *body.named_buffers())
+        }
+        return max(1, (kept(_LONG) - kept(_SHORT)) // (_LONG - _SHORT))
 
 
 def _cache_bytes(text: Any, training: Any, dtype: torch.dtype) -> int:
