@@ -97,6 +97,11 @@ def token_logps(
     return logps * not_ended(completions)
 
 
+def first_values(model: LlamaForCausalLM, prompts: Tensor) -> Float[Tensor, "prompts"]:
+    """Log-sum-exp of the logits of a completion's first token."""
+    return model(prompts).logits[:, -1].logsumexp(1)
+
+
 def not_ended(completions: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows tokens"]:
     """True up to and with the end token."""
     ended = completions == _END
@@ -130,6 +135,7 @@ class Rollout:
     """Groups of completions with their rewards (1 for the right answer), and what is known about them."""
 
     prompts: Int[Tensor, "prompts tokens"]
+    answers: Int[Tensor, "prompts tokens"]  # the right ones
     completions: Int[Tensor, "rows tokens"]
     rewards: Float[Tensor, "rows"]
     behaviour: Float[Tensor, "rows"]
@@ -141,16 +147,25 @@ class Rollout:
         cls, sampler: LlamaForCausalLM, reference: LlamaForCausalLM, generator: torch.Generator
     ) -> Rollout:
         rows = torch.randint(len(_TRAIN_PROMPTS), (PROMPTS,), generator=generator)
-        prompts = _TRAIN_PROMPTS[rows]
+        prompts, answers = _TRAIN_PROMPTS[rows], _TRAIN_ANSWERS[rows]
         completions = sample(sampler, prompts, K, generator)
-        right = (completions == _TRAIN_ANSWERS[rows].repeat_interleave(K, 0)).all(1)
+        right = (completions == answers.repeat_interleave(K, 0)).all(1)
         return cls(
             prompts,
+            answers,
             completions,
             right.float(),
             token_logps(sampler, prompts, completions, K).sum(1),
             token_logps(reference, prompts, completions, K),
         )
+
+    @torch.no_grad()
+    def rewards_of(
+        self, model: LlamaForCausalLM, n: int, generator: torch.Generator
+    ) -> Float[Tensor, "prompts n"]:
+        """Rewards of n responses of `model` to each prompt: 1 with the probability of the right answer."""
+        right = token_logps(model, self.prompts, self.answers, 1).sum(1).exp()
+        return torch.bernoulli(right[:, None].expand(-1, n), generator=generator)
 
     def responses(self, model: LlamaForCausalLM, rollout: Tensor | None = None) -> Responses:
         """As a loss takes them, under the policy as it is; `rollout`: its log-probabilities back then."""

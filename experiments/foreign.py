@@ -2,11 +2,14 @@
 
 The task of `addition.py`. All responses come from the other model, which is worse than the policy and fixed;
 every algorithm sees the same ones, and makes one update on each batch. All but the arms that say so are not
-told the other model's probabilities.
+told the other model's probabilities. GVPO's relatives (docs/relatives.md) are there, too, but for those that
+learn a number of each prompt: nearly every prompt comes once. Those who ask for them are told the rewards of
+N answers of the initial policy to each prompt.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ from experiments import addition
 from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, grid, summarise
 from experiments.losses import GVPO, RejectionSampling, RewardWeighted
 from experiments.opponents import DPO, GRPO, RLOO
+from experiments.relatives.losses import QRPO, REBEL, TBRM, AStarPO, MirrorDescent
 from experiments.report import by_metric, dots, legend_below, save
 from gvpo.run import new_figure
 
+N = 64  # answers of the initial policy to each prompt, for those who ask for some
 METRIC = "accuracy"
 CONDITION = "other model"
 
@@ -63,6 +68,17 @@ def arms(scale: Scale) -> list[Arm]:
         Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(rates, beta=cut(0.3, 1.0, 3.0))),
         Arm("rwr", "reward-weighted SFT", lambda beta: RewardWeighted(beta=beta), grid(rates, beta=betas)),
         Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(twelve)),
+        Arm("rebel", "REBEL", lambda beta: REBEL(beta=beta), grid(rates, beta=betas)),
+        Arm("kimi", "OPMD, mean R", lambda beta: MirrorDescent(beta=beta), grid(rates, beta=betas)),
+        Arm(
+            "kimi_z",
+            "OPMD, log-mean-exp",
+            lambda beta: MirrorDescent(beta=beta, normaliser="log-mean-exp"),
+            grid(rates, beta=betas),
+        ),
+        Arm("astar", "A*-PO, SPO", lambda beta: AStarPO(beta=beta, n=N), grid(rates, beta=betas)),
+        Arm("qrpo", "QRPO", lambda beta: QRPO(beta=beta, n=N), grid(rates, beta=betas)),
+        Arm("tbrm", "TBRM", lambda beta: TBRM(beta=beta), grid(rates, beta=betas)),
     ]
 
 
@@ -77,7 +93,8 @@ def prepare(scale: Scale, directory: Path) -> None:
     rollouts = {}
     for seed in scale.all_seeds:
         generator = torch.Generator().manual_seed(seed)
-        rollouts[seed] = [vars(addition.Rollout.of(other, initial, generator)) for _ in range(steps(scale))]
+        drawn = [addition.Rollout.of(other, initial, generator) for _ in range(steps(scale))]
+        rollouts[seed] = [(vars(rollout), rollout.rewards_of(initial, N, generator)) for rollout in drawn]
     torch.save(rollouts, directory / "rollouts.pt")
 
 
@@ -97,8 +114,12 @@ def _run(arm: Arm, setting: Setting, seed: int, scale: Scale, directory: Path) -
     initial = addition.load(directory, "policy")
     learner = addition.Learner(addition.load(directory, "policy"), setting["lr"], steps(scale))
     loss = arm.loss(**{key: value for key, value in setting.items() if key != "lr"})
-    for rollout in torch.load(directory / "rollouts.pt")[seed]:
-        learner.update(addition.Rollout(**rollout).responses(learner.model), loss)
+    for fields, of_reference in torch.load(directory / "rollouts.pt")[seed]:
+        rollout = addition.Rollout(**fields)
+        responses = replace(rollout.responses(learner.model), reference_rewards=of_reference)
+        if getattr(loss, "wants_values", False):
+            responses.values = addition.first_values(learner.model, rollout.prompts)
+        learner.update(responses, loss)
     return Record(arm.name, CONDITION, setting, seed, addition.evaluate(learner.model, initial))
 
 
