@@ -35,7 +35,7 @@ def test_first_steps_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.Monke
     spec.loader.exec_module(module)
     said = ["Light scatters.", "Light scatters", "word " * 21 + "end.", "word " * 60 + "end."]
     rewards = module.brief([[{"role": "assistant", "content": text}] for text in said])
-    assert rewards == pytest.approx([1.0, 0.0, 0.5, 0.0])
+    assert rewards == pytest.approx([1.0, 0.5, 0.75, 0.0])
 
 
 def test_how_do_i_names_options_that_are_there() -> None:
