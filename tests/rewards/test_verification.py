@@ -13,7 +13,7 @@ import pytest
 from benchmarks.rewards import labelled, mistakes, stated
 from gvpo.data.recipes import RECIPES
 from gvpo.rewards import VerifierPool, answers_equal, verify
-from gvpo.rewards.pool import close_shared_pool, shared_pool
+from gvpo.rewards.pool import shared_pool
 from tests.rewards.hostile import hostile_strings
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "rewards"
@@ -140,11 +140,11 @@ def test_a_forked_process_grades_with_workers_of_its_own():
     child = os.fork()
     if child == 0:
         right = answers_equal([("2k+2", "2(k+1)"), ("2k+2", "2(k+2)")]) == [True, False]
-        close_shared_pool()
+        shared_pool().close()
         os._exit(0 if right else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert answers_equal([("x+y", "y+x")]) == [True]
-    close_shared_pool()
+    shared_pool().close()
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_a_killed_worker_is_replaced():
 
 
 def test_the_shared_pool_starts_no_process_before_it_is_needed():
-    close_shared_pool()
+    shared_pool().close()
     assert answers_equal([("72", "72 clips"), ("72", "73")]) == [True, False]
     assert shared_pool().process_ids() == []
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from gvpo.errors import InputError
@@ -33,10 +33,32 @@ _MIN_TOLERATED = 16
 
 
 class _Worker:
-    """One worker process. Not thread-safe: the pool hands it to one thread at a time."""
+    """A process that starts when first needed. Not thread-safe: the pool hands it to one thread at a time."""
 
     def __init__(self) -> None:
-        self.ready = False
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def compare(self, pairs: Sequence[Pair], seconds: float, verdicts: list[bool]) -> bool:
+        """Append verdicts, up to the first pair that a child died on (unequal); say whether one did.
+
+        Raises:
+            OSError: the process itself is gone; the next call starts another.
+        """
+        try:
+            process = self.process or self._start()
+            process.stdin.write(json.dumps([seconds, pairs]).encode() + b"\n")  # type: ignore[union-attr]
+            for _ in pairs:
+                # The worker limits itself; this deadline is for one that was stopped from outside.
+                byte = _read(process, 40 * seconds + 10)
+                verdicts.append(byte == symbolic.EQUAL)
+                if byte == symbolic.DIED:
+                    return True
+        except BaseException:  # Ctrl-C too: the rest would be read as the next pair's answer
+            self.close()
+            raise
+        return False
+
+    def _start(self) -> subprocess.Popen[bytes]:
         # -P keeps this package's folder off the worker's import path. A session of its own keeps Ctrl-C away
         # and lets one signal end the worker with its child.
         self.process = subprocess.Popen(
@@ -47,43 +69,31 @@ class _Worker:
             bufsize=0,
             start_new_session=True,
         )
-
-    def compare(self, pairs: Sequence[Pair], seconds: float, verdicts: list[bool]) -> bool:
-        """Append verdicts, up to the first pair that a child died on (unequal); say whether one did.
-
-        Raises:
-            OSError: the worker itself is gone.
-        """
-        if not self.ready:
-            self._expect(_START_SECONDS)
-            self.ready = True
-        self.process.stdin.write(json.dumps([seconds, pairs]).encode() + b"\n")  # type: ignore[union-attr]
-        for _ in pairs:
-            # The worker limits itself; this deadline is for one that was stopped from outside.
-            byte = self._expect(40 * seconds + 10)
-            verdicts.append(byte == symbolic.EQUAL)
-            if byte == symbolic.DIED:
-                return True
-        return False
-
-    def _expect(self, seconds: float) -> bytes:
-        readable, _, _ = select.select([self.process.stdout.fileno()], [], [], seconds)  # type: ignore[union-attr]
-        byte: bytes = self.process.stdout.read(1) if readable else b""  # type: ignore[union-attr]
-        if not byte:
-            raise OSError("the worker process is gone")
-        return byte
+        _read(self.process, _START_SECONDS)
+        return self.process
 
     def close(self) -> None:
         """End the process and its child, whatever they do, and wait for it."""
-        self.process.terminate()  # it ends its child first, so that none is left for others to bury
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.terminate()  # it ends its child first, so that none is left for others to bury
         try:
-            self.process.wait(timeout=5.0)
+            process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for stream in (process.stdin, process.stdout):
             stream.close()  # type: ignore[union-attr]
+
+
+def _read(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+    readable, _, _ = select.select([process.stdout], [], [], seconds)
+    byte: bytes = process.stdout.read(1) if readable else b""  # type: ignore[union-attr]
+    if not byte:
+        raise OSError("the worker process is gone")
+    return byte
 
 
 class VerifierPool:
@@ -105,10 +115,10 @@ class VerifierPool:
         self.workers = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
         self.seconds = seconds
         self._owner = os.getpid()
-        self._workers: dict[_Worker, None] = {}
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(self.workers):
-            self._idle.put(None)  # a place for a worker that has not been started
+        self._processes = [_Worker() for _ in range(self.workers)]
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()  # those that run already are taken first
+        for worker in self._processes:
+            self._idle.put(worker)
         atexit.register(self.close)
 
     def compare(self, pairs: Sequence[Pair]) -> list[bool]:
@@ -133,59 +143,38 @@ class VerifierPool:
     def _compare_chunk(self, chunk: Sequence[Pair], deaths: list[Pair], tolerated: int) -> list[bool]:
         verdicts: list[bool] = []
         failures = 0
-        while len(verdicts) < len(chunk):
-            worker = self._idle.get()
-            try:
-                if worker is None:
-                    worker = _Worker()
-                    self._workers[worker] = None
+        worker = self._idle.get()
+        try:
+            while len(verdicts) < len(chunk):
                 seconds = self.seconds if len(deaths) <= tolerated else self.seconds / 10
-                if worker.compare(chunk[len(verdicts) :], seconds, verdicts):
-                    deaths.append(chunk[len(verdicts) - 1])
-            except BaseException as error:  # Ctrl-C too: the rest would be read as the next pair's answer
-                self._end(worker)
-                worker = None
-                failures += 1
-                if not isinstance(error, OSError):
-                    raise
-                if failures > _MAX_FAILURES:
-                    message = "the verification workers keep dying: is the machine out of memory?"
-                    raise RuntimeError(message) from error
-            finally:
-                self._idle.put(worker)
+                try:
+                    if worker.compare(chunk[len(verdicts) :], seconds, verdicts):
+                        deaths.append(chunk[len(verdicts) - 1])
+                except OSError as error:
+                    failures += 1
+                    if failures > _MAX_FAILURES:
+                        message = "the verification workers keep dying: is the machine out of memory?"
+                        raise RuntimeError(message) from error
+        finally:
+            self._idle.put(worker)
         return verdicts
-
-    def _end(self, worker: _Worker | None) -> None:
-        if worker is not None and self._workers.pop(worker, worker) is None:
-            worker.close()
 
     def process_ids(self) -> list[int]:
         """The worker processes that run now; each leads a process group of its own."""
-        return [worker.process.pid for worker in list(self._workers)]
+        return [process.pid for worker in self._processes if (process := worker.process) is not None]
 
     def close(self) -> None:
         """End every worker. The pool may be used again: it starts new ones."""
-        if os.getpid() != self._owner:  # in a forked copy of the caller the workers are not ours
-            return
-        for worker in list(self._workers):
-            self._end(worker)
-        for _ in range(self._idle.qsize()):
-            with suppress(queue.Empty):
-                self._idle.get_nowait()
-                self._idle.put(None)
+        if os.getpid() == self._owner:  # in a forked copy of the caller the workers are not ours
+            for worker in self._processes:
+                worker.close()
 
 
-_shared: dict[int, VerifierPool] = {}  # by process: a forked copy starts workers of its own
+@cache
+def _pool_of(process: int) -> VerifierPool:
+    return VerifierPool()
 
 
 def shared_pool() -> VerifierPool:
-    """This process's pool, made when first asked for and closed at exit."""
-    process = os.getpid()
-    return _shared.get(process) or _shared.setdefault(process, VerifierPool())
-
-
-def close_shared_pool() -> None:
-    """End the workers of this process's pool, if it has one."""
-    pool = _shared.pop(os.getpid(), None)
-    if pool is not None:
-        pool.close()
+    """This process's pool (a forked copy has one of its own), made when first asked for, closed at exit."""
+    return _pool_of(os.getpid())
