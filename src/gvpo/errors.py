@@ -1,5 +1,8 @@
 """The one exception for bad input."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Input from the user that cannot be used.
@@ -36,3 +39,17 @@ def missing_extra(error: ModuleNotFoundError) -> InputError:
 def first_line(error: BaseException) -> str:
     """An error's message as a part of a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def refused(
+    what: str, advice: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Errors of these kinds become the sentence "WHAT (REASON): ADVICE."."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{what} ({reason}): {advice}.") from error

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 
 METRICS = "metrics.jsonl"
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
@@ -61,14 +61,15 @@ def check_writable(path: str | Path) -> None:
     """
     path = Path(path)
     nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
-    if not nearest.is_dir():
-        raise _unwritable(path, f"{nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unwritable(path, "Permission denied")
+    with _writing(path):
+        if not nearest.is_dir():
+            raise OSError(f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise OSError("Permission denied")
 
 
-def _unwritable(path: Path, why: str | None) -> InputError:
-    return InputError(f"The output directory {path} cannot be written to ({why}): choose another.")
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return refused(f"The output directory {path} cannot be written to", "choose another", OSError)
 
 
 @contextmanager
@@ -88,11 +89,9 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
+        with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.path).close()
-        except OSError as error:
-            raise _unwritable(self.path, error.strerror) from error
 
     def start(self, config: Mapping[str, Any], *, resumed_at: int | None = None) -> None:
         """Write `config.yaml` and drop earlier records; of a run that goes on, those after its step."""
@@ -139,10 +138,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file cannot be read, or another line is damaged.
     """
-    try:
+    with refused(f"{path} cannot be read", "remove or repair it", OSError):
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): remove or repair it.") from error
     entries = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:

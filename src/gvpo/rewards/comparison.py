@@ -8,6 +8,7 @@ import re
 from fractions import Fraction
 
 from gvpo.rewards.normalization import Quantity, clean, key, known_unit, quantity
+from gvpo.rewards.symbolic import depths
 
 # As many decimals as Math-Verify compares floating-point answers to.
 _ROUNDING = Fraction(1, 2 * 10**6)
@@ -85,7 +86,6 @@ def _assigned(text: str) -> str | None:
 # --- Lists --------------------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
-_OPEN, _CLOSE = "([{", ")]}"
 
 
 def _lists(truth: str, answer: str) -> bool | None:
@@ -114,9 +114,8 @@ def _elements(text: str) -> tuple[str, list[str]]:
     text = text.replace(r"\{", "{").replace(r"\}", "}").strip()
     bracket = text[0] if _encloses(text) else ""
     inner = re.sub(r"\s*,?\s*\b(?:and|or)\b\s*", ";", text[1:-1] if bracket else text)
-    parts, depth, start = [], 0, 0
-    for position, character in enumerate(inner):
-        depth += (character in _OPEN) - (character in _CLOSE)
+    parts, start = [], 0
+    for position, (character, depth) in enumerate(zip(inner, depths(inner), strict=True)):
         if depth == 0 and character in ",;" and not _THOUSANDS.match(inner, max(0, position - 1)):
             parts.append(inner[start:position].strip())
             start = position + 1
@@ -126,11 +125,5 @@ def _elements(text: str) -> tuple[str, list[str]]:
 
 def _encloses(text: str) -> bool:
     """Whether the first bracket is closed by the last character, which is of its kind."""
-    if text[:1] + text[-1:] not in ("()", "[]", "{}"):
-        return False
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if depth == 0:
-            return position == len(text) - 1
-    return False
+    *inside, after = depths(text) or [1]
+    return text[:1] + text[-1:] in ("()", "[]", "{}") and after == 0 and 0 not in inside

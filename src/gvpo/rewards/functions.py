@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 from gvpo.rewards.extraction import any_answer, extract_answer
 from gvpo.rewards.verification import verify
 
@@ -126,10 +126,8 @@ def reasoning_gym(
 
 
 def _score_entry(task: str, text: str, entry: dict[str, Any]) -> float:
-    try:
+    with refused("reasoning_gym is not installed", "pip install 'gvpo[reasoning-gym]'", ImportError):
         from reasoning_gym import get_score_answer_fn
-    except ImportError as error:
-        raise InputError("reasoning_gym is not installed: pip install 'gvpo[reasoning-gym]'.") from error
     score = get_score_answer_fn(task)
     found = extract_answer(text)
     # Many tasks ask for grids or sequences, which only the scorer can read in a text that states no answer.

@@ -91,12 +91,12 @@ class Quantity:
 
 _DECIMAL = r"(?:\d{1,3}(?:[, ]\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_ARGUMENT = r"\s*(?:\{\s*(-?\s*" + _DECIMAL + r")\s*\}|(\d))"
+_ARGUMENT = rf"\s*(?:\{{\s*-?\s*{_DECIMAL}\s*\}}|\d)"
 _QUANTITY = re.compile(
     r"(?:(?:approximately|about|around|exactly|roughly|only|just|a total of|\\approx)\s+)?"
     r"(?P<sign>-\s*|\+\s*|(?:negative|minus)\s+)?(?P<money>[$€£¥₹]\s*)?(?P<sign2>-\s*)?"
     r"(?:(?:(?P<whole>\d+)(?:\s*(?=\\)|\s+and\s+|\s+|-))?"
-    rf"(?:\\frac(?P<latex>{_ARGUMENT}{_ARGUMENT})|\(?(?P<top>{_DECIMAL})\)?\s*/\s*\(?(?P<bottom>{_DECIMAL})\)?(?![\d.]))"
+    rf"(?:\\frac(?P<over>{_ARGUMENT})(?P<under>{_ARGUMENT})|\(?(?P<top>{_DECIMAL})\)?\s*/\s*\(?(?P<bottom>{_DECIMAL})\)?(?![\d.]))"
     rf"|(?:(?P<mantissa>{_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*(?:\^|\*\*)\s*\{{?\s*(?P<power>-?\s*\d+)\s*\}}?"
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<exponent>[-+]?\d+))?)"
     rf"(?:\s*(?P<scale>{'|'.join(_SCALES)})\b)?\s*(?P<percent>%|percent\b|per cent\b)?(?P<unit>.*)",
@@ -150,11 +150,8 @@ def _value(found: re.Match[str]) -> Fraction:
         return Fraction(re.sub(r"[, {}]", "", text)) if text else Fraction(default)
 
     value = number(found["whole"])
-    if found["latex"]:
-        top, top1, bottom, bottom1 = re.fullmatch(_ARGUMENT * 2, found["latex"]).groups()  # type: ignore[union-attr]
-        value += number(top or top1) / number(bottom or bottom1)
-    elif found["top"]:
-        value += number(found["top"]) / number(found["bottom"])
+    if top := found["over"] or found["top"]:
+        value += number(top) / number(found["under"] or found["bottom"])
     else:
         exponent = int((found["power"] or found["exponent"] or "0").replace(" ", ""))
         if abs(exponent) > _MAX_EXPONENT:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 from gvpo.rewards import functions
 from gvpo.rewards.functions import RewardFunction
 
@@ -95,9 +95,8 @@ def load_function(spec: str, what: str = "reward") -> Any:
     here = str(Path.cwd())
     sys.path.insert(0, here)  # a user's own module lies beside their data, not in an installed package
     try:
-        function = pkgutil.resolve_name(spec)
-    except Exception as error:
-        raise InputError(f"the {what} {spec!r} cannot be imported ({error}): check its names.") from error
+        with refused(f"the {what} {spec!r} cannot be imported", "check its names"):
+            function = pkgutil.resolve_name(spec)
     finally:
         sys.path.remove(here)
     if (inspect.isclass(function) and what != "environment") or not callable(function):

@@ -40,9 +40,13 @@ def too_complex(text: str) -> bool:
     """Whether an expression is beyond what a person writes as an answer: it is not handed to Math-Verify."""
     if len(text) > MAX_LENGTH:
         return True
-    depths = accumulate((character in "([{") - (character in ")]}") for character in text)
     powers = text.count("^") + text.count("**")
-    return max(depths, default=0) > _MAX_DEPTH or powers > 40 or _EXPLOSIVE.search(text) is not None
+    return max(depths(text), default=0) > _MAX_DEPTH or powers > 40 or _EXPLOSIVE.search(text) is not None
+
+
+def depths(text: str) -> list[int]:
+    """How many brackets are open after each character."""
+    return list(accumulate((character in "([{") - (character in ")]}") for character in text))
 
 
 _EXPLOSIVE = re.compile(

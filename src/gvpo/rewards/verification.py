@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from gvpo.rewards.comparison import compare
@@ -67,10 +68,8 @@ def answers_equal(pairs: Sequence[tuple[str, str]], *, pool: VerifierPool | None
 
 def _any_of(ground_truth: str) -> list[str]:
     if ground_truth.startswith('["'):
-        try:
+        with suppress(json.JSONDecodeError):
             several = json.loads(ground_truth)
-        except json.JSONDecodeError:
-            return [ground_truth]
-        if all(isinstance(item, str) for item in several):
-            return list(several)
+            if all(isinstance(item, str) for item in several):
+                return list(several)
     return [ground_truth]
