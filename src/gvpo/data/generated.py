@@ -5,10 +5,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 
 _ARITHMETIC_TEST = 1000
-DEFAULT_SIZE = 1000
 
 
 def arithmetic_rows(
@@ -17,14 +16,8 @@ def arithmetic_rows(
     """Additions of two numbers below 100, as plain-text prompts.
 
     The 10,000 pairs are divided once and for all, 9,000 for training and 1,000 for test: the two never share
-    a pair, whatever the seed.
-
-    Args:
-        split: "train" or "test".
-        seed: order in which the pairs come.
-        size: how many; None for every pair of the split.
-        reverse: numbers padded with zeros and the sum written least significant digit first, which is the
-            form that a small model learns (`07+95=` → `201`).
+    a pair, whatever the seed, which is of their order. With `reverse`, numbers are padded with zeros and the
+    sum is written least significant digit first, the form that a small model learns (`07+95=` → `201`).
     """
     pairs = list(range(10_000))
     random.Random(0).shuffle(pairs)
@@ -41,28 +34,20 @@ def arithmetic_rows(
 
 
 def reasoning_gym_rows(task: str, *, split: str, seed: int, size: int | None) -> Iterator[dict[str, Any]]:
-    """Problems of one reasoning_gym task, with the whole entry kept for the task's own scorer.
-
-    Args:
-        task: its name in reasoning_gym, such as `gcd` or `countdown`.
-        split: test problems come from another seed than training problems.
-        seed: of the generator.
-        size: how many; None for 1,000.
+    """Problems of one reasoning_gym task (1,000 by default), with the whole entry for the task's own scorer.
 
     Raises:
         InputError: reasoning_gym is not installed or has no such task.
     """
-    try:
+    with refused("reasoning_gym is not installed", "pip install 'gvpo[reasoning-gym]'", ImportError):
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise InputError("reasoning_gym is not installed: pip install 'gvpo[reasoning-gym]'.") from error
     if task not in DATASETS:
         raise InputError(f"reasoning_gym has no task {task!r}: choose one of {', '.join(sorted(DATASETS))}.")
     # Far apart, so that no training seed that a person would choose meets a test seed.
-    generator_seed = seed if split == "train" else seed + 1_000_000_007
-    count = DEFAULT_SIZE if size is None else size
-    dataset = reasoning_gym.create_dataset(task, seed=generator_seed, size=count)
+    seed = seed if split == "train" else seed + 1_000_000_007
+    count = 1000 if size is None else size
+    dataset = reasoning_gym.create_dataset(task, seed=seed, size=count)
     for index in range(count):
         entry = dataset[index]
         yield {

@@ -26,7 +26,6 @@ class Prompts:
     """How the rows of a source become prompts, and what became of them.
 
     Attributes:
-        recipe: of the data set.
         where: the source, for messages.
         columns, system_prompt, instruction, chat, keep, answers: as for `load_prompts`.
         generated: a task's own scorer decides what is right; `answer` is one right answer, taken as it is.
@@ -71,10 +70,11 @@ class Prompts:
                 self.dropped[what] += 1
                 continue
             kept = (*self.keep, *(("task", "entry") if self.generated else ()))
+            last = prompt[-1]["content"]
             yield {
-                "prompt": prompt if self.chat else prompt[-1]["content"],
+                "prompt": prompt if self.chat else last,
                 **({"answer": truths[0]} if truths else {}),
-                "question": question if isinstance(question, str) else prompt[-1]["content"],
+                "question": question if isinstance(question, str) else last,
                 "index": index,
                 "data_source": self.recipe.data_source,
                 **{key: row[key] for key in kept},

@@ -9,13 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gvpo.rewards.extraction import any_answer, hash_answer
+from gvpo.rewards.extraction import any_answer
 
-HASH_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
-BOXED_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
-
-QUESTION_COLUMNS = ("prompt", "question", "problem", "input", "query")
-ANSWER_COLUMNS = ("answer", "ground_truth", "final_answer", "target", "solution")
+_STEP_BY_STEP = "Let's think step by step and output the final answer "
 
 
 @dataclass(frozen=True)
@@ -24,10 +20,8 @@ class Recipe:
 
     Attributes:
         name: what the user calls it.
-        hub_id: the Hub data set; None when there is none to load by default.
-        data_source: what verl's reward function is told.
-        hub_config: configuration of the Hub data set.
-        ability: verl's `ability` column.
+        hub_id, hub_config: the Hub data set, if there is one to load by default.
+        data_source, ability: verl's columns of these names; its reward function is told the first.
         instruction: appended to the question, after a space; empty for none.
         question_columns, answer_columns: the recognised names, the first that a row has counts.
         ground_truth: from the answer column's value to the ground truth; None when it cannot be parsed.
@@ -39,16 +33,14 @@ class Recipe:
     data_source: str = ""
     hub_config: str | None = None
     ability: str = "math"
-    instruction: str = BOXED_INSTRUCTION
-    question_columns: tuple[str, ...] = QUESTION_COLUMNS
-    answer_columns: tuple[str, ...] = ANSWER_COLUMNS
+    instruction: str = _STEP_BY_STEP + r"within \boxed{}."
+    question_columns: tuple[str, ...] = ("prompt", "question", "problem", "input", "query")
+    answer_columns: tuple[str, ...] = ("answer", "ground_truth", "final_answer", "target", "solution")
     ground_truth: Callable[[Any], str | None] = any_answer
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
 
 
 def _gsm8k_truth(value: Any) -> str | None:
-    if isinstance(value, str) and "####" in value:
-        return hash_answer(value)
     plain = any_answer(value)
     return plain.replace(",", "") if plain and re.fullmatch(r"-?[\d.,]*\d", plain) else None
 
@@ -63,7 +55,7 @@ RECIPES = {
             "openai/gsm8k",
             "openai/gsm8k",
             hub_config="main",
-            instruction=HASH_INSTRUCTION,
+            instruction=_STEP_BY_STEP + 'after "####".',
             question_columns=("question", "prompt"),
             answer_columns=("answer",),
             ground_truth=_gsm8k_truth,

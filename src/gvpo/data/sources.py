@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gvpo.errors import InputError, first_line
+from gvpo.errors import InputError, refused
 
 Row = dict[str, Any]
 
@@ -74,14 +74,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=_BATCH_ROWS)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read as parquet ({first_line(error)}): write it again."
-        ) from error
+    kinds = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
+    with (
+        refused(f"{path} cannot be read as parquet", "write it again", kinds),
+        pyarrow.parquet.ParquetFile(path) as file,
+    ):
+        batches = file.iter_batches(batch_size=_BATCH_ROWS)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+
+
+_CHECK = "check its name and the network, or give a local file instead"
 
 
 def read_hub(dataset: str, *, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
@@ -92,10 +94,9 @@ def read_hub(dataset: str, *, config: str | None, split: str, revision: str | No
     """
     import datasets
 
-    try:
+    # The Hub client raises a dozen unrelated types for "not there".
+    with refused(f"the Hub data set {dataset!r} (split {split!r}) cannot be loaded", _CHECK):
         yield from datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=True)
-    except Exception as error:  # the Hub client raises a dozen unrelated types for "not there"
-        raise _not_there(f"the Hub data set {dataset!r} (split {split!r}) cannot be loaded", error) from error
 
 
 def hub_revision(dataset: str, revision: str | None) -> str:
@@ -106,13 +107,5 @@ def hub_revision(dataset: str, revision: str | None) -> str:
     """
     from huggingface_hub import HfApi
 
-    try:
+    with refused(f"the revision of the Hub data set {dataset!r} cannot be resolved", _CHECK):
         return str(HfApi().dataset_info(dataset, revision=revision).sha)
-    except Exception as error:
-        raise _not_there(f"the revision of the Hub data set {dataset!r} cannot be resolved", error) from error
-
-
-def _not_there(what: str, error: Exception) -> InputError:
-    return InputError(
-        f"{what} ({first_line(error)}): check its name and the network, or give a local file instead."
-    )

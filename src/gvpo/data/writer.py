@@ -14,15 +14,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from gvpo import __version__
 from gvpo.data.logs import Logs
 from gvpo.data.prompts import SPLITS, iterate_prompts
 from gvpo.data.recipes import RECIPES
 from gvpo.data.sources import SUFFIXES, Row, hub_revision, looks_like_file
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 
-MANIFEST = "manifest.json"
 _ROWS_PER_GROUP = 1024
+_TEXT = pyarrow.string()
+_TASK = {"task": _TEXT, "entry": _TEXT}
+_EXTRA = {"split": _TEXT, "index": pyarrow.int64(), "question": _TEXT}
+_LOGGED = {"content": _TEXT, "reward": pyarrow.float64(), "complete": pyarrow.bool_()}
+_LOGGED |= {"completion_ids": pyarrow.list_(pyarrow.int32())}
+# Of columns that not every data set has.
+_OWN = {"answer": _TEXT, **_TASK, "logged": pyarrow.list_(pyarrow.struct(_LOGGED))}
+Progress = Callable[[str, int], None]
 
 
 def write_dataset(
@@ -32,7 +42,7 @@ def write_dataset(
     sources: Sequence[str] = (),
     revision: str | None = None,
     seed: int = 0,
-    progress: Callable[[str, int], None] = lambda split, rows: None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Write `train.parquet`, `test.parquet` (as far as there are such splits) and `manifest.json`.
@@ -41,13 +51,8 @@ def write_dataset(
         name: a data set as `load_prompts` takes it, but `arithmetic`, which needs no files.
         output: folder; files of these names in it are replaced once everything is written, and only then.
         sources: local files, folders with train and test files, or one Hub id. Empty for the name's own.
-        revision: commit, branch or tag on the Hub; the manifest says which commit it was.
-        seed: of reasoning_gym's generated problems.
+        revision, seed, options: as for `load_prompts`; the manifest, which is returned, has the commit.
         progress: called with the split and the number of its rows written so far.
-        options: columns, system_prompt, instruction and size, as for `load_prompts`.
-
-    Returns:
-        The manifest.
 
     Raises:
         InputError: anything about the input or the output folder; nothing is left half-written.
@@ -58,13 +63,13 @@ def write_dataset(
     on_hub = [origin for origin in set(origins.values()) if origin and not looks_like_file(origin)]
     commit = hub_revision(on_hub[0], revision) if on_hub else None
     manifest: dict[str, Any] = {"name": name, "gvpo": __version__, "splits": {}}
-    with _aside(Path(output)) as aside:
+    with _aside(Path(output), manifest) as aside:
         for split, origin in origins.items():
             prompts, rows = iterate_prompts(
                 name, split=split, source=origin, revision=commit, seed=seed, **options
             )
             path = aside / f"{split}.parquet"
-            written = _write_parquet(path, _verl_rows(rows, prompts.recipe.ability, split), split, progress)
+            written = _write_parquet(path, rows, prompts.recipe.ability, split, progress)
             if not written:
                 dropped = prompts.describe_dropped()
                 raise InputError(
@@ -79,7 +84,6 @@ def write_dataset(
                 "file": path.name,
                 "sha256": _sha256(path),
             }
-        _write_manifest(aside, manifest)
     return manifest
 
 
@@ -100,10 +104,11 @@ def write_logs(files: Sequence[Path], output: str | Path, logs: Logs) -> dict[st
     )
     rewards = [answer["reward"] for row in prompts for answer in row["logged"]]
     rated = [reward for reward in rewards if reward is not None]
-    with _aside(Path(output)) as aside:
+    manifest: dict[str, Any] = {}
+    with _aside(Path(output), manifest) as aside:
         path = aside / "train.parquet"
-        _write_parquet(path, _verl_rows(rows, "logs", "train"), "train")
-        manifest = {
+        _write_parquet(path, rows, "logs", "train")
+        manifest |= {
             "name": "logs",
             "gvpo": __version__,
             "sources": [{"source": Path(file).name, "source_sha256": _sha256(Path(file))} for file in files],
@@ -119,27 +124,21 @@ def write_logs(files: Sequence[Path], output: str | Path, logs: Logs) -> dict[st
             "file": path.name,
             "sha256": _sha256(path),
         }
-        _write_manifest(aside, manifest)
     return manifest
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
 @contextmanager
-def _aside(output: Path) -> Iterator[Path]:
-    """A folder whose files move to `output` when all went well; otherwise nothing of it remains."""
+def _aside(output: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """A folder whose files move to `output`, with the manifest, when all went well; else none remains."""
     new = not output.exists()
-    try:
+    with refused(f"{output} cannot be written to", "choose another", OSError):
         output.mkdir(parents=True, exist_ok=True)
         folder = TemporaryDirectory(prefix=".partial-", dir=output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written to ({error.strerror}): choose another.") from error
     try:
         with folder as aside:
             yield Path(aside)
+            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+            (Path(aside) / "manifest.json").write_text(text, encoding="utf-8")
             for file in sorted(Path(aside).iterdir()):
                 os.replace(file, output / file.name)
     finally:
@@ -200,51 +199,41 @@ def _sha256(path: Path) -> str:
 
 def _verl_rows(rows: Iterable[Row], ability: str, split: str) -> Iterator[Row]:
     for row in rows:
-        extra = {"split": split, "index": row["index"], "question": row["question"]}
-        task: Row = {key: row[key] for key in ("task", "entry") if key in row}
+        extra = {"split": split, **{key: row[key] for key in ("index", "question", *_TASK) if key in row}}
         yield {
             "data_source": row["data_source"],
             "prompt": row["prompt"],
             "ability": ability,
             "reward_model": {"style": "rule", "ground_truth": row.get("answer", "")},
-            "extra_info": extra | task,
-            **{key: row[key] for key in ("answer", "task", "entry", "logged") if key in row},
+            "extra_info": extra,
+            **{key: row[key] for key in _OWN if key in row},
         }
 
 
 def _write_parquet(
-    path: Path,
-    rows: Iterator[Row],
-    split: str,
-    progress: Callable[[str, int], None] = lambda split, rows: None,
+    path: Path, rows: Iterable[Row], ability: str, split: str, progress: Progress | None = None
 ) -> int:
-    import pyarrow
-    import pyarrow.parquet
-
-    first = next(rows, None)
+    made = _verl_rows(rows, ability, split)
+    first = next(made, None)
     if first is None:
         return 0
-    text = pyarrow.string()
-    extra = [("split", text), ("index", pyarrow.int64()), ("question", text)]
-    task = [(key, text) for key in ("task", "entry") if key in first]
-    ids = ("completion_ids", pyarrow.list_(pyarrow.int32()))
-    logged = [("content", text), ("reward", pyarrow.float64()), ("complete", pyarrow.bool_()), ids]
-    own = {"answer": text, **dict(task), "logged": pyarrow.list_(pyarrow.struct(logged))}
+    extra = _EXTRA | {key: kind for key, kind in _TASK.items() if key in first}
     schema = pyarrow.schema(
-        [
-            ("data_source", text),
-            ("prompt", pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))),
-            ("ability", text),
-            ("reward_model", pyarrow.struct([("style", text), ("ground_truth", text)])),
-            ("extra_info", pyarrow.struct(extra + task)),
-            *((key, kind) for key, kind in own.items() if key in first),
-        ]
+        {
+            "data_source": _TEXT,
+            "prompt": pyarrow.list_(pyarrow.struct({"role": _TEXT, "content": _TEXT})),
+            "ability": _TEXT,
+            "reward_model": pyarrow.struct({"style": _TEXT, "ground_truth": _TEXT}),
+            "extra_info": pyarrow.struct(extra),
+            **{key: kind for key, kind in _OWN.items() if key in first},
+        }
     )
     written = 0
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as file:
-        rows = chain([first], rows)
-        while group := list(islice(rows, _ROWS_PER_GROUP)):
+        made = chain([first], made)
+        while group := list(islice(made, _ROWS_PER_GROUP)):
             file.write_table(pyarrow.Table.from_pylist(group, schema=schema))
             written += len(group)
-            progress(split, written)
+            if progress:
+                progress(split, written)
     return written
