@@ -73,11 +73,8 @@ def _faults(package: str, extra: str) -> Iterator[str]:
     """What of an extra's requirements is missing or of another version, extras of extras included."""
     for text in requires(package) or []:
         needed = Requirement(text)
-        if (
-            not needed.marker
-            or not needed.marker.evaluate({"extra": extra})
-            or needed.marker.evaluate({"extra": ""})
-        ):
+        marker = needed.marker
+        if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
             continue
         try:
             found = version(needed.name)

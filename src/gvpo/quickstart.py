@@ -28,16 +28,9 @@ def quickstart(
     console: Console | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Warm up a tiny model, train it with GVPO, and write the run to `output`.
+    """Warm up a tiny model, train it with GVPO, and write the run to `output`; see `gvpo quickstart --help`.
 
-    Args:
-        task_name: one of `gvpo.sums.TASKS`.
-        seed: of everything.
-        output: the run directory.
-        steps: optimizer steps of GVPO.
-        beta: temperature of the implicit reward.
-        console: where to show progress.
-        started: `time.time()` at which the job began, for `seconds_total`; now by default.
+    `started` is the `time.time()` at which the job began, for `seconds_total`; now by default.
 
     Returns:
         What is also written to `summary.json`: accuracies on 1,000 held-out problems (greedy before and

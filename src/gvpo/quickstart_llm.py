@@ -67,14 +67,8 @@ def quickstart_llm(
 ) -> dict[str, Any] | None:
     """Examine a chat model, train it with GVPO, examine it again, and write all that to `output`.
 
-    Args:
-        model: folder or Hub id; SmolLM2-135M-Instruct by default.
-        seed: of the numbers, the training and the sampling.
-        output: the run directory. An unfinished run goes on; a finished one is shown again.
-        steps: optimizer steps of GVPO.
-        beta: temperature of the implicit reward.
-        console: where to show what was learnt.
-        started: `time.time()` at which the job began, for `seconds_total`; now by default.
+    See `gvpo quickstart --help`. An unfinished run goes on; a finished one is shown again. `started` is the
+    `time.time()` at which the job began, for `seconds_total`; now by default.
 
     Returns:
         What is also written to `summary.json`: the quickstart's keys and 95 % `intervals` over the

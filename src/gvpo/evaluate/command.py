@@ -129,12 +129,8 @@ def _evaluate(
     )
     chat = not isinstance(prompts[0]["prompt"], str)
     tokenizer = load_tokenizer(
-        settings.model,
-        settings.chat_template,
-        needs_template=chat,
-        advice="--chat-template FILE, or --plain",
+        settings.model, settings.chat_template, needs_template=chat, advice="--chat-template FILE, or --plain"
     )
-
     kind = VLLMSampler if settings.backend == "vllm" else TransformersSampler
     make_sampler = partial(
         kind, settings.model, tokenizer, settings.sampling, chat=chat, dtype=settings.dtype

@@ -13,33 +13,29 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 import yaml
 
+from gvpo.data.sources import Row, read_file
 from gvpo.errors import InputError
 from gvpo.evaluate.sampling import Completion, Sampler, SamplingOptions
 from gvpo.evaluate.statistics import bootstrap, majority_correct, paired_test, pass_at_k
+from gvpo.rewards.extraction import extract_answer
 from gvpo.rewards.functions import RewardFunction
+from gvpo.rewards.normalization import clean, key, quantity
 from gvpo.run import RunDirectory, new_figure, replaced, save_figure
 
 SAMPLES = "samples.parquet"
 _PARTS = "samples.by-length"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that an evaluation's result depends on.
+    """Everything that an evaluation's result depends on; see `gvpo eval --help`.
 
-    Attributes:
-        model, data, split, size, reward: by name.
-        samples: completions for each prompt.
-        sampling: how they are drawn.
-        batch_size: completions at a time; part of what fixes the random numbers.
-        chat: prompts as conversations.
-        system_prompt, instruction, chat_template: of the prompts.
-        backend: "transformers" or "vllm".
-        dtype: precision of the model; "auto" is its own.
+    `batch_size` belongs to it, as part of what fixes the random numbers.
     """
 
     model: str
@@ -68,12 +64,8 @@ def sample_all(
 ) -> list[Row]:
     """Every sample of the evaluation, each batch on disk as soon as it is drawn.
 
-    Args:
-        settings: of the evaluation.
-        prompts: a data set of `load_prompts`.
-        run: its directory; what an earlier, interrupted call drew under the same settings is taken over.
-        make_sampler: loads the model; not called when everything is drawn already.
-        progress: called with the number of samples on disk.
+    What an earlier, interrupted call drew under the same settings is taken over, and the model is loaded by
+    `make_sampler` only if something is left. `progress` is called with the number of samples on disk.
 
     Raises:
         InputError: the directory holds an evaluation with other settings.
@@ -81,7 +73,7 @@ def sample_all(
     _start(run, settings, prompts)
     complete = run.path / SAMPLES
     if complete.exists():
-        return _read(complete)
+        return list(read_file(complete))
     parts = run.path / _PARTS
     parts.mkdir(exist_ok=True)
     # A prompt's samples together, to read it once; prompts of like length together, to pad them little.
@@ -101,7 +93,7 @@ def sample_all(
             drawn = sampler.sample(texts, (settings.seed * 1_000_003 + start * 7_919) % 2**31)
             _write([_row(prompts, *one) for one in zip(batch, texts, drawn, strict=True)], file)
         progress(start + len(batch))
-    rows = [row for file in files for row in _read(file)]
+    rows = [row for file in files for row in read_file(file)]
     rows.sort(key=itemgetter("prompt_index", "sample"))
     _write(rows, complete)
     shutil.rmtree(parts)
@@ -116,10 +108,10 @@ def _start(run: RunDirectory, settings: Settings, prompts: datasets.Dataset) -> 
     started = (run.path / SAMPLES).exists() or (run.path / _PARTS).exists()
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if started and path.exists() else config
     before = {"dtype": "auto"} | before  # of a directory from before there was a choice
-    for key, value in config.items():
-        if before.get(key) != value:
+    for name, value in config.items():
+        if before.get(name) != value:
             raise InputError(
-                f"{run.path} holds an evaluation with {key} {before.get(key)!r} instead of {value!r}: "
+                f"{run.path} holds an evaluation with {name} {before.get(name)!r} instead of {value!r}: "
                 "choose another --output, or remove it."
             )
     run.start(config | {"threads": torch.get_num_threads()})
@@ -140,17 +132,8 @@ def _row(prompts: datasets.Dataset, job: tuple[int, int], text: str, completion:
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     with replaced(path) as aside:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), aside, compression="zstd")
-
-
-def _read(path: Path) -> list[Row]:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 # --- Grading ------------------------------------------------------------------------------------------------
@@ -166,8 +149,6 @@ def grade(
     Raises:
         InputError: the reward cannot score a sample.
     """
-    from gvpo.rewards.extraction import extract_answer
-
     columns = prompts[[row["prompt_index"] for row in rows]]
     completions: list[Any] = [row["completion"] for row in rows]
     if not isinstance(columns["prompt"][0], str):
@@ -187,8 +168,6 @@ def grade(
 
 def _vote(row: Row) -> str | None:
     """What makes two answers the same vote: the number, or the text whatever its spacing."""
-    from gvpo.rewards.normalization import clean, key, quantity
-
     if row["extracted"] is None:
         return None
     text = clean(row["extracted"])
@@ -241,7 +220,7 @@ def _means(path: Path) -> dict[tuple[Any, ...], float]:
     """Mean reward for each prompt, told apart by its place and its answer."""
     if not (path / SAMPLES).is_file() or not (path / "summary.json").is_file():
         raise InputError(f"{path} holds no finished evaluation: run gvpo eval --output {path} first.")
-    prompts = groupby(_read(path / SAMPLES), itemgetter("prompt_index", "answer"))
+    prompts = groupby(read_file(path / SAMPLES), itemgetter("prompt_index", "answer"))
     return {prompt: fmean(row["reward"] for row in rows) for prompt, rows in prompts}
 
 

@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from gvpo.data.sources import read_file
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 from gvpo.progress import split_of
+from gvpo.rewards.comparison import compare
+from gvpo.rewards.extraction import extract_answer
 from gvpo.run import METRICS, new_figure, points, read_metrics, replaced
 from gvpo.samples import Line, Recorder, Sample, by_difficulty, read_samples, stories
 
@@ -54,12 +56,9 @@ Card = tuple[str, list[tuple[str, str, str]]]  # a prompt; labels, texts and how
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds.
+    """What a run directory holds, under a name that is unique on the page.
 
     Attributes:
-        name: as shown; unique on the page.
-        metrics: the lines of `metrics.jsonl`.
-        summary, config: of the files of these names.
         samples: `prompt`, `before`, `after` and `answer` each, or `prompt`, `completion`, `answer`, `reward`.
         lines: of `gvpo.samples`; of an evaluation one.
     """
@@ -73,15 +72,7 @@ class Run:
 
 
 def write_report(paths: Sequence[Path], output: Path, *, title: str = "GVPO runs") -> int:
-    """Write the page.
-
-    Args:
-        paths: run directories of training or evaluation.
-        output: the file; replaced whole or not at all.
-        title: its heading.
-
-    Returns:
-        The page's size in bytes.
+    """Write the page of some run directories, whole or not at all; its size in bytes.
 
     Raises:
         InputError: a path is no run directory, a file in it cannot be read, or the page cannot be written.
@@ -92,12 +83,10 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "GVPO runs
         for path, name in zip(paths, names, strict=True)
     ]
     page = render(runs, title).encode("utf-8")
-    try:
+    with refused(f"{output} cannot be written", "choose another", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         with replaced(output) as aside:
             aside.write_bytes(page)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): choose another.") from error
     return len(page)
 
 
@@ -122,11 +111,10 @@ def load_run(path: Path, name: str) -> Run:
 def _load(path: Path, kind: type) -> Any:
     if not path.is_file():
         return None
-    try:
+    kinds = (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError)
+    with refused(f"{path} cannot be parsed", "remove or repair it", kinds):
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be parsed: remove or repair it.") from error
     if not isinstance(value, kind | None):
         raise InputError(f"{path} does not hold what it should ({kind.__name__}): remove or repair it.")
     return value
@@ -231,20 +219,16 @@ def _cards(run: Run) -> list[Card]:
     """Prompts and what was answered: early, in the middle and late, and before and after."""
     cards: list[Card] = []
     for story in stories(run.lines):
-        marks = [
-            (f"step {step}: {_reward(one.reward)}", one.completion, _mark_reward(one.reward))
-            for step, one in story.answers
-        ]
+        marks = []
+        for step, one in story.answers:
+            told = "no reward" if one.reward is None else f"reward {_number(one.reward)}"
+            marks.append((f"step {step}: {told}", one.completion, _mark_reward(one.reward)))
         cards.append((story.prompt + " (held out)" * story.held_out, marks))
     for row in run.samples:
         texts = {key: str(row[key]) for key in ("before", "after", "completion", "answer") if key in row}
         marks = [("right answer" if k == "answer" else k, text, _mark(row, k)) for k, text in texts.items()]
         cards.append((str(row.get("prompt", "")), marks))
     return cards
-
-
-def _reward(reward: float | None) -> str:
-    return "no reward" if reward is None else f"reward {_number(reward)}"
 
 
 def _mark_reward(reward: Any) -> str:
@@ -260,12 +244,8 @@ def _mark(row: dict[str, Any], key: str) -> str:
         return _mark_reward(row.get("reward"))
     if key not in ("before", "after") or "answer" not in row:
         return ""
-    from gvpo.rewards.comparison import compare
-    from gvpo.rewards.extraction import extract_answer
-
     found = extract_answer(str(row[key]))
-    right = found is not None and compare(str(row["answer"]), found.text) is True
-    return "right" if right else "wrong"
+    return _mark_reward(int(found is not None and compare(str(row["answer"]), found.text) is True))
 
 
 # --- Curves -------------------------------------------------------------------------------------------------

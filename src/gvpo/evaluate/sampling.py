@@ -10,20 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo.errors import InputError, first_line
+from gvpo.errors import InputError, first_line, refused
 
 Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How completions are drawn.
-
-    Attributes:
-        temperature: 0 for greedy decoding.
-        top_p: nucleus; 1 for all tokens.
-        max_tokens: of a completion.
-    """
+    """How completions are drawn: at temperature 0 by greedy decoding, with top_p 1 from all tokens."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -58,12 +52,8 @@ class Sampler(ABC):
         self, model: str, tokenizer: Any, options: SamplingOptions, *, chat: bool, dtype: str = "auto"
     ) -> None:
         self.tokenizer, self.options, self.chat, self.dtype = tokenizer, options, chat, dtype
-        try:
+        with refused(f"the model {model} cannot be loaded", "give a folder or Hub id of a language model"):
             self._load(model)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"the model {model} cannot be loaded ({first_line(error)}).") from error
 
     @abstractmethod
     def _load(self, model: str) -> None: ...
@@ -117,8 +107,8 @@ class TransformersSampler(Sampler):
         return [self._completion(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _completion(self, tokens: list[int]) -> Completion:
-        stop = next((position for position, token in enumerate(tokens) if token in self.ends), None)
-        kept = tokens if stop is None else tokens[: stop + 1]
+        stop = next((position for position, token in enumerate(tokens, 1) if token in self.ends), None)
+        kept = tokens[:stop]
         return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), stop is None)
 
 
@@ -129,13 +119,9 @@ class VLLMSampler(Sampler):
         # In this process: requests are scheduled in a fixed order, and nobody waits for a killed engine
         # (docs/upstream/vllm-killed-engine.md).
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        try:
+        with refused("vLLM is not installed", "pip install 'gvpo[vllm]', or use transformers", ImportError):
             from vllm import LLM  # type: ignore[import-not-found]
             from vllm.platforms import current_platform
-        except ImportError as error:
-            raise InputError(
-                "vLLM is not installed: pip install 'gvpo[vllm]', or use transformers."
-            ) from error
         # Compiling takes a laptop longer than many an evaluation.
         self.engine = LLM(model=model, dtype=self.dtype, enforce_eager=current_platform.is_cpu())
 

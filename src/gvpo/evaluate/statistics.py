@@ -16,8 +16,7 @@ class Estimate:
 
     Attributes:
         mean: over prompts, each counting once.
-        low: lower end of the interval.
-        high: upper end of the interval.
+        low, high: ends of the interval.
     """
 
     mean: float
@@ -79,8 +78,7 @@ class Comparison:
     Attributes:
         difference: of the means, this run less the other, with its 95 % interval.
         p_value: two-sided, of the sign-flip permutation test on the differences prompt by prompt.
-        better: prompts on which this run is better.
-        worse: prompts on which it is worse.
+        better, worse: numbers of prompts on which this run is so.
     """
 
     difference: Estimate
@@ -103,9 +101,5 @@ def paired_test(these: Sequence[float], others: Sequence[float], seed: int) -> C
     for _ in range(_FLIPS):
         signs = generator.integers(0, 2, len(changed)) * 2 - 1
         flips += abs(float(signs @ changed)) >= abs(float(changed.sum())) - 1e-12
-    return Comparison(
-        estimate,
-        (flips + 1) / (_FLIPS + 1),
-        int((difference > 0).sum()),
-        int((difference < 0).sum()),
-    )
+    better, worse = (int((sign * difference > 0).sum()) for sign in (1, -1))
+    return Comparison(estimate, (flips + 1) / (_FLIPS + 1), better, worse)
