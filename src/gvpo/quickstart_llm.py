@@ -62,7 +62,6 @@ def quickstart_llm(
     *,
     steps: int = 40,
     beta: float = 0.1,
-    console: Console | None = None,
     started: float | None = None,
 ) -> dict[str, Any] | None:
     """Examine a chat model, train it with GVPO, examine it again, and write all that to `output`.
@@ -78,7 +77,7 @@ def quickstart_llm(
         InputError: the model cannot be had or used, or the directory holds a run of other settings.
     """
     began, path = time.time() if started is None else started, Path(output)
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     check_writable(path)
     name = str(smollm2()) if model is None else model
     load_tokenizer(name, needs_template=True, advice="a chat model")
@@ -170,10 +169,8 @@ def _summarise(run: RunDirectory, settings: dict[str, Any], began: float) -> Non
     """`summary.json` of exams and training together; the ends of the held-out curve join `metrics.jsonl`."""
     found = {key: _summary(run.path / name)["metrics"]["pass@1"] for name, key in _EXAMS.items()}
     steps = settings["max_steps"]
-    first, last = (
-        {"step": n, "accuracy": found[f"accuracy_{when}"]["mean"]}
-        for n, when in ((0, "before"), (steps, "after"))
-    )
+    first = {"step": 0, "accuracy": found["accuracy_before"]["mean"]}
+    last = {"step": steps, "accuracy": found["accuracy_after"]["mean"]}
     run.write_lines(METRICS, [first, *(line for line in run.metrics() if line not in (first, last)), last])
     generation, whole = (sum(run.curve(name)[1]) for name in ("profiling/generation", "step_time"))
     with torch.device("meta"):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 
 
 def parse_columns(mappings: list[str]) -> dict[str, str]:
@@ -118,13 +118,9 @@ def logs(
     from gvpo.data.logs import Logs
     from gvpo.data.writer import write_logs
 
-    try:
+    with refused("--word takes WORD=NUMBER and --scale LOW:HIGH", "give numbers", ValueError):
         words = {key.lower(): float(value) for key, value in parse_columns(word or []).items()}
         low, high = map(float, scale.split(":")) if scale else (0.0, 1.0)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"--word takes WORD=NUMBER and --scale LOW:HIGH ({error}).") from error
     if low == high:
         raise InputError(f"--scale {scale} is no scale: give two different numbers.")
     reader = Logs(rating, words, (low, high) if scale else None, answer, rewards)
