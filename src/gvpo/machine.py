@@ -12,7 +12,7 @@ _GROUP = Path("/sys/fs/cgroup")  # a container's limits; version 2
 def usable_cores() -> int:
     """Cores that this process may keep busy: its affinity's, no more than a container's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _limit("cpu.max").partition(" ")
+    quota, _, period = _read(_GROUP / "cpu.max").partition(" ")
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
 
 
@@ -25,7 +25,7 @@ def memory() -> tuple[int, int]:
     """Bytes that this process has taken at its peak, and that the machine (or container) has in all."""
     import psutil
 
-    limit = _limit("memory.max")
+    limit = _read(_GROUP / "memory.max")
     total = min(psutil.virtual_memory().total, int(limit) if limit.isdigit() else 2**63)
     status = _read(Path("/proc/self/status"))
     if peak := re.search(r"VmHWM:\s+(\d+) kB", status):
@@ -71,12 +71,8 @@ def choose_threads(
     return f"Threads: {threads} ({why})."
 
 
-def _limit(name: str) -> str:
-    return _read(_GROUP / name).strip()
-
-
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""

@@ -60,12 +60,11 @@ def check_writable(path: str | Path) -> None:
         InputError: it could not.
     """
     path = Path(path)
-    nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     with _writing(path):
         if not nearest.is_dir():
             raise OSError(f"{nearest} is a file")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise OSError("Permission denied")
+        TemporaryFile(dir=nearest).close()
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:

@@ -174,7 +174,7 @@ def _origins(name: str, sources: Sequence[str]) -> dict[str, str | None]:
 def _files(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir():
-        files = [path / f"{split}{suffix}" for split in SPLITS for suffix in SUFFIXES]
+        files = (path / f"{split}{suffix}" for split in SPLITS for suffix in SUFFIXES)
         found = [file for file in files if file.is_file()]
         if not found:
             raise InputError(
