@@ -9,8 +9,7 @@ from typing import Any
 
 import datasets
 
-from gvpo.data.generated import arithmetic_rows, reasoning_gym_rows
-from gvpo.data.recipes import RECIPES, Recipe
+from gvpo.data.recipes import RECIPES, Recipe, arithmetic_rows, reasoning_gym_rows
 from gvpo.data.sources import Row, looks_like_file, read_file, read_hub
 from gvpo.errors import InputError
 

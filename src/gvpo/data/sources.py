@@ -52,21 +52,18 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            where = f"{path}, row {number}"
             try:
                 # A byte-order mark is what editors on Windows leave; everything else must be plain UTF-8.
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 byte = f"{error.object[error.start]:#04x}"
-                raise InputError(
-                    f"{path}, row {number}: byte {byte} is not UTF-8; save it as UTF-8."
-                ) from error
+                raise InputError(f"{where}: byte {byte} is not UTF-8; save it as UTF-8.") from error
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-                raise InputError(
-                    f"{path}, row {number} is not JSON ({reason}): write one object a line."
-                ) from error
+                raise InputError(f"{where} is not JSON ({reason}): write one object a line.") from error
             if not isinstance(row, dict):
-                raise InputError(f"{path}, row {number} is not a JSON object: write one object a line.")
+                raise InputError(f"{where} is not a JSON object: write one object a line.")
             yield number, row
 
 

@@ -71,10 +71,8 @@ def write_dataset(
             path = aside / f"{split}.parquet"
             written = _write_parquet(path, rows, prompts.recipe.ability, split, progress)
             if not written:
-                dropped = prompts.describe_dropped()
-                raise InputError(
-                    f"{origin or name}: no usable row of {prompts.seen} for {split} ({dropped})."
-                )
+                why = f"no usable row of {prompts.seen} for {split} ({prompts.describe_dropped()})"
+                raise InputError(f"{origin or name}: {why}.")
             manifest |= {"instruction": prompts.instruction, "system_prompt": prompts.system_prompt}
             manifest["splits"][split] = {
                 **_provenance(origin, commit, seed),

@@ -107,7 +107,6 @@ def _start(run: RunDirectory, settings: Settings, prompts: datasets.Dataset) -> 
     path = run.path / "config.yaml"
     started = (run.path / SAMPLES).exists() or (run.path / _PARTS).exists()
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if started and path.exists() else config
-    before = {"dtype": "auto"} | before  # of a directory from before there was a choice
     for name, value in config.items():
         if before.get(name) != value:
             raise InputError(

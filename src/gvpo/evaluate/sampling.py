@@ -36,13 +36,8 @@ class Completion:
 class Sampler(ABC):
     """Draws one completion for each prompt.
 
-    Args:
-        model: folder or Hub id.
-        tokenizer: of the model (`gvpo.model.tokenizer`).
-        options: how to sample.
-        chat: whether the prompts are conversations, whose rendered text has all special tokens already.
-        dtype: precision, such as "float32". "auto" is that of the saved model, of which vLLM makes half
-            precision where it is float32.
+    With `chat` the prompts are conversations, whose rendered text has all special tokens already. The `dtype`
+    "auto" is that of the saved model, of which vLLM makes half precision where it is float32.
 
     Raises:
         InputError: the model or the engine cannot be loaded.

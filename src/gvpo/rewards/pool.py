@@ -20,6 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from gvpo.errors import InputError
+from gvpo.machine import usable_cores
 from gvpo.rewards import symbolic
 
 Pair = tuple[str, str]
@@ -112,7 +113,7 @@ class VerifierPool:
     def __init__(self, workers: int | None = None, seconds: float = 1.0) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise InputError("Math-Verify is not installed: pip install 'math-verify[antlr4_9_3]'.")
-        self.workers = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+        self.workers = workers or min(_MAX_WORKERS, usable_cores())
         self.seconds = seconds
         self._owner = os.getpid()
         self._processes = [_Worker() for _ in range(self.workers)]
