@@ -73,10 +73,13 @@ def _writing(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes that place once all went well."""
+    """A file beside `path` to write to; it takes that place once all went well, and else is gone."""
     aside = path.with_name(f".{path.name}.partial")
-    yield aside
-    os.replace(aside, path)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class RunDirectory:
