@@ -6,7 +6,6 @@ reward for correct answers. Run it with `gvpo quickstart`.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +96,12 @@ def _make_trainer(lesson: Lesson, *, steps: int, beta: float) -> GVPOTrainer:
         logging_steps=5,
         seed=lesson.seed,
         save_strategy="no",
-        report_to=[],
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return GVPOTrainer(
-            lesson.model, correct, config, train_dataset=dataset, processing_class=lesson.tokenizer
-        )
+    return GVPOTrainer(
+        lesson.model, correct, config, train_dataset=dataset, processing_class=lesson.tokenizer
+    )

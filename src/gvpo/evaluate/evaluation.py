@@ -81,11 +81,9 @@ def sample_all(
     by_length = sorted(range(len(prompts)), key=lambda index: -lengths[index])
     jobs = [(index, number) for index in by_length for number in range(settings.samples)]
     sampler: Sampler | None = None
-    files = []
     for start in range(0, len(jobs), settings.batch_size):
         batch = jobs[start : start + settings.batch_size]
         file = parts / f"{start:09d}.parquet"
-        files.append(file)
         if not file.exists():
             sampler = sampler or make_sampler()
             texts = [sampler.render(prompts[index]["prompt"]) for index, _ in batch]
@@ -93,7 +91,7 @@ def sample_all(
             drawn = sampler.sample(texts, (settings.seed * 1_000_003 + start * 7_919) % 2**31)
             _write([_row(prompts, *one) for one in zip(batch, texts, drawn, strict=True)], file)
         progress(start + len(batch))
-    rows = [row for file in files for row in read_file(file)]
+    rows = [row for file in parts.glob("*.parquet") for row in read_file(file)]
     rows.sort(key=itemgetter("prompt_index", "sample"))
     _write(rows, complete)
     shutil.rmtree(parts)

@@ -90,7 +90,7 @@ class _Worker:
 
 
 def _read(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    readable, _, _ = select.select([process.stdout], [], [], seconds)
+    readable, _, _ = select.select([process.stdout.fileno()], [], [], seconds)  # type: ignore[union-attr]
     byte: bytes = process.stdout.read(1) if readable else b""  # type: ignore[union-attr]
     if not byte:
         raise OSError("the worker process is gone")
