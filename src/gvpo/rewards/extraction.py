@@ -260,23 +260,12 @@ def _closing(text: str) -> str | None:
 # --- Ground truths ------------------------------------------------------------------------------------------
 
 
-def hash_answer(text: str) -> str | None:
-    """The number after `####` in a GSM8K solution, without thousands separators; None when there is none."""
-    found = re.search(r"####\s*(-?[\d.,]*\d)\s*$", text.strip())
-    return found.group(1).replace(",", "") if found else None
-
-
-def boxed_answer(text: str) -> str | None:
-    """The content of the last `\\boxed{}` of a MATH solution, braces balanced; None when there is none."""
-    boxes = [box.text.strip() for box in _boxes(text) if box.text]
-    return boxes[-1] or None if boxes else None
-
-
 def any_answer(value: Any) -> str | None:
-    """A ground truth in whichever form it is written.
+    """A ground truth in whichever form it is written; None when it cannot be read.
 
-    `#### 72` and `\\boxed{72}` are reduced to `72`, a whole float to an integer, `$72$` to `72`. A list
-    stands for answers each of which is right: one is taken as it is, several are kept as a JSON list.
+    Solutions are reduced to the number after GSM8K's last `####`, without thousands separators, or to what is
+    in MATH's last `\\boxed{}`; a whole float to an integer, `$72$` to `72`. A list stands for answers each of
+    which is right: one is taken as it is, several are kept as a JSON list.
     """
     if isinstance(value, list):
         parts = list(dict.fromkeys(part for part in map(any_answer, value) if part))
@@ -289,9 +278,11 @@ def any_answer(value: Any) -> str | None:
         return str(int(value)) if value.is_integer() else repr(value)
     text = str(value).strip()
     if "####" in text:
-        return hash_answer(text)
+        number = re.search(r"####\s*(-?[\d.,]*\d)$", text)
+        return number[1].replace(",", "") if number else None
     if "\\boxed" in text:
-        return boxed_answer(text)
+        boxes = [box.text.strip() for box in _boxes(text) if box.text]
+        return boxes[-1] or None if boxes else None
     single_formula = re.fullmatch(r"\$([^$]+)\$\.?", text)
     text = single_formula.group(1).strip() if single_formula else text
     balanced = re.sub(r"\\[{}]", "", text)
