@@ -73,7 +73,7 @@ def _writing(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes that place once all went well, and else is gone."""
+    """A file beside `path` to write to; it takes that place once all went well, and is removed otherwise."""
     aside = path.with_name(f".{path.name}.partial")
     try:
         yield aside
