@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gvpo.errors import InputError, first_line
+from gvpo.errors import InputError, refused
 
 
 def read_template(path: str | Path | None) -> str | None:
@@ -12,12 +12,9 @@ def read_template(path: str | Path | None) -> str | None:
     Raises:
         InputError: it cannot be read.
     """
-    try:
+    kinds = (OSError, UnicodeDecodeError)
+    with refused(f"the chat template {path} cannot be read", "give a Jinja file", kinds):
         return None if path is None else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the chat template {path} cannot be read ({first_line(error)}): give a Jinja file."
-        ) from error
 
 
 def load_tokenizer(
@@ -47,14 +44,9 @@ def load_tokenizer(
     looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1 or Path(model).exists()
     if looks_local and not Path(model).is_dir():
         raise InputError(f"there is no model at {model}: give a folder that holds one, or a Hub id.")
-    try:
-        load = AutoProcessor if images else AutoTokenizer
+    what, load = ("processor", AutoProcessor) if images else ("tokenizer", AutoTokenizer)
+    with refused(f"{model} has no {what} that can be loaded", "save it beside the model"):
         processor = load.from_pretrained(model, padding_side="left", **options)
-    except Exception as error:  # a dozen unrelated types, by what is missing
-        raise InputError(
-            f"{model} has no {'processor' if images else 'tokenizer'} that can be loaded "
-            f"({first_line(error)}): save it beside the model."
-        ) from error
     if images and not hasattr(processor, "image_processor"):
         raise InputError(f"{model} takes no images: give a vision-language model, or leave image_column out.")
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -24,13 +24,11 @@ def convert(
     ],
 ) -> None:
     """Print the GVPO script for a verl GRPO script; comments at its top say what was changed and why."""
-    from gvpo.errors import InputError
+    from gvpo.errors import refused
     from gvpo.verl.convert import convert_script
 
-    try:
+    with refused(f"{script} cannot be read", "give a shell script", (OSError, UnicodeDecodeError)):
         text = sys.stdin.read() if str(script) == "-" else script.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{script} cannot be read as text ({error}).") from error
     typer.echo(convert_script(text, str(script)), nl=False)
 
 
