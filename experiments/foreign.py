@@ -20,7 +20,7 @@ from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, gri
 from experiments.losses import GVPO, RejectionSampling, RewardWeighted
 from experiments.opponents import DPO, GRPO, RLOO
 from experiments.relatives.losses import QRPO, REBEL, TBRM, AStarPO, MirrorDescent
-from experiments.report import by_metric, dots, legend_below, save
+from experiments.report import by_metric, dots, save
 from gvpo.run import new_figure
 
 N = 64  # answers of the initial policy to each prompt, for those who ask for some
@@ -128,7 +128,12 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
     return {
         "question": "How accurate does a policy get on another model's responses?",
         "metric": METRIC,
-        "problem": {"prompts": addition.PROMPTS, "k": addition.K, "steps": steps(scale)},
+        "problem": {
+            "prompts": addition.PROMPTS,
+            "k": addition.K,
+            "steps": steps(scale),
+            "reference_answers": N,
+        },
         "start": {"policy": addition.evaluate(initial, initial), "other": addition.evaluate(other, initial)},
         "rows": summarise(arms(scale), records, METRIC, highest=True),
     }
@@ -146,13 +151,17 @@ def tables(found: dict[str, Any]) -> list[Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    figure, (axis,) = new_figure(width=7.5, height=4.2)
-    dots(axis, found["rows"], METRIC)
+    figure, (axis,) = new_figure(width=7.5, height=4.6)
+    dots(axis, [row | {"condition": row["label"]} for row in found["rows"]], METRIC)
     for name, style in (("policy", "--"), ("other", ":")):
         label = {"policy": "the policy before", "other": "the other model"}[name]
-        axis.axhline(found["start"][name][METRIC], color="black", linestyle=style, linewidth=1, label=label)
-    axis.set_xticks([])
+        level = found["start"][name][METRIC]
+        axis.axhline(level, color="black", linestyle=style, linewidth=1)
+        axis.annotate(
+            label, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
+    for tick in axis.get_xticklabels():
+        tick.set(rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     axis.set_ylabel("expected accuracy, held out, exact")
     axis.set_title("Addition, learnt from another model's responses", fontsize=10)
-    legend_below(figure, axis, columns=3)
     save(figure, path, found)

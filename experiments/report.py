@@ -88,10 +88,11 @@ def dots(axis: Any, rows: Sequence[Row], metric: str, *, log: bool = False, floo
     """Means with 95 % intervals: conditions along x, one colour an algorithm."""
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
     labels = list(dict.fromkeys(row["label"] for row in rows))
+    width = 0.0 if conditions == labels else 0.7
     for index, label in enumerate(labels):
         points = [(conditions.index(row["condition"]), row[metric]) for row in rows if row["label"] == label]
         points = [(x, cell) for x, cell in points if cell["mean"] is not None]
-        shift = 0.7 * ((index + 0.5) / len(labels) - 0.5)
+        shift = width * ((index + 0.5) / len(labels) - 0.5)
         ys = [max(cell["mean"], floor) if log else cell["mean"] for _, cell in points]
         # An interval that reaches below 0 would fill a logarithmic axis.
         lows = [
