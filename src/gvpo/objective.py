@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -85,8 +86,8 @@ def gvpo_weights(
         ValueError: a non-finite log-probability or reward in a valid row, β ≤ 0, or arguments whose shape,
             dtype or device do not fit. With a `process_group`, it is raised on every rank.
     """
-    rows, terms = _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)
-    return _of_this_rank(terms.weights, rows, policy_logps)
+    given = _Given(policy_logps, reference_logps, rewards, group_ids, mask)
+    return _solve(given, beta, process_group)[2]
 
 
 def gvpo_loss(
@@ -104,13 +105,24 @@ def gvpo_loss(
     Gradients flow to `policy_logps` only, and are those of this rank's rows: the gradient of the union is
     their *sum* over ranks, so an engine that averages gradients over n ranks needs the loss times n.
     """
-    rows, terms = _solve(policy_logps, reference_logps, rewards, group_ids, beta, mask, process_group)
-    weights, metrics = _of_this_rank(terms.weights, rows, policy_logps), _diagnose(rows, terms)
+    given = _Given(policy_logps, reference_logps, rewards, group_ids, mask)
+    rows, terms, weights = _solve(given, beta, process_group)
+    metrics = _diagnose(rows, terms)
     # A row that is masked out may hold anything, NaN too, and 0 · NaN is NaN.
     scored = policy_logps if mask is None else policy_logps.masked_fill(~mask.bool(), 0.0)
     linear = -(weights * scored).sum()
     value = metrics["loss"].to(linear)
     return GVPOLoss(loss=linear - linear.detach() + value, weights=weights, metrics=metrics)
+
+
+class _Given(NamedTuple):
+    """The arguments of this rank that have a value a row."""
+
+    policy_logps: Tensor
+    reference_logps: Tensor
+    rewards: Tensor
+    group_ids: Tensor
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -140,27 +152,19 @@ class _Terms:
 
 
 def _solve(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    beta: float,
-    mask: Tensor | None,
-    process_group: dist.ProcessGroup | None,
-) -> tuple[_Rows, _Terms]:
-    """The rows of all ranks, and their centred terms and weights, in float64."""
-    problem = _find_problem(policy_logps, reference_logps, rewards, group_ids, beta, mask)
+    given: _Given, beta: float, process_group: dist.ProcessGroup | None
+) -> tuple[_Rows, _Terms, Float[Tensor, "batch"]]:
+    """The rows of all ranks and their centred terms in float64, and this rank's weights."""
+    problem = _find_problem(given, beta)
     if process_group is None and problem:
         raise ValueError(problem)
     with torch.no_grad():
-        rows = _union(policy_logps, reference_logps, rewards, group_ids, mask, process_group, problem)
+        rows = _union(given, process_group, problem)
         _check_finite(rows)
-        return rows, _centre(rows, float(beta))
-
-
-def _of_this_rank(weights: Tensor, rows: _Rows, like: Tensor) -> Float[Tensor, "batch"]:
-    """Never in half precision, in which the weights of a group would not sum to 0."""
-    return weights[rows.local].to(like.device, torch.promote_types(like.dtype, torch.float32))
+        terms = _centre(rows, float(beta))
+    # Never in half precision, in which the weights of a group would not sum to 0.
+    dtype = torch.promote_types(given.policy_logps.dtype, torch.float32)
+    return rows, terms, terms.weights[rows.local].to(given.policy_logps.device, dtype)
 
 
 def _centre(rows: _Rows, beta: float) -> _Terms:
@@ -212,73 +216,48 @@ def _diagnose(rows: _Rows, terms: _Terms) -> dict[str, Tensor]:
     }
 
 
-def _union(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    mask: Tensor | None,
-    process_group: dist.ProcessGroup | None,
-    problem: str | None,
-) -> _Rows:
+def _union(given: _Given, process_group: dist.ProcessGroup | None, problem: str | None) -> _Rows:
     """Gather the rows of all ranks, in rank order: a few numbers each, so that the union is computed as
     one process would compute it."""
-    # MPS has no float64.
-    home = torch.device("cpu") if policy_logps.device.type == "mps" else policy_logps.device
-    n = 0 if problem else len(policy_logps)
-    if problem:
-        columns = torch.zeros(0, 5, dtype=torch.int64, device=home)
-    else:
-        valid = torch.ones_like(group_ids, dtype=torch.bool) if mask is None else mask.bool()
-        policy, reference, reward = floats = [
-            t.detach().to(home, torch.float64) for t in (policy_logps, reference_logps, rewards)
-        ]
+    device = given.policy_logps.device
+    home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    columns = torch.zeros(0, 5, dtype=torch.int64, device=home)
+    if not problem:
+        ids, mask = given.group_ids.to(home), given.mask
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(home).bool()
+        floats = [t.detach().to(home, torch.float64) for t in given[:3]]
         if process_group is None:
-            return _Rows(policy, reference, reward, group_ids.to(home), valid.to(home), slice(0, n), [0])
+            return _Rows(*floats, ids, valid, slice(0, len(ids)), [0])
         # int64 carries the bits of the float64 columns, and ids beyond 2^53, in one message.
         columns = torch.stack(
-            [*(f.view(torch.int64) for f in floats), group_ids.to(home, torch.int64), valid.to(home).long()],
-            dim=1,
+            [*(f.view(torch.int64) for f in floats), ids.to(torch.int64), valid.long()], dim=1
         )
-    first_row, local = [0], slice(0, n)
-    if process_group is not None:
-        world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-        counts = torch.zeros(world, dtype=torch.int64, device=home)
-        mine = torch.tensor([-1 if problem else n], device=home)
-        dist.all_gather(list(counts.split(1)), mine, group=process_group)
-        sizes = counts.tolist()
-        if problem or min(sizes) < 0:
-            raise ValueError(problem or f"The arguments are not valid on rank {sizes.index(min(sizes))}.")
-        width = max(sizes)
-        gathered = [columns.new_zeros(width, 5) for _ in sizes]
-        padded = torch.cat([columns, columns.new_zeros(width - n, 5)])
-        dist.all_gather(gathered, padded, group=process_group)
-        columns = torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
-        first_row = [sum(sizes[:r]) for r in range(world)]
-        local = slice(first_row[rank], first_row[rank] + n)
+    n, rank, world = len(columns), dist.get_rank(process_group), dist.get_world_size(process_group)
+    counts = torch.zeros(world, dtype=torch.int64, device=home)
+    mine = torch.tensor([-1 if problem else n], device=home)
+    dist.all_gather(list(counts.split(1)), mine, group=process_group)
+    sizes = counts.tolist()
+    if problem or min(sizes) < 0:
+        raise ValueError(problem or f"The arguments are not valid on rank {sizes.index(min(sizes))}.")
+    width = max(sizes)
+    gathered = [columns.new_zeros(width, 5) for _ in sizes]
+    padded = torch.cat([columns, columns.new_zeros(width - n, 5)])
+    dist.all_gather(gathered, padded, group=process_group)
+    columns = torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+    first_row = [sum(sizes[:r]) for r in range(world)]
+    local = slice(first_row[rank], first_row[rank] + n)
     policy, reference, reward = (c.contiguous().view(torch.float64) for c in columns[:, :3].unbind(1))
     return _Rows(policy, reference, reward, columns[:, 3], columns[:, 4].bool(), local, first_row)
 
 
-def _find_problem(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    beta: float,
-    mask: Tensor | None,
-) -> str | None:
+def _find_problem(given: _Given, beta: float) -> str | None:
     """What is wrong with the arguments of this rank, in one sentence, or None. Touches no device memory."""
     if not (isinstance(beta, Real) and math.isfinite(beta) and beta > 0):
         return f"beta must be a finite number above 0, got {beta!r}; the published setting is 0.1."
-    arguments = {
-        "policy_logps": policy_logps,
-        "reference_logps": reference_logps,
-        "rewards": rewards,
-        "group_ids": group_ids,
-        **({} if mask is None else {"mask": mask}),
-    }
-    for name, value in arguments.items():
+    policy_logps, group_ids = given.policy_logps, given.group_ids
+    for name, value in given._asdict().items():
+        if name == "mask" and value is None:
+            continue
         if not isinstance(value, Tensor):
             return f"{name} must be a tensor, got {type(value).__name__}."
         if value.dim() != 1 or value.shape != policy_logps.shape:
@@ -289,8 +268,8 @@ def _find_problem(
         if value.device != policy_logps.device:
             return f"{name} is on {value.device} but policy_logps on {policy_logps.device}; move it there."
     for name in ("policy_logps", "reference_logps"):
-        if not arguments[name].is_floating_point():
-            return f"{name} must be floating point (nats), got {arguments[name].dtype}."
+        if not (logps := getattr(given, name)).is_floating_point():
+            return f"{name} must be floating point (nats), got {logps.dtype}."
     if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
         return f"group_ids must be integers, got {group_ids.dtype}."
     return None
