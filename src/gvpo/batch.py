@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from gvpo.images import Images
 
@@ -125,40 +126,23 @@ class GroupBatch:
         """One batch of several of the same kind (all with reference log-probs or `as_on_policy`, or none)."""
         width = max(part.input_ids.shape[1] for part in parts)
 
-        def wide(x: Tensor) -> Tensor:
-            return nn.functional.pad(x, (0, width - x.shape[1]))
-
-        def cat(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
-            if any(v is None for v in values) and any(v is not None for v in values):
-                raise ValueError(f"{name} is given for some parts of the batch only.")
-            return None if values[0] is None else torch.cat(values)
-
-        def rollout_logps() -> Tensor | None:
-            given = [part.rollout_logps for part in parts]
-            if all(logps is None for logps in given):
-                return None
-            dtype = widest_float(parts[0].input_ids.device)
-            unknown = [torch.full_like(part.input_ids, torch.nan, dtype=dtype) for part in parts]
-            return torch.cat([wide(u if g is None else g) for u, g in zip(unknown, given, strict=True)])
-
-        def flags(name: str, default: bool) -> Tensor | None:
-            if all(getattr(part, name) is None for part in parts):
-                return None
-            full = [torch.full_like(part.lengths, default, dtype=torch.bool) for part in parts]
+        def joined(name: str, missing: Callable[[GroupBatch], Tensor] | None = None) -> Any:
+            """A field of all rows; `missing` makes it for the parts that have none."""
             given = [getattr(part, name) for part in parts]
-            return torch.cat([f if g is None else g for f, g in zip(full, given, strict=True)])
+            if all(value is None for value in given):
+                return None
+            if missing is None and any(value is None for value in given):
+                raise ValueError(f"{name} is given for some parts of the batch only.")
+            values = [missing(p) if missing and v is None else v for p, v in zip(parts, given, strict=True)]
+            return torch.cat([F.pad(v, (0, width - v.shape[1])) if v.dim() == 2 else v for v in values])
 
+        dtype = widest_float(parts[0].input_ids.device)
         return cls(
-            torch.cat([wide(part.input_ids) for part in parts]),
-            torch.cat([part.lengths for part in parts]),
-            torch.cat([wide(part.completion_mask) for part in parts]),
-            torch.cat([part.rewards for part in parts]),
-            torch.cat([part.group_ids for part in parts]),
-            flags("valid", True),
-            cat("reference_logps"),
-            flags("on_policy", False),
-            rollout_logps(),
+            *map(joined, ("input_ids", "lengths", "completion_mask", "rewards", "group_ids")),
+            joined("valid", lambda part: torch.ones_like(part.lengths, dtype=torch.bool)),
+            joined("reference_logps"),
+            joined("on_policy", lambda part: torch.zeros_like(part.lengths, dtype=torch.bool)),
+            joined("rollout_logps", lambda part: torch.full_like(part.input_ids, torch.nan, dtype=dtype)),
             Images.concatenate([part.images for part in parts], [len(part) for part in parts]),
         )
 
@@ -206,10 +190,8 @@ class Beginnings:
         of_row: list[int | None] = []
         rows: list[int] = []
         for row, start in enumerate(starts):
-            if not start:
-                of_row.append(None)
-                continue
-            of_row.append(found.setdefault(images[row] + tokens[row, :start].tobytes(), len(rows)))
+            key = images[row] + tokens[row, :start].tobytes()
+            of_row.append(found.setdefault(key, len(rows)) if start else None)
             if of_row[-1] == len(rows):
                 rows.append(row)
         return cls(starts, ends, of_row, rows, [starts[row] for row in rows])
