@@ -31,8 +31,8 @@ def _in_order(lengths: Sequence[int], rows: Sequence[int], *costs: Any) -> list[
     return [list(rows[i : i + PER_DEVICE]) for i in range(0, len(rows), PER_DEVICE)]
 
 
-def _by_autograd(self: GVPOStep, piece: Any, weights: Any, sums: Any) -> Any:
-    return _backward(self, piece, weights, None)
+def _by_autograd(self: GVPOStep, micro: Any, weights: Any, sums: Any) -> Any:
+    return _backward(self, micro, weights, None)
 
 
 def _head_only(with_embedding: bool) -> VocabularyGradients:

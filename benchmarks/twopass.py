@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from benchmarks.measure import Laps, Row, in_fresh_process, laps_of, minima, peak_of
 from benchmarks.step import WORK, flat_gradient, tiny
 from benchmarks.workloads import PER_DEVICE, Workload
-from gvpo.batch import MicroBatch
+from gvpo.model.micro_batch import MicroBatch
 from gvpo.objective import gvpo_loss
 from gvpo.packing import plan_micro_batches
 from gvpo.step import GVPOStep

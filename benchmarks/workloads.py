@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.measure import Laps, clock, laps_of
-from gvpo.batch import GroupBatch, MicroBatch
+from gvpo.batch import GroupBatch
+from gvpo.model.micro_batch import MicroBatch
 from gvpo.model.shared_prompts import start_cost
 from gvpo.packing import plan_micro_batches
 from gvpo.step import GVPOStep, StepReport

@@ -20,10 +20,6 @@ class Block:
     beginnings: list[int]
     micro_batches: list[list[int]]
 
-    def place(self, beginning: int | None) -> int | None:
-        """Where it stands in the block."""
-        return None if beginning is None else self.beginnings.index(beginning)
-
 
 def plan_micro_batches(
     lengths: Sequence[int], rows: Sequence[int], token_budget: int, start_cost: float = START_COST

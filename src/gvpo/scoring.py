@@ -12,8 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
-from itertools import count
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,11 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from gvpo.batch import Beginnings, GroupBatch, MicroBatch, widest_float
+from gvpo.batch import Beginnings, GroupBatch, widest_float
 from gvpo.errors import InputError
 from gvpo.model.balance import LoadBalance, Routing
 from gvpo.model.determinism import without_noise
-from gvpo.model.logprobs import RowImages, TokenScorer, TokenScores, unwrap
+from gvpo.model.logprobs import TokenScorer, TokenScores, unwrap
+from gvpo.model.micro_batch import MicroBatch
 from gvpo.model.shared_prompts import (
     Continuation,
     PromptCache,
@@ -35,7 +35,7 @@ from gvpo.model.shared_prompts import (
     start_cost,
     token_weight,
 )
-from gvpo.model.sharing_check import Sample, way_to_share
+from gvpo.model.sharing_check import sample_with_images, way_to_share
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.packing import Block, padded_cost, plan_blocks, plan_micro_batches
 
@@ -92,19 +92,6 @@ def _without_fsdp_sync(model: FSDPModule) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-class Piece(NamedTuple):
-    """A micro-batch, the prompts after which its rows go on (None: whole rows), whether it is the last one.
-
-    `routing`: what its tokens stand for, where experts are balanced; `images`: of whole rows.
-    """
-
-    micro: MicroBatch
-    prompts: Continuation | None
-    last: bool
-    routing: Routing | None = None
-    images: RowImages | None = None
-
-
 class SequenceScorer:
     """Scores sequences under a model, in micro-batches of a token budget.
 
@@ -137,7 +124,6 @@ class SequenceScorer:
         # How rows share their prompts, text and others; None: not decided yet.
         self._way: str | None = None if share_prompts else "whole"
         self._way_with_images = self._way
-        self._start_cost: float | None = None  # of a micro-batch: not known yet
         self._retry_is_safe = False
 
     @property
@@ -170,11 +156,11 @@ class SequenceScorer:
             if balance is not None:
                 balance.begin(first)
             out = torch.zeros(batch.input_ids.shape, dtype=widest_float(device), device=device)
-            with closing(self._pieces(batch, distinct, balance=balance)) as pieces:
-                for piece in pieces:
-                    scores, micro = self._score(self._bare, piece), piece.micro
+            with closing(self._micro_batches(batch, distinct, balance=balance)) as micro_batches:
+                for micro in micro_batches:
+                    logps = self._score(self._bare, micro).logps
                     if micro.rows:
-                        out[micro.row_of, micro.column_of] = scores.logps.to(out.dtype)
+                        out[micro.row_of, micro.column_of] = logps.to(out.dtype)
             return out
 
         with without_noise(self.model):
@@ -187,33 +173,22 @@ class SequenceScorer:
     def _score(
         self,
         model: nn.Module,
-        piece: Piece,
+        micro: MicroBatch,
         token_weights: Float[Tensor, "tokens"] | None = None,
         sums: VocabularyGradients | None = None,
     ) -> TokenScores:
-        micro = piece.micro
         with self.backend.forward_context():
-            return self.scorer(
-                model,
-                micro.input_ids,
-                micro.lengths,
-                micro.chosen,
-                token_weights,
-                sums,
-                piece.prompts,
-                piece.routing,
-                piece.images,
-            )
+            return self.scorer(model, micro, token_weights, sums)
 
-    def _pieces(
+    def _micro_batches(
         self,
         batch: GroupBatch,
         rows: Sequence[int],
         sums: VocabularyGradients | None = None,
         chosen: Bool[Tensor, "batch length"] | None = None,
         balance: LoadBalance | None = None,
-    ) -> Generator[Piece]:
-        """The micro-batches of `rows` in turn. To be closed: attention is another one while it runs.
+    ) -> Generator[MicroBatch]:
+        """Those of `rows` in turn. To be closed: attention is another one while it runs.
 
         With `sums`, for a gradient pass: at least one, if of weight 0, since ranks share gradients in the
         last one, and a gradient of 0 is not the same to an optimizer with momentum as none.
@@ -225,26 +200,21 @@ class SequenceScorer:
         for block in blocks:
             if sums is not None:
                 sums.last = block is blocks[-1]
-            read = (
-                nullcontext() if beginnings is None else self._read(batch, beginnings, block, sums, balance)
-            )
-            with read as cache:
+            places: dict[int | None, int] = {b: place for place, b in enumerate(block.beginnings)}
+            with self._read(batch, beginnings, block, sums, balance) as cache:
                 for members in block.micro_batches:
                     ends_block = members is block.micro_batches[-1]
-                    last = ends_block and block is blocks[-1]
-                    self._retry_is_safe &= not self._shares(last and sums is not None)
-                    micro, prompts, images = MicroBatch.of(batch, members, lengths), None, None
-                    if beginnings is None and batch.images is not None:
-                        images = partial(batch.images.arguments, members)
-                    if beginnings is not None:
-                        assert cache is not None
-                        where = [block.place(beginnings.of_row[row]) for row in members] or [None]
+                    if beginnings is None or cache is None:
+                        micro = MicroBatch.of(batch, members, lengths)
+                    else:
+                        where = [places.get(beginnings.of_row[row]) for row in members] or [None]
                         micro = MicroBatch.of(batch, members, beginnings.ends, beginnings.starts)
-                        prompts = Continuation(cache, where, ends_block)
-                    routing = None
+                        micro.prompts = Continuation(cache, where, ends_block)
                     if balance is not None:
-                        routing = Routing(balance, [[row] for row in members], micro.lengths)
-                    yield Piece(micro, prompts, last, routing, images)
+                        micro.routing = Routing(balance, [[row] for row in members], micro.lengths)
+                    micro.last = ends_block and block is blocks[-1]
+                    self._retry_is_safe &= not self._shares(micro.last and sums is not None)
+                    yield micro
 
     def _plan(
         self,
@@ -258,14 +228,13 @@ class SequenceScorer:
 
         Ranks whose forwards are collective come to equally many.
         """
-        if self._start_cost is None:
-            self._start_cost = start_cost(unwrap(self.model))
-        start = self._start_cost
+        model = unwrap(self.model)
+        start = start_cost(model)
         beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget, start)
         blocks = [Block([], plan)]
         found = None if self._way_of(batch) == "whole" else Beginnings.of(batch, chosen, whole=whole_rows)
         if found is not None and found.hold_images(batch):
-            model, whole = unwrap(self.model), padded_cost(lengths, plan, start)
+            whole = padded_cost(lengths, plan, start)
             # Ranks that go together must all plan: one's rows may gain nothing where another's gain much.
             limit = math.inf if self.backend.collective_forward(self.model) else whole
             shared, cost = plan_blocks(
@@ -284,12 +253,15 @@ class SequenceScorer:
     def _read(
         self,
         batch: GroupBatch,
-        beginnings: Beginnings,
+        beginnings: Beginnings | None,
         block: Block,
         sums: VocabularyGradients | None,
         balance: LoadBalance | None,
-    ) -> Iterator[PromptCache]:
-        """Read a block's beginnings; while it is open, its rows can go on after them."""
+    ) -> Iterator[PromptCache | None]:
+        """Read a block's beginnings, if any; while it is open, its rows can go on after them."""
+        if beginnings is None:
+            yield None
+            return
         model = self._bare
         with attention_shared(unwrap(model)) as original:
             lengths = [beginnings.lengths[b] for b in block.beginnings]
@@ -323,7 +295,8 @@ class SequenceScorer:
 
         `attempt` clears `_retry_is_safe` when other ranks may wait for it in a collective.
         """
-        for retries in count():
+        retries = 0
+        while True:
             self._retry_is_safe = safe
             try:
                 return attempt(), retries
@@ -342,20 +315,19 @@ class SequenceScorer:
             warnings.warn(
                 f"Out of memory: made again with micro-batches of {self.token_budget} tokens.", stacklevel=4
             )
-        raise AssertionError("unreachable")
+            retries += 1
 
     def _decide(self, batch: GroupBatch) -> None:
         """Let the scorer check the model, and how prompts can be shared, once; all ranks alike."""
-        if not self.scorer.checked:
-            micro = MicroBatch.of(batch, list(range(len(batch))), batch.lengths.tolist())
+        if self.scorer.probe is None:
             with self.backend.forward_context():
-                self.scorer.check(self._bare, micro.input_ids, micro.lengths, self._agree)
+                self.scorer.check(self._bare, batch, self._agree)
         collective = self.backend.collective_forward(self.model)
-        shared: dict[str, Any] = {"context": self.backend.forward_context, "collective": collective}
+        choose = partial(
+            way_to_share, self.scorer, self._bare, self.backend.forward_context, collective=collective
+        )
         if self._way is None:
-            self._way = way_to_share(
-                self.scorer, self._bare, batch.input_ids.device, **shared, agree=self._agree
-            )
+            self._way = choose(batch.input_ids.device, agree=self._agree)
         if batch.images is None:
             return
         if collective:
@@ -363,33 +335,30 @@ class SequenceScorer:
                 "The batch has images, which ranks that gather their parameters (FSDP, ZeRO-3) would have to "
                 "run equally often: use DDP or one process."
             )
-        if self._way_with_images is None and (sample := Sample.with_images(batch)) is not None:
+        if self._way_with_images is None and (sample := sample_with_images(batch)) is not None:
             # Ranks may choose differently, as the gradient is the same.
-            self._way_with_images = way_to_share(
-                self.scorer, self._bare, batch.input_ids.device, **shared, agree=bool, sample=sample
-            )
+            self._way_with_images = choose(batch.input_ids.device, agree=bool, sample=sample)
 
     def _way_of(self, batch: GroupBatch) -> str:
         return (self._way if batch.images is None else self._way_with_images) or "whole"
 
     def _agree(self, holds: bool) -> bool:
         """Whether something holds on all ranks."""
-        if self.backend.process_group is None:
-            return holds
-        vote = torch.tensor(int(holds), device=next(self.model.parameters()).device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.backend.process_group)
-        return bool(vote.item())
+        return bool(self._reduced([holds], dist.ReduceOp.MIN)[0])
 
     def _over_ranks(
-        self, values: list[float], op: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX
-    ) -> list[float]:
+        self, values: Sequence[float], op: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX
+    ) -> Sequence[float]:
         """The values' maxima (or sums) over ranks whose forwards are collective."""
-        if self.backend.process_group is None or not self.backend.collective_forward(self.model):
+        return self._reduced(values, op) if self.backend.collective_forward(self.model) else values
+
+    def _reduced(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> Sequence[float]:
+        if self.backend.process_group is None:
             return values
         device = next(self.model.parameters()).device
         numbers = torch.tensor(values, dtype=widest_float(device), device=device)
         dist.all_reduce(numbers, op=op, group=self.backend.process_group)
-        return numbers.tolist()
+        return list(numbers.tolist())
 
     def _shares(self, last: bool) -> bool:
         """Whether other ranks may be waiting in a collective while this micro-batch runs."""

@@ -23,9 +23,10 @@ from gvpo.images import vision_parameters
 from gvpo.model.balance import LoadBalance, Routing
 from gvpo.model.determinism import without_noise
 from gvpo.model.logprobs import TokenScores, unwrap
+from gvpo.model.micro_batch import MicroBatch
 from gvpo.model.vocabulary import VocabularyGradients
 from gvpo.objective import GVPOLoss, gvpo_loss
-from gvpo.scoring import Backend, Piece, SequenceScorer, is_out_of_memory
+from gvpo.scoring import Backend, SequenceScorer, is_out_of_memory
 from gvpo.trust import beyond_trust
 
 __all__ = ["Backend", "GVPOStep", "SequenceScorer", "StepReport", "is_out_of_memory"]
@@ -63,13 +64,13 @@ class StepReport:
     entropy: float = float("nan")
     retries: int = 0
 
-    def count(self, piece: Piece) -> None:
+    def count(self, micro: MicroBatch) -> None:
         """Add a micro-batch, and with a block's last one the prompts read for it."""
         self.micro_batches += 1
-        self.tokens += piece.micro.input_ids.numel()
-        self.useful_tokens += piece.micro.tokens
-        if piece.prompts is not None and piece.prompts.last:
-            lengths = piece.prompts.cache.lengths
+        self.tokens += micro.input_ids.numel()
+        self.useful_tokens += micro.tokens
+        if micro.prompts is not None and micro.prompts.last:
+            lengths = micro.prompts.cache.lengths
             self.shared_prompts += len(lengths)
             self.tokens += len(lengths) * max(lengths)
             self.useful_tokens += sum(lengths)
@@ -110,13 +111,13 @@ class GVPOStep(SequenceScorer):
         super()._decide(batch)
         if self.balance is None or self.balance.checked:
             return
-        assert self.scorer.probe is not None
-        ids, lengths, chosen = self.scorer.probe
-        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        probe = self.scorer.probe
+        assert probe is not None
+        ids, mask = probe.input_ids, probe.attention_mask
         self.balance.begin(torch.arange(2, device=ids.device))
+        routed = replace(probe, routing=Routing(self.balance, [[0], [1]], probe.lengths))
         with torch.no_grad(), self.backend.forward_context():
-            routing = Routing(self.balance, [[0], [1]], lengths)
-            self.scorer(self._bare, ids, lengths, chosen, routing=routing)
+            self.scorer(self._bare, routed)
             own = self._bare(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
         self.balance.close(None, 1)
         self.balance.check(unwrap(self.model), own, self._agree)
@@ -169,7 +170,7 @@ class GVPOStep(SequenceScorer):
             return report
         chosen = batch.completion_mask
         if self.trust is not None and token_logps is not None:
-            batch, report = self._within_trust(batch, report, token_logps)
+            batch = self._within_trust(batch, report, token_logps)
         # Gradients that others left would be lost in a retry.
         owned = all(p.grad is None for p in self.model.parameters())
         with without_noise(self.model):
@@ -184,24 +185,21 @@ class GVPOStep(SequenceScorer):
 
     def _within_trust(
         self, batch: GroupBatch, report: StepReport, token_logps: Float[Tensor, "batch length"]
-    ) -> tuple[GroupBatch, StepReport]:
+    ) -> GroupBatch:
         """The batch without tokens beyond trust; rows that have no other tokens lose their weight."""
         assert self.trust is not None
         if batch.rollout_logps is None:
             raise ValueError(
                 "trust needs the batch's rollout_logps: log p of each token when it was sampled."
             )
-        left_out = batch.completion_mask & beyond_trust(
-            report.weights, token_logps, batch.rollout_logps, self.trust
-        )
+        beyond = beyond_trust(report.weights, token_logps, batch.rollout_logps, self.trust)
+        left_out = batch.completion_mask & beyond
         if batch.on_policy is not None:
             left_out &= ~batch.on_policy[:, None]  # not scored: they are as they were sampled
         kept = batch.completion_mask & ~left_out
-        weights = report.weights.masked_fill(left_out.any(1) & ~kept.any(1), 0.0)
-        count = int(left_out.sum())
-        return replace(batch, completion_mask=kept), replace(
-            report, weights=weights, tokens_beyond_trust=count
-        )
+        report.weights = report.weights.masked_fill(left_out.any(1) & ~kept.any(1), 0.0)
+        report.tokens_beyond_trust = int(left_out.sum())
+        return replace(batch, completion_mask=kept)
 
     def _accumulate(
         self, batch: GroupBatch, report: StepReport, chosen: Bool[Tensor, "batch length"]
@@ -218,37 +216,37 @@ class GVPOStep(SequenceScorer):
             self.balance.stands_for(first)
             rows = first.unique().tolist()
         done, entropy, scored = replace(report), each.new_zeros(()), each.new_zeros(())
-        with closing(self._pieces(batch, rows, sums, chosen, self.balance)) as pieces:
-            for piece in pieces:
-                sums.last = piece.last
-                with nullcontext() if piece.last else self.backend.without_sync(self.model):
-                    scores = self._backward(piece, weights, sums)
-                done.count(piece)
-                if piece.micro.rows and scores.entropy is not None:
-                    tokens = piece.micro.per_token(times)
+        with closing(self._micro_batches(batch, rows, sums, chosen, self.balance)) as micro_batches:
+            for micro in micro_batches:
+                sums.last = micro.last
+                with nullcontext() if micro.last else self.backend.without_sync(self.model):
+                    scores = self._backward(micro, weights, sums)
+                done.count(micro)
+                if micro.rows and scores.entropy is not None:
+                    tokens = micro.per_token(times)
                     entropy += (scores.entropy * tokens).sum()
                     scored += tokens.sum()
         done.scored_tokens = int(scored)
         done.entropy = float(entropy / scored)  # NaN if there are none
         return done
 
-    def _backward(self, piece: Piece, weights: Tensor, sums: VocabularyGradients) -> TokenScores:
-        scores = self._score(self.model, piece, piece.micro.per_token(weights), sums)
+    def _backward(self, micro: MicroBatch, weights: Tensor, sums: VocabularyGradients) -> TokenScores:
+        scores = self._score(self.model, micro, micro.per_token(weights), sums)
         assert scores.nll is not None
         loss = scores.nll
         ddp = isinstance(self.model, DistributedDataParallel) and not self.model.find_unused_parameters
-        if piece.last and ddp:  # it waits for all gradients, and this rank's rows may have no images
+        if micro.last and ddp:  # it waits for all gradients, and this rank's rows may have no images
             vision = vision_parameters(unwrap(self.model))
             loss = loss + sum(p.flatten()[:0].sum().to(loss) for p in vision)
-        if piece.prompts is not None and piece.prompts.last:
-            cache = piece.prompts.cache
+        if micro.prompts is not None and micro.prompts.last:
+            cache = micro.prompts.cache
             if cache.routing is not None:
                 loss = loss + cache.routing.loss.to(loss)
             if self.backend.collective_forward(self.model):
                 # FSDP gathers a layer's parameters for its backward when a gradient reaches its output.
                 assert cache.hidden is not None
                 loss = loss + cache.hidden[..., :0].sum()
-        self.backend.backward(loss, last=piece.last)
+        self.backend.backward(loss, last=micro.last)
         return scores
 
 

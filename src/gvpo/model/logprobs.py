@@ -12,26 +12,25 @@ import types
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
+from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
-from gvpo.model.balance import Routing
 from gvpo.model.determinism import apart, random_module
 from gvpo.model.fused_head import LogitTransform, WeightedNLL, chunked_logps, tile_bytes, tile_rows
 from gvpo.model.head import head_parameters, is_linear, probed
-from gvpo.model.shared_prompts import Continuation, PromptCache
+from gvpo.model.micro_batch import MicroBatch
+from gvpo.model.shared_prompts import PromptCache
 from gvpo.model.vocabulary import VocabularyGradients, embedding_summed
 
 PROBE_TOKENS = 24  # of the row that a model is checked with
-RowImages = Callable[[Tensor], dict[str, Tensor]]  # from tokens of some rows to arguments of a model
 
 
 class TokenScores(NamedTuple):
@@ -47,28 +46,33 @@ class TokenScores(NamedTuple):
     entropy: Float[Tensor, "tokens"] | None
 
 
-@dataclass
 class ScoreRequest:
     """Asks a prepared model's forward for token scores instead of logits.
 
-    An opaque object on purpose: DDP and FSDP2 leave it as it is, where they would move or cast tensors.
+    An opaque object on purpose: DDP and FSDP2 leave it as it is, where they would move or cast tensors (those
+    of a dataclass too).
     """
 
-    at: Int[Tensor, "tokens"]  # where, in rows × length, the tokens are predicted
-    targets: Int[Tensor, "tokens"]
-    token_weights: Float[Tensor, "tokens"] | None
-    transform: LogitTransform
-    float32_head: bool = False
-    sums: VocabularyGradients | None = None
-    tile_bytes: int | None = None
-    shared_prompts: Continuation | None = None
-    routing: Routing | None = None
+    def __init__(
+        self,
+        scorer: TokenScorer,
+        micro: MicroBatch,
+        token_weights: Float[Tensor, "tokens"] | None = None,
+        sums: VocabularyGradients | None = None,
+    ) -> None:
+        self.token_weights, self.sums = token_weights, sums
+        self.shared_prompts, self.routing = micro.prompts, micro.routing
+        self.transform, self.tile_bytes = scorer.transform, scorer.tile_bytes
+        self.float32_head = scorer.float32_head
+        at, targets = micro.chosen[:, 1:].flatten().nonzero()[:, 0], micro.input_ids[:, 1:]
+        self.targets = targets.flatten()[at]
+        # What is run, and where in it (rows × width) the targets are predicted.
+        self.input_ids, self.at = micro.input_ids[:, :-1], at
+        if micro.routing is not None:  # the last token predicts none, but is routed
+            self.input_ids, self.at = micro.input_ids, at + at // targets.shape[1]
 
-    def see(self, output: Any) -> None:
-        if self.routing is not None:
-            self.routing.see(output)
-
-    def score(self, hidden: Float[Tensor, "rows length dim"], head: nn.Module) -> TokenScores:
+    def score(self, output: Any, head: nn.Module) -> TokenScores:
+        hidden: Float[Tensor, "rows width dim"] = output.last_hidden_state
         weight, bias = head_parameters(head)
         if isinstance(weight, DTensor):
             # FSDP2 averages gradients over ranks; without "avg" the head's would be summed instead.
@@ -121,13 +125,13 @@ def prepare_model(model: nn.Module) -> None:
             kwargs["output_router_logits"] = True
         with embedding_summed(self, gvpo.sums):
             output = self.base_model(*args, use_cache=False, **kwargs)
-        gvpo.see(output)
-        return gvpo.score(output.last_hidden_state, self.get_output_embeddings())
+        if gvpo.routing is not None:
+            gvpo.routing.see(output)
+        return gvpo.score(output, self.get_output_embeddings())
 
     base.forward = types.MethodType(forward, model)
 
 
-@dataclass
 class TokenScorer:
     """Scores chosen tokens of left-aligned rows under a causal language model.
 
@@ -136,27 +140,25 @@ class TokenScorer:
             `model(input_ids=, attention_mask=)` returns an object with `.logits`.
         temperature: the policy is the model at this sampling temperature.
         float32_head: multiply by the head in float32, outside autocast.
-        fused: whether to score without keeping logits. None decides by a check against the model's own
-            logits before the first rows are scored, and warns if they differ.
+
+    Attributes:
+        fused: whether it scores without keeping logits. None lets `check` decide, by the model's own logits.
         tile_bytes: of the fused head's float32 logits at a time; None: what suits the device.
+        probe: what the model was checked with; None: not yet.
     """
 
-    model: nn.Module
-    temperature: float = 1.0
-    float32_head: bool = False
-    fused: bool | None = None
-    tile_bytes: int | None = None
-    checked: bool = field(init=False, default=False)
-    probe: Probe | None = field(init=False, default=None)  # what it was checked with
-    _transform: LogitTransform = field(init=False, default_factory=LogitTransform)
-    _options: dict[str, bool] = field(init=False, default_factory=dict)  # of the model's own forward
-
-    def __post_init__(self) -> None:
-        base = unwrap(self.model)
+    def __init__(self, model: nn.Module, temperature: float = 1.0, float32_head: bool = False) -> None:
+        self.model, self.temperature, self.float32_head = model, temperature, float32_head
+        self.fused: bool | None = None
+        self.tile_bytes: int | None = None
+        self.probe: MicroBatch | None = None
+        self.transform = LogitTransform(temperature)
+        self._options: dict[str, bool] = {}  # of the model's own forward
+        base = unwrap(model)
         # FSDP1 gathers parameters in its own forward, which a request would go around.
         sharded = isinstance(base, FullyShardedDataParallel)
         if hasattr(base, "get_output_embeddings") and hasattr(base, "base_model") and not sharded:
-            self._transform = LogitTransform.of(base.config, self.temperature)
+            self.transform = LogitTransform.of(base.config, temperature)
             if "use_cache" in inspect.signature(base.forward).parameters:
                 self._options["use_cache"] = False
             prepare_model(base)
@@ -166,120 +168,75 @@ class TokenScorer:
     def __call__(
         self,
         model: nn.Module,
-        input_ids: Int[Tensor, "rows length"],
-        lengths: Int[Tensor, "rows"],
-        chosen: Bool[Tensor, "rows length"],
+        micro: MicroBatch,
         token_weights: Float[Tensor, "tokens"] | None = None,
         sums: VocabularyGradients | None = None,
-        prompts: Continuation | None = None,
-        routing: Routing | None = None,
-        images: RowImages | None = None,
     ) -> TokenScores:
-        """Score the tokens where `chosen` is True (never in column 0), each given the ones before it.
+        """Score the micro-batch's chosen tokens, each given the ones before it.
 
-        `model` is this scorer's model or a wrapper of it (DDP, FSDP). Rows are left-aligned: padding
-        comes after the first `lengths[i]` tokens, where no causal model can see it, so no mask is needed.
-        With `prompts` the rows go on after those. With `routing` their routers are looked at. `images` gives
-        what the model takes of the rows besides their tokens.
-
-        Raises:
-            InputError: at first use, if scores are random or depend on padding.
+        `model` is this scorer's model, which has been checked, or a wrapper of it (DDP, FSDP).
         """
-        if not self.checked:
-            self.check(model, input_ids, lengths)
         # An adapter may have been put on the head, or taken off, since the check.
-        if not (self.fused and is_linear(unwrap(self.model).get_output_embeddings())):
-            return self._from_logits(model, input_ids, lengths, chosen, token_weights, routing, images)
-        request = self._request(input_ids, chosen, token_weights, sums)
-        request.shared_prompts, request.routing = prompts, routing
-        inputs = input_ids[:, :-1]
-        if routing is not None:  # the last token predicts none, but is routed
-            inputs, request.at = input_ids, F.pad(chosen[:, 1:], (0, 1)).flatten().nonzero()[:, 0]
-        more = {} if images is None else images(inputs)
-        if prompts is not None:
-            more["position_ids"] = prompts.positions(inputs)
-        scores: TokenScores = model(input_ids=inputs, gvpo=request, **more)
-        return scores if routing is None else _with_loss(scores, routing)
-
-    def _request(
-        self,
-        input_ids: Tensor,
-        chosen: Tensor,
-        token_weights: Tensor | None = None,
-        sums: VocabularyGradients | None = None,
-    ) -> ScoreRequest:
-        at = chosen[:, 1:].flatten().nonzero()[:, 0]
-        return ScoreRequest(
-            at,
-            input_ids[:, 1:].flatten()[at],
-            token_weights,
-            self._transform,
-            self.float32_head,
-            sums,
-            self.tile_bytes,
-        )
+        if self.fused and is_linear(unwrap(self.model).get_output_embeddings()):
+            request = ScoreRequest(self, micro, token_weights, sums)
+            more = micro.image_arguments(request.input_ids)
+            if micro.prompts is not None:
+                more["position_ids"] = micro.prompts.positions(request.input_ids)
+            scores: TokenScores = model(input_ids=request.input_ids, gvpo=request, **more)
+        else:
+            scores = self._from_logits(model, micro, token_weights)
+        if scores.nll is None or micro.routing is None:
+            return scores
+        return scores._replace(nll=scores.nll + micro.routing.loss.to(scores.nll))
 
     def _from_logits(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        lengths: Tensor,
-        chosen: Tensor,
-        token_weights: Tensor | None,
-        routing: Routing | None,
-        images: RowImages | None,
+        self, model: nn.Module, micro: MicroBatch, token_weights: Float[Tensor, "tokens"] | None
     ) -> TokenScores:
-        options: dict[str, Any] = self._options | ({} if images is None else images(input_ids))
-        if routing is not None:
+        ids, chosen = micro.input_ids, micro.chosen[:, 1:]
+        options: dict[str, Any] = self._options | micro.image_arguments(ids)
+        if micro.routing is not None:
             options["output_router_logits"] = True
-        output = model(input_ids=input_ids, attention_mask=_mask(input_ids, lengths), **options)
-        if routing is not None:
-            routing.see(output)
+        output = model(input_ids=ids, attention_mask=micro.attention_mask, **options)
+        if micro.routing is not None:
+            micro.routing.see(output)
         # Prompt tuning puts virtual tokens before the row.
-        logits = output.logits[:, -input_ids.shape[1] : -1][chosen[:, 1:]]
+        logits = output.logits[:, -ids.shape[1] : -1][chosen]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         all_logps = F.log_softmax(logits, dim=-1)
-        logps = all_logps.gather(1, input_ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
+        logps = all_logps.gather(1, ids[:, 1:][chosen][:, None])[:, 0]
         if token_weights is None:
             return TokenScores(None, logps, None)
         entropy = -(all_logps.exp() * all_logps).detach().sum(-1)
-        scores = TokenScores(-(logps * token_weights.to(logps)).sum(), logps.detach(), entropy)
-        return scores if routing is None else _with_loss(scores, routing)
+        return TokenScores(-(logps * token_weights.to(logps)).sum(), logps.detach(), entropy)
 
     @torch.no_grad()
-    def check(
-        self,
-        model: nn.Module,
-        input_ids: Int[Tensor, "rows length"],
-        lengths: Int[Tensor, "rows"],
-        agree: Callable[[bool], bool] = bool,
-    ) -> None:
+    def check(self, model: nn.Module, batch: GroupBatch, agree: Callable[[bool], bool]) -> None:
         """Decide `fused`, and refuse a model whose scores are not a function of weights and tokens alone.
 
-        Ranks that score together call it together; `agree` says whether something holds on all of them.
+        Warns if the fused head is not used. Ranks that score together call it together; `agree` says whether
+        something holds on all of them.
 
         Raises:
             InputError: scores are random even in evaluation mode, or depend on what pads a row.
         """
-        self.checked = True
         size = min(PROBE_TOKENS, positions(unwrap(self.model)))
-        probe = self.probe = Probe.of(input_ids, lengths, size)
+        probe = self.probe = _probe(batch, size)
         wide = next(self.model.parameters()).dtype.itemsize >= 4
-        tolerance = 2e-3 if wide and not torch.is_autocast_enabled(input_ids.device.type) else 0.05
+        tolerance = 2e-3 if wide and not torch.is_autocast_enabled(probe.chosen.device.type) else 0.05
         differs = ""
         if self.fused is None:
             differs = self._differs(model, probe, tolerance, agree)
             self.fused = not differs
 
-        first, second = (self(model, *probe).logps for _ in range(2))
+        first, second = (self(model, probe).logps for _ in range(2))
         error = apart(first, second)
         if not agree(error <= tolerance):
-            name = random_module(model, lambda: self(model, *probe))
+            name = random_module(model, lambda: self(model, probe))
             raise InputError(
                 f"The model scores a row differently at each try, even in evaluation mode ({error:.2g} nats "
                 f"a token apart): {name} is random; take its noise out, so that the weights alone decide."
             )
-        whole, beginning = first.split([int(n) - 1 for n in probe[1]])
+        whole, beginning = first.split([int(n) - 1 for n in probe.lengths])
         error = apart(whole[: len(beginning)], beginning)
         if not agree(error <= tolerance):
             raise InputError(
@@ -294,7 +251,7 @@ class TokenScorer:
             )
 
     def _differs(
-        self, model: nn.Module, probe: Probe, tolerance: float, agree: Callable[[bool], bool]
+        self, model: nn.Module, probe: MicroBatch, tolerance: float, agree: Callable[[bool], bool]
     ) -> str:
         """Why the fused head does not give the model's log-probabilities; "" where it does."""
         base, why = unwrap(self.model), ""
@@ -316,66 +273,54 @@ class TokenScorer:
         return ""
 
     def _compare_heads(
-        self, model: nn.Module, probe: Probe, _: Tensor | None, tolerance: float
+        self, model: nn.Module, probe: MicroBatch, _: Tensor | None, tolerance: float
     ) -> tuple[Float[Tensor, "tokens"], str]:
         """The model's own log-probs of the probe; and why its head is not the fused one ("" if it is).
 
         Both get the same hidden states, and logits of the whole vocabulary are compared.
         """
-        ids, lengths, chosen = probe
+        ids, chosen = probe.input_ids, probe.chosen[:, 1:]
         head = unwrap(self.model).get_output_embeddings()
         with probed(head, precise=not isinstance(model, FSDPModule)) as linear:
-            logits = model(input_ids=ids, attention_mask=_mask(ids, lengths), **self._options).logits
+            logits = model(input_ids=ids, attention_mask=probe.attention_mask, **self._options).logits
         (z,) = linear
         exact = torch.promote_types(z.dtype, torch.float32)
         rounding = 1e-4 if z.dtype == exact else 2**-6
         theirs = (logits.to(exact) / self.temperature).log_softmax(-1)
         # Where the hidden states are not finite there is nothing to compare: the step says so.
         comparable = z.isfinite().all(-1)
-        ours = self._transform(z.to(exact))[0].log_softmax(-1)
+        ours = self.transform(z.to(exact))[0].log_softmax(-1)
         error = (ours - theirs)[comparable].abs()
-        own = theirs[: len(ids), :-1][chosen[:, 1:]].gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
+        own = theirs[: len(ids), :-1][chosen].gather(1, ids[:, 1:][chosen][:, None])[:, 0]
         if bool((error <= rounding * (1 + ours[comparable].abs().amax(-1, keepdim=True))).all()):
             return own, ""
         return own, f"log-probabilities differ by up to {float(error.max()):.2g} nats"
 
     def _compare_hidden(
-        self, model: nn.Module, probe: Probe, own: Tensor | None, tolerance: float
+        self, model: nn.Module, probe: MicroBatch, own: Tensor | None, tolerance: float
     ) -> tuple[Float[Tensor, "tokens"], str]:
         """Whether `base_model` gives the hidden states that the model's own logits were made of."""
         assert own is not None
-        request = replace(self._request(probe.input_ids, probe.chosen), float32_head=True)
-        got = model(input_ids=probe.input_ids[:, :-1], gvpo=request).logps
+        request = ScoreRequest(self, probe)
+        request.float32_head = True
+        got = model(input_ids=request.input_ids, gvpo=request).logps
         if (error := apart(own, got)) <= tolerance:
             return own, ""
         return own, f"base_model's hidden states are others: {error:.2g} nats a token apart"
 
 
-class Probe(NamedTuple):
-    """Tokens that a model is checked with: the beginning of a row, and half of it with other padding."""
-
-    input_ids: Int[Tensor, "2 length"]
-    lengths: Int[Tensor, "2"]
-    chosen: Bool[Tensor, "2 length"]
-
-    @classmethod
-    def of(cls, input_ids: Int[Tensor, "rows length"], lengths: Int[Tensor, "rows"], size: int) -> Probe:
-        """From the longest row, repeated where it is short: any tokens will do, so there always are some."""
-        longest = input_ids[int(lengths.argmax()), : max(1, int(lengths.max()))]
-        whole, half = longest.repeat(-(-size // len(longest)))[:size], size // 2
-        ids = torch.stack([whole, torch.cat([whole[:half], whole[half:].flip(0)])])
-        ends = torch.tensor([size, half], device=ids.device)
-        at = torch.arange(size, device=ids.device)
-        return cls(ids, ends, (at > 0) & (at < ends[:, None]))
-
-
-def _with_loss(scores: TokenScores, routing: Routing) -> TokenScores:
-    nll = scores.nll
-    return scores if nll is None else scores._replace(nll=nll + routing.loss.to(nll))
-
-
-def _mask(input_ids: Tensor, lengths: Tensor) -> Int[Tensor, "rows length"]:
-    return (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
+def _probe(batch: GroupBatch, size: int) -> MicroBatch:
+    """The beginning of the longest row, and half of it with other padding."""
+    ids = batch.input_ids
+    longest = ids.new_zeros(1)
+    if ids.numel():
+        longest = ids[int(batch.lengths.argmax()), : max(1, int(batch.lengths.max()))]
+    # Repeated where it is short: any tokens will do, so there always are some.
+    whole, half = longest.repeat(-(-size // len(longest)))[:size], size // 2
+    ids = torch.stack([whole, torch.cat([whole[:half], whole[half:].flip(0)])])
+    lengths, at = torch.tensor([size, half], device=ids.device), torch.arange(size, device=ids.device)
+    chosen = (at > 0) & (at < lengths[:, None])
+    return MicroBatch([0, 1], ids, lengths, chosen, *chosen.nonzero().unbind(1))
 
 
 def positions(model: Any) -> int:

@@ -14,8 +14,9 @@ through the prompts' own graph, in one backward.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -62,27 +63,26 @@ class PromptCache:
     def shared_prompts(self) -> PromptCache:
         return self
 
-    def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-        # Recomputed by gradient checkpointing, keys must stay those that the completions saw.
-        self.kept.setdefault(_index(layer), (k, v))
-        window = _window(layer, kwargs)
-        mask = None
-        implementation = self.original
-        if self.blocks is not None:
-            mask = _mask(q, q.new_zeros(len(q), dtype=torch.long), 0, window, self.blocks)
-            implementation = "eager" if self.original == "eager" else "sdpa"
-        elif self.original == "eager" or (window is not None and window < q.shape[2]):
-            mask = _mask(q, q.new_zeros(len(q), dtype=torch.long), 0, window)
-        return _own_attention(layer, implementation)(layer, q, k, v, mask, **kwargs)[0]
+    @property
+    def masking(self) -> str:
+        """The attention implementation for masks of any kind."""
+        return "eager" if self.original == "eager" else "sdpa"
 
-    def see(self, output: Any) -> None:
-        if self.routing is not None:
-            self.routing.see(output)
+    def attend(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        # Recomputed by gradient checkpointing, keys must stay those that the completions saw.
+        self.kept.setdefault(layer.layer_idx, (k, v))
+        window, mask = _window(layer, kwargs), None
+        narrow = window is not None and window < q.shape[2]
+        if self.blocks is not None or narrow or self.original == "eager":
+            mask = _mask(q, q.new_zeros(len(q), dtype=torch.long), 0, window, self.blocks)
+        implementation = self.original if self.blocks is None else self.masking
+        return _own_attention(implementation, layer, q, k, v, mask, **kwargs)
+
+    def score(self, output: Any, head: nn.Module) -> Tensor:
         shifts = getattr(output, "rope_deltas", None)
         if self.images is not None and shifts is not None:  # without images it is that of an earlier call
             self.shifts = shifts.flatten().tolist()
-
-    def score(self, hidden: Tensor, head: nn.Module) -> Tensor:
+        hidden: Tensor = output.last_hidden_state
         return hidden
 
     def read(
@@ -100,11 +100,6 @@ class PromptCache:
         self.gradients.clear()
         self.hidden = self.routing = self.images = self.blocks = None
 
-    def keys_and_values(self, layer: int, last: bool) -> tuple[Tensor, Tensor]:
-        """With their graph for the last micro-batch, else without."""
-        keys, values = self.kept[layer]
-        return (keys, values) if last else (keys.detach(), values.detach())
-
     def summed(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where the gradients of a layer's keys and values add up: float32 or wider."""
         if layer not in self.gradients:
@@ -114,6 +109,7 @@ class PromptCache:
         return self.gradients[layer]
 
     def handed_over(self, layer: int, last: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of a layer, of which the prompts' graph is to make gradients in the last micro-batch."""
         if not last:
             return None, None
         (k, v), (of_k, of_v) = self.kept[layer], self.summed(layer)
@@ -134,13 +130,11 @@ class Continuation:
         self.cache, self.prompt_of, self.last = cache, prompt_of, last
         self.runs: list[tuple[int, int, int]] = []  # rows from, to, and their prompt
         self._copied: dict[int | None, tuple[Tensor, int, Tensor]] = {}
-        for row, prompt in enumerate(self.prompt_of):
-            if prompt is None:
-                continue
-            if self.runs and self.runs[-1][1:] == (row, prompt):
-                self.runs[-1] = (self.runs[-1][0], row + 1, prompt)
-            else:
-                self.runs.append((row, row + 1, prompt))
+        end = 0
+        for prompt, same in groupby(prompt_of):
+            start, end = end, end + len(list(same))
+            if prompt is not None:
+                self.runs.append((start, end, prompt))
 
     def lengths(self, device: torch.device) -> Int[Tensor, "rows"]:
         return torch.tensor(
@@ -153,10 +147,11 @@ class Continuation:
         begin = self.lengths(device) + torch.tensor(shifts, device=device)
         return begin[:, None] + torch.arange(input_ids.shape[1], device=device)
 
-    def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-        index = _index(layer)
-        keys, values = self.cache.keys_and_values(index, self.last)
-        window = _window(layer, kwargs)
+    def attend(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        index, window = layer.layer_idx, _window(layer, kwargs)
+        keys, values = self.cache.kept[index]
+        if not self.last:  # only the last micro-batch goes on through their graph
+            keys, values = keys.detach(), values.detach()
         plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None and not kwargs.get("dropout")
         fits = window is None or window >= max(self.cache.lengths) + q.shape[2]
         if self.cache.merged and plain and fits and q.shape[-1] == v.shape[-1]:
@@ -172,8 +167,7 @@ class Continuation:
         rows, longest, mask = self._copied[window]
         k = torch.cat([keys[rows, :, :longest], k], 2)
         v = torch.cat([values[rows, :, :longest], v], 2)
-        implementation = "eager" if self.cache.original == "eager" else "sdpa"
-        return _own_attention(layer, implementation)(layer, q, k, v, mask, **kwargs)[0]
+        return _own_attention(self.cache.masking, layer, q, k, v, mask, **kwargs)
 
 
 class _Summed(torch.autograd.Function):
@@ -216,25 +210,22 @@ def _mask(
     return torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, torch.finfo(q.dtype).min)[:, None]
 
 
-def _index(layer: Any) -> int:
-    return int(layer.layer_idx)
-
-
 def _window(layer: Any, kwargs: dict[str, Any]) -> int | None:
     window = kwargs.get("sliding_window")
     kinds = getattr(layer.config, "layer_types", None)
-    if window is None and kinds is not None and kinds[_index(layer)] == "sliding_attention":
+    if window is None and kinds is not None and kinds[layer.layer_idx] == "sliding_attention":
         window = layer.config.sliding_window
     return window
 
 
-def _own_attention(layer: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention that the model would have called."""
-    eager = implementation == "eager"
-    own: Callable[..., tuple[Tensor, Any]] = (
-        sys.modules[type(layer).__module__].eager_attention_forward if eager else _registry()[implementation]
-    )
-    return own
+def _own_attention(implementation: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """What the model would have called."""
+    if implementation == "eager":
+        attention = sys.modules[type(layer).__module__].eager_attention_forward
+    else:
+        attention = _registry()[implementation]
+    out: Tensor = attention(layer, *args, **kwargs)[0]
+    return out
 
 
 def _attention(
