@@ -10,9 +10,9 @@ Four parts, the first three on the task of `sequences.py`, on-policy unless said
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +20,35 @@ import torch
 from torch import Tensor
 
 from experiments import lengths
-from experiments.comparison import Arm, Interval, Record, Scale, Setting, grid, summarise
-from experiments.exact import Dice, Problem, from_reference, train
-from experiments.losses import GVPO, Loss, RejectionSampling
-from experiments.opponents import GRPO
+from experiments.comparison import (
+    Arm,
+    Interval,
+    Record,
+    Scale,
+    Setting,
+    grid,
+    named,
+    of_part,
+    summarise,
+    under,
+)
+from experiments.exact import Dice, Problem, train
+from experiments.losses import GVPO, RejectionSampling
+from experiments.offline import pretrain
+from experiments.opponents import CorrectedGRPO, DrGRPO
 from experiments.relatives.losses import AStarPO, MirrorDescent, SharedGVPO, SmoothedGVPO, log_ratio
 from experiments.report import COLOURS, by_condition, save
 from experiments.responses import Responses
-from experiments.sequences import REWARDS, SequencePolicies, pretrained
+from experiments.sequences import REWARDS, run_arm
 from gvpo.run import new_figure
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-BETA, ROWS, STEPS, CLIP = 0.3, 64, 300, 1.0
+BETA, ROWS, STEPS = 0.3, 64, 300
 KS = (2, 4, 8, 16, 32)
 RIGHT = (REWARDS == 1).float()
 RATES = (5e-3, 2e-2)
-
-Start = tuple[SequencePolicies, SequencePolicies]  # references, other models; one a seed
 
 
 def arms(part: str, scale: Scale) -> list[Arm]:
@@ -49,54 +59,40 @@ def arms(part: str, scale: Scale) -> list[Arm]:
         return every[:1] if scale.quick else every
 
     if part == "k":
+        smoothed = partial(SmoothedGVPO, beta=BETA, rate=0.1)
         return [
-            Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), settings()),
-            Arm("shared", "one mean a prompt", lambda: SharedGVPO(beta=BETA), settings()),
-            Arm("smoothed", "smoothed mean", _smoothed(4), settings()),
-            Arm("running", "running mean alone", _smoothed(1e9), settings()),
-            Arm("astar", "V̂* of 8 answers of the reference", lambda: AStarPO(beta=BETA), settings()),
-            Arm("kimi", "OPMD, mean R", lambda: MirrorDescent(beta=BETA), settings()),
+            Arm("gvpo", "GVPO", partial(GVPO, beta=BETA), settings()),
+            Arm("shared", "one mean a prompt", partial(SharedGVPO, beta=BETA), settings()),
+            Arm("smoothed", "smoothed mean", partial(smoothed, strength=4), settings()),
+            Arm("running", "running mean alone", partial(smoothed, strength=1e9), settings()),
+            Arm("astar", "V̂* of 8 answers of the reference", partial(AStarPO, beta=BETA), settings()),
+            Arm("kimi", "OPMD, mean R", partial(MirrorDescent, beta=BETA), settings()),
         ]
     if part == "noise":
+        four = (1e-3, 2e-3, *RATES)
         return [
-            Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), settings(beta=(0.1, 0.3))),
-            Arm("grpo_k3", "GRPO + corrected k3", _grpo, settings(kl=(0.1, 0.03))),
-            Arm("dr_grpo", "Dr. GRPO", _dr_grpo, settings(kl=(0.03, 0.0))),
-            Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), settings((1e-3, 2e-3, *RATES))),
-        ]  # fmt: skip
+            Arm("gvpo", "GVPO", GVPO, settings(beta=(0.1, 0.3))),
+            Arm("grpo_k3", "GRPO + corrected k3", CorrectedGRPO, settings(kl=(0.1, 0.03))),
+            Arm("dr_grpo", "Dr. GRPO", DrGRPO, settings(kl=(0.03, 0.0))),
+            Arm("rft", "rejection-sampling SFT", RejectionSampling, settings(four)),
+        ]
     if part == "length":
         betas = (0.1, 0.3)
         return [
-            Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), settings(beta=betas)),
-            Arm("per_token", "GVPO, βℓ a token", lambda beta: PerToken(beta=beta), settings(beta=betas)),
-            Arm("grpo", "GRPO, mean a response", lambda beta: _grpo(beta), settings(beta=betas)),
-            Arm("dr_grpo", "Dr. GRPO", lambda beta: _dr_grpo(beta), settings(beta=betas)),
-        ]  # fmt: skip
-    return [  # β is given by the condition
-        Arm(
-            name,
-            label,
-            lambda beta, first=first, share=share: Scheduled(first, beta, share * _steps(scale)),
-            settings(),
-        )
-        for name, label, first, share in (
-            ("constant", "β from the beginning", None, 1.0),
-            ("half", "from 1, there at half the updates", 1.0, 0.5),
-            ("whole", "from 1, there at the end", 1.0, 1.0),
-        )
+            Arm("gvpo", "GVPO", GVPO, settings(beta=betas)),
+            Arm("per_token", "GVPO, βℓ a token", PerToken, settings(beta=betas)),
+            Arm("grpo", "GRPO, mean a response", lambda beta: CorrectedGRPO(kl=beta), settings(beta=betas)),
+            Arm("dr_grpo", "Dr. GRPO", lambda beta: DrGRPO(kl=beta), settings(beta=betas)),
+        ]
+    shapes = [
+        ("constant", "β from the beginning", None, 1.0),
+        ("half", "from 1, there at half the updates", 1.0, 0.5),
+        ("whole", "from 1, there at the end", 1.0, 1.0),
     ]
-
-
-def _grpo(kl: float) -> Loss:
-    return GRPO(kl=kl, corrected=True)
-
-
-def _dr_grpo(kl: float) -> Loss:
-    return GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo")
-
-
-def _smoothed(strength: float) -> Callable[[], Loss]:
-    return lambda: SmoothedGVPO(beta=BETA, rate=0.1, strength=strength)
+    return [  # β is given by the condition
+        Arm(name, label, partial(Scheduled, first, updates=share * _steps(scale)), settings())
+        for name, label, first, share in shapes
+    ]
 
 
 class PerToken:
@@ -143,96 +139,41 @@ def jobs(scale: Scale) -> list[str]:
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One arm of one part, under all its conditions."""
     part, _, arm_name = name.partition(": ")
-    arm = next(a for a in arms(part, scale) if a.name == arm_name)
-    records = {"k": _k, "noise": _noise, "schedule": _schedule, "length": _length}[part](arm, scale)
-    return [replace(record, condition=f"{part}: {record.condition}") for record in records]
+    run = {"k": _k, "noise": _noise, "schedule": _schedule, "length": _length}[part]
+    return under(part, run(named(arms(part, scale), arm_name), scale))
 
 
-@functools.cache
-def pretrain(scale: Scale) -> Start:
-    """As in `offline.py`."""
-    others = [seed + 5000 for seed in scale.all_seeds]
-    return pretrained(scale.all_seeds, skew=-0.5, noise=0.5), pretrained(others, skew=0.7, noise=0.5)
+def _run(arm: Arm, scale: Scale, condition: str, *, beta: float = BETA, **others: Any) -> list[Record]:
+    references = pretrain(scale.all_seeds)[0]
+    return run_arm(arm, scale, references, condition, steps=_steps(scale), beta=beta, **others)
 
 
 def _k(arm: Arm, scale: Scale) -> list[Record]:
-    starts = pretrain(scale)
     records = []
     for k in KS:
         for which in SAMPLERS[: 2 if k in (2, 8, 32) else 1]:
-            sampler = None if which == "on-policy" else starts[1]
-            records += _run(
-                arm,
-                scale,
-                starts[0],
-                f"{which}, k {k}",
-                k=k,
-                groups=ROWS // k,
-                sampler=sampler,
-                reference_n=8,
-            )
+            sampler = None if which == "on-policy" else pretrain(scale.all_seeds)[1]
+            condition, groups = f"{which}, k {k}", ROWS // k
+            records += _run(arm, scale, condition, k=k, groups=groups, sampler=sampler, reference_n=8)
     return records
 
 
 def _noise(arm: Arm, scale: Scale) -> list[Record]:
-    references = pretrain(scale)[0]
     records = []
     for condition, (share, always) in NOISE.items():
         flips = torch.full((len(scale.all_seeds), *RIGHT.shape), share)
         if always:
             chance = Dice([seed + 31 for seed in scale.all_seeds]).throw(*RIGHT.shape)
             flips = (chance < share).float()
-        records += _run(arm, scale, references, condition, k=8, groups=16, rewards=RIGHT, flips=flips)
+        records += _run(arm, scale, condition, k=8, groups=16, rewards=RIGHT, flips=flips)
     return records
 
 
 def _schedule(arm: Arm, scale: Scale) -> list[Record]:
-    references = pretrain(scale)[0]
     records = []
     for beta in SCHEDULED:
-        given = replace(arm, loss=lambda beta=beta: arm.loss(beta))
-        records += _run(given, scale, references, f"β {beta:g}", k=8, groups=32, beta=beta)
-    return records
-
-
-def _run(
-    arm: Arm,
-    scale: Scale,
-    references: SequencePolicies,
-    condition: str,
-    *,
-    k: int,
-    groups: int,
-    beta: float = BETA,
-    rewards: Float[Tensor, "prompts responses"] = REWARDS,
-    flips: Float[Tensor, "seeds prompts responses"] | None = None,
-    sampler: SequencePolicies | None = None,
-    reference_n: int = 0,
-) -> list[Record]:
-    """All settings and seeds of an arm under one condition; samples are the policy's or `sampler`'s."""
-    records = []
-    for setting, rates in arm.by_loss():
-        runs = [(seed, rate) for seed in scale.all_seeds for rate in rates]
-        row = [scale.all_seeds.index(seed) for seed, _ in runs]
-        seeds, lrs = [seed for seed, _ in runs], torch.tensor([rate for _, rate in runs])
-        reference = references.table().detach()[row]
-        problem = Problem(rewards.expand(len(runs), -1, -1), reference, seeds, lrs, beta)
-        problem.flips = None if flips is None else flips[row]
-        if reference_n:
-            problem.reference_rewards = from_reference(problem, reference_n)
-        fixed = None if sampler is None else sampler.table().detach()[row].sum(-1)
-
-        def source(table: Tensor, fixed: Tensor | None = fixed) -> Tensor:
-            return table.sum(-1) if fixed is None else fixed
-
-        loss, steps = arm.loss(**setting), _steps(scale)
-        found = train(
-            references.copies(row), problem, source, loss, steps=steps, groups=groups, k=k, clip=CLIP
-        )
-        records += [
-            Record(arm.name, condition, {"lr": rate, **setting}, seed, metrics)
-            for (seed, rate), metrics in zip(runs, found[steps], strict=True)
-        ]
+        given = replace(arm, loss=partial(arm.loss, beta))
+        records += _run(given, scale, f"β {beta:g}", k=8, groups=32, beta=beta)
     return records
 
 
@@ -250,8 +191,8 @@ def _length(arm: Arm, scale: Scale) -> list[Record]:
         problem.mask = lengths.MASK
         steps = _steps(scale)
         found = train(
-            policies, problem, lambda table: table.sum(-1), arm.loss(setting["beta"]),
-            steps=steps, groups=16, k=8, clip=CLIP,
+            policies, problem, lambda table: table.sum(-1), arm.loss(beta=setting["beta"]),
+            steps=steps, groups=16, k=8, clip=1.0,
         )[steps]  # fmt: skip
         with torch.no_grad():
             mean = [
@@ -290,12 +231,7 @@ _METRIC = {
 
 def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
     def rows(part: str, head: str) -> list[dict[str, Any]]:
-        start = f"{part}: {head}"
-        mine = [
-            replace(r, condition=r.condition.removeprefix(start))
-            for r in records
-            if r.condition.startswith(start)
-        ]
+        mine = of_part(f"{part}: {head}", records)
         return summarise(arms(part, scale), mine, PARTS[part], highest=part == "noise")
 
     return {
@@ -308,7 +244,7 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
 
 def _start(scale: Scale) -> dict[str, Any]:
     """Expected reward of the reference for rewards of 0 or 1, and mean lengths."""
-    p = pretrain(scale)[0].table().detach().sum(-1).exp()[1:]
+    p = pretrain(scale.all_seeds)[0].table().detach().sum(-1).exp()[1:]
     q = lengths.LengthPolicies(scale.seeds).table().detach().sum(-1).exp()
     return {
         "right": vars(Interval.of((p * RIGHT).sum(-1).mean(-1).tolist())),

@@ -75,23 +75,10 @@ def language(
     rates: Annotated[str, typer.Option(help="Learning rates to choose from, comma between.")] = "",
 ) -> None:
     """A real language model: GVPO beside TRL's trainers, reward against KL and diversity."""
+    given = locals()
     from experiments.language.command import main
 
-    main(
-        model,
-        output,
-        device,
-        jobs,
-        minutes,
-        seeds,
-        updates,
-        rows,
-        samples,
-        start_rounds,
-        tasks,
-        methods,
-        rates,
-    )
+    main(**given)
 
 
 @lab.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.losses import Loss
@@ -41,6 +41,10 @@ class Scale:
     @property
     def all_seeds(self) -> tuple[int, ...]:
         return (TUNING_SEED, *self.seeds)
+
+    def cut(self, *values: float) -> tuple[float, ...]:
+        """The first of these alone in a quick run."""
+        return values[:1] if self.quick else values
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,33 @@ class Record:
     setting: Setting
     seed: int
     metrics: Mapping[str, float]
+
+
+def named(arms: Sequence[Arm], name: str) -> Arm:
+    return next(arm for arm in arms if arm.name == name)
+
+
+def tune_and_report(
+    arm: Arm, scale: Scale, metric: str, run: Callable[[Setting, int], Record]
+) -> list[Record]:
+    """All settings on the tuning seed, then the one of the highest `metric` on the others."""
+    tuned = [run(setting, TUNING_SEED) for setting in arm.grid]
+    best = max(tuned, key=lambda record: record.metrics[metric]).setting
+    return tuned + [run(best, seed) for seed in scale.seeds]
+
+
+def under(part: str, records: Iterable[Record]) -> list[Record]:
+    """The records of a part of an experiment, their conditions marked by its name."""
+    return [replace(record, condition=f"{part}: {record.condition}") for record in records]
+
+
+def of_part(mark: str, records: Iterable[Record]) -> list[Record]:
+    """Those whose condition begins with `mark`, without it."""
+    return [
+        replace(record, condition=record.condition.removeprefix(mark))
+        for record in records
+        if record.condition.startswith(mark)
+    ]
 
 
 @dataclass(frozen=True)

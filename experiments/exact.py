@@ -111,13 +111,8 @@ def draw(
     uniform: Float[Tensor, "runs groups k"],
 ) -> Int[Tensor, "runs groups k"]:
     """Responses to `prompts`, of the distribution with log-probabilities `sampler`."""
-    cumulative = sampler.double().exp().cumsum(-1)
-    if cumulative.shape[1] > 1:
-        cumulative = torch.stack([c[x] for c, x in zip(cumulative, prompts, strict=True)])
-    else:
-        cumulative = cumulative.expand(-1, prompts.shape[1], -1)
-    total = cumulative[..., -1:]
-    found = torch.searchsorted(cumulative.contiguous(), uniform.double() * total, right=True)
+    cumulative = sampler.double().exp().cumsum(-1)[torch.arange(len(prompts))[:, None], prompts]
+    found = torch.searchsorted(cumulative, uniform.double() * cumulative[..., -1:], right=True)
     return found.clamp(max=cumulative.shape[-1] - 1)
 
 

@@ -10,15 +10,16 @@ N answers of the initial policy to each prompt.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments import addition
-from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, grid, summarise
+from experiments.comparison import Arm, Record, Scale, Setting, grid, named, summarise, tune_and_report
 from experiments.losses import GVPO, RejectionSampling, RewardWeighted
-from experiments.opponents import DPO, GRPO, RLOO
+from experiments.opponents import DPO, GRPO, GSPO, RLOO, CorrectedGRPO
 from experiments.relatives.losses import QRPO, REBEL, TBRM, AStarPO, MirrorDescent
 from experiments.report import by_metric, dots, save
 from gvpo.run import new_figure
@@ -30,55 +31,27 @@ CONDITION = "other model"
 
 def arms(scale: Scale) -> list[Arm]:
     """Twelve settings each (one in a quick run)."""
-
-    def cut(*values: float) -> tuple[float, ...]:
-        return values[:1] if scale.quick else values
-
+    cut = scale.cut
     rates, betas, costs = cut(6e-4, 1.5e-4, 3e-4, 1.2e-3), cut(0.2, 0.1, 0.4), cut(0.1, 0.01, 0.03)
     twelve = cut(3e-4, 3e-5, 6e-5, 1e-4, 1.5e-4, 2e-4, 4.5e-4, 6e-4, 9e-4, 1.2e-3, 2e-3, 3e-3)
-
+    log_mean_exp = partial(MirrorDescent, normaliser="log-mean-exp")
     return [
-        Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), grid(rates, beta=betas)),
-        Arm("grpo", "GRPO", lambda: GRPO(), grid(twelve)),
-        Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(rates, kl=costs)),
-        Arm(
-            "grpo_k3_corrected",
-            "GRPO + corrected k3",
-            lambda kl: GRPO(kl=kl, corrected=True),
-            grid(rates, kl=costs),
-        ),
-        Arm(
-            "grpo_k3_is",
-            "GRPO + k3, knows μ",
-            lambda kl: GRPO(kl=kl, corrected=True, cap=2),
-            grid(rates, kl=costs),
-        ),
-        Arm(
-            "gspo_k3",
-            "GSPO + k3",
-            lambda kl: GRPO(kl=kl, level="sequence"),
-            grid(rates, kl=costs),
-        ),
-        Arm(
-            "rloo_is",
-            "RLOO + KL, knows μ",
-            lambda beta: RLOO(kl=beta, cap=2),
-            grid(rates, beta=betas),
-        ),
-        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(rates, beta=cut(0.3, 1.0, 3.0))),
-        Arm("rwr", "reward-weighted SFT", lambda beta: RewardWeighted(beta=beta), grid(rates, beta=betas)),
-        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(twelve)),
-        Arm("rebel", "REBEL", lambda beta: REBEL(beta=beta), grid(rates, beta=betas)),
-        Arm("kimi", "OPMD, mean R", lambda beta: MirrorDescent(beta=beta), grid(rates, beta=betas)),
-        Arm(
-            "kimi_z",
-            "OPMD, log-mean-exp",
-            lambda beta: MirrorDescent(beta=beta, normaliser="log-mean-exp"),
-            grid(rates, beta=betas),
-        ),
-        Arm("astar", "A*-PO, SPO", lambda beta: AStarPO(beta=beta, n=N), grid(rates, beta=betas)),
-        Arm("qrpo", "QRPO", lambda beta: QRPO(beta=beta, n=N), grid(rates, beta=betas)),
-        Arm("tbrm", "TBRM", lambda beta: TBRM(beta=beta), grid(rates, beta=betas)),
+        Arm("gvpo", "GVPO", GVPO, grid(rates, beta=betas)),
+        Arm("grpo", "GRPO", GRPO, grid(twelve)),
+        Arm("grpo_k3", "GRPO + k3", GRPO, grid(rates, kl=costs)),
+        Arm("grpo_k3_corrected", "GRPO + corrected k3", CorrectedGRPO, grid(rates, kl=costs)),
+        Arm("grpo_k3_is", "GRPO + k3, knows μ", partial(CorrectedGRPO, cap=2), grid(rates, kl=costs)),
+        Arm("gspo_k3", "GSPO + k3", GSPO, grid(rates, kl=costs)),
+        Arm("rloo_is", "RLOO + KL, knows μ", lambda beta: RLOO(kl=beta, cap=2), grid(rates, beta=betas)),
+        Arm("dpo", "DPO", DPO, grid(rates, beta=cut(0.3, 1.0, 3.0))),
+        Arm("rwr", "reward-weighted SFT", RewardWeighted, grid(rates, beta=betas)),
+        Arm("rft", "rejection-sampling SFT", RejectionSampling, grid(twelve)),
+        Arm("rebel", "REBEL", REBEL, grid(rates, beta=betas)),
+        Arm("kimi", "OPMD, mean R", MirrorDescent, grid(rates, beta=betas)),
+        Arm("kimi_z", "OPMD, log-mean-exp", log_mean_exp, grid(rates, beta=betas)),
+        Arm("astar", "A*-PO, SPO", partial(AStarPO, n=N), grid(rates, beta=betas)),
+        Arm("qrpo", "QRPO", partial(QRPO, n=N), grid(rates, beta=betas)),
+        Arm("tbrm", "TBRM", TBRM, grid(rates, beta=betas)),
     ]
 
 
@@ -100,10 +73,8 @@ def prepare(scale: Scale, directory: Path) -> None:
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm: its settings on the tuning seed, then the best of them on the others."""
-    arm = next(a for a in arms(scale) if a.name == name)
-    tuned = [_run(arm, setting, TUNING_SEED, scale, directory) for setting in arm.grid]
-    best = max(tuned, key=lambda record: record.metrics[METRIC]).setting
-    return tuned + [_run(arm, best, seed, scale, directory) for seed in scale.seeds]
+    arm = named(arms(scale), name)
+    return tune_and_report(arm, scale, METRIC, lambda *run: _run(arm, *run, scale, directory))
 
 
 def steps(scale: Scale) -> int:

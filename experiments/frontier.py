@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.comparison import Arm, Interval, Record, Scale, grid, summarise
-from experiments.exact import Problem, train
+from experiments.comparison import Arm, Interval, Record, Scale, grid, named, summarise
 from experiments.losses import GVPO, Loss
-from experiments.opponents import GRPO, RLOO
+from experiments.opponents import GRPO, RLOO, CorrectedGRPO, DrGRPO
 from experiments.report import COLOURS, by_metric, save
-from experiments.sequences import REWARDS, pretrained
+from experiments.sequences import REWARDS, pretrained, run_arm
 from gvpo.run import new_figure
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ FAMILIES: dict[str, tuple[str, str, tuple[float, ...], Callable[[float], Loss]]]
         "GRPO + corrected k3",
         "KL coefficient",
         (0.02, 0.06, 0.2, 0.6, 1.5),
-        lambda s: GRPO(kl=s, corrected=True),
+        lambda s: CorrectedGRPO(kl=s),
     ),
     "dr_grpo_k3_corrected": (
         "Dr. GRPO + corrected k3",
         "KL coefficient",
         (0.015, 0.03, 0.07, 0.15, 0.3),
-        lambda s: GRPO(kl=s, corrected=True, standardise=False, loss_type="dr_grpo"),
+        lambda s: DrGRPO(kl=s),
     ),
 }
 
@@ -64,38 +64,26 @@ def jobs(scale: Scale) -> list[str]:
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm at all its strengths."""
-    arm = next(a for a in arms(scale) if a.name == name)
     references = pretrained(scale.all_seeds, skew=-0.5, noise=0.5)
-    tables = references.table().detach()
-    frontiers = [Frontier(table.sum(-1)) for table in tables]
-    steps = 100 if scale.quick else 300
+    frontiers = {
+        seed: Frontier(table.sum(-1))
+        for seed, table in zip(scale.all_seeds, references.table().detach(), strict=True)
+    }
+    # What runs are measured against is the whole frontier, not the optimum of one β.
+    found = run_arm(
+        named(arms(scale), name), scale, references, "", steps=steps(scale), groups=GROUPS, k=K, beta=1.0
+    )
     records = []
-    for setting, rates in arm.by_loss():
-        runs = [(seed, lr) for seed in scale.all_seeds for lr in rates]
-        row = [scale.all_seeds.index(seed) for seed, _ in runs]
-        problem = Problem(
-            REWARDS.expand(len(runs), -1, -1),
-            tables[row],
-            [seed for seed, _ in runs],
-            torch.tensor([lr for _, lr in runs]),
-            beta=1.0,  # what runs are measured against is the whole frontier
-        )
-        outcome = train(
-            references.copies(row),
-            problem,
-            lambda table: table.sum(-1),
-            arm.loss(**setting),
-            steps=steps,
-            groups=GROUPS,
-            k=K,
-            clip=1.0,
-        )[steps]
-        for (seed, lr), i, found in zip(runs, row, outcome, strict=True):
-            gap = frontiers[i].reward_at(found["kl_reference"]) - found["reward"]
-            metrics = {name: found[name] for name in ("kl_reference", "reward", "entropy")} | {METRIC: gap}
-            condition = f"{FAMILIES[name][1]} {setting['strength']:g}"
-            records.append(Record(name, condition, {"lr": lr, **setting}, seed, metrics))
+    for record in found:
+        gap = frontiers[record.seed].reward_at(record.metrics["kl_reference"]) - record.metrics["reward"]
+        kept = {key: record.metrics[key] for key in ("kl_reference", "reward", "entropy")}
+        condition = f"{FAMILIES[name][1]} {record.setting['strength']:g}"
+        records.append(replace(record, condition=condition, metrics=kept | {METRIC: gap}))
     return records
+
+
+def steps(scale: Scale) -> int:
+    return 100 if scale.quick else 300
 
 
 class Frontier:
@@ -129,7 +117,7 @@ def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, A
     return {
         "question": "How much less reward than the best policy of the same KL?",
         "metric": METRIC,
-        "problem": {"k": K, "groups": GROUPS, "steps": 100 if scale.quick else 300},
+        "problem": {"k": K, "groups": GROUPS, "steps": steps(scale)},
         "targets": _targets(frontiers),
         "binary": [binary_target(p, beta) for p in (0.01, 0.1, 0.3, 0.5) for beta in BETAS],
         "frontier": [

@@ -7,17 +7,17 @@ constant learning rate: who drifts? Each seed has its own reference policy, othe
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.comparison import Arm, Interval, Record, Scale, grid, summarise
+from experiments.comparison import Arm, Interval, Record, Scale, grid, named, summarise
 from experiments.exact import Problem, from_reference, make_log, train
 from experiments.losses import GVPO, RejectionSampling, RewardWeighted
-from experiments.opponents import DPO, GRPO, RLOO
+from experiments.opponents import DPO, GRPO, GSPO, RLOO, CorrectedGRPO, DrGRPO
 from experiments.report import COLOURS, by_condition, by_metric, dots, legend_below, save
 from experiments.sequences import REWARDS, SequencePolicies, pretrained
 from gvpo.run import new_figure
@@ -36,66 +36,30 @@ def arms(scale: Scale) -> list[Arm]:
     four: tuple[float, ...] = (3e-3,)
     if not scale.quick:
         eight, four = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2), (1e-3, 3e-3, 1e-2, 3e-2)
-
-    def pair(*values: float) -> tuple[float, ...]:
-        return values[:1] if scale.quick else values
-
+    for_dpo = (1e-3,) if scale.quick else (3e-4, 1e-3, 3e-3, 1e-2)
+    corrected, dr_grpo = "GRPO, clipped + corrected k3", "Dr. GRPO, clipped + corrected k3"
+    cut = scale.cut
     return [
-        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(eight)),
-        Arm(
-            "grpo_clip",
-            "GRPO, clipped",
-            lambda epsilon: GRPO(epsilon=epsilon),
-            grid(four, epsilon=pair(0.2, 0.5)),
-        ),
-        Arm("grpo_k3", "GRPO, clipped + k3", lambda kl: GRPO(kl=kl), grid(four, kl=pair(0.1, 0.03))),
-        Arm(
-            "grpo_k3_corrected",
-            "GRPO, clipped + corrected k3",
-            lambda kl: GRPO(kl=kl, corrected=True),
-            grid(four, kl=pair(0.1, 0.03)),
-        ),
-        Arm(
-            "dr_grpo",
-            "Dr. GRPO, clipped + corrected k3",
-            lambda kl: GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo"),
-            grid(four, kl=pair(0.03, 0.01)),
-        ),
-        Arm(
-            "gspo",
-            "GSPO",
-            lambda epsilon: GRPO(level="sequence", epsilon=epsilon),
-            grid(four, epsilon=pair(0.2, 0.5)),
-        ),
-        Arm(
-            "rloo_is",
-            "RLOO + KL, knows μ",
-            lambda cap: RLOO(kl=BETA, cap=cap),
-            grid(four, cap=pair(5, 20)),
-        ),
-        Arm(
-            "dpo",
-            "DPO",
-            lambda beta: DPO(beta=beta),
-            grid((1e-3,) if scale.quick else (3e-4, 1e-3, 3e-3, 1e-2), beta=pair(2.0, 5.0)),
-        ),
-        Arm(
-            "rwr",
-            "reward-weighted SFT",
-            lambda beta: RewardWeighted(beta=beta),
-            grid(four, beta=pair(0.3, 0.15)),
-        ),
-        Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), grid(eight)),
+        Arm("gvpo", "GVPO", partial(GVPO, beta=BETA), grid(eight)),
+        Arm("grpo_clip", "GRPO, clipped", GRPO, grid(four, epsilon=cut(0.2, 0.5))),
+        Arm("grpo_k3", "GRPO, clipped + k3", GRPO, grid(four, kl=cut(0.1, 0.03))),
+        Arm("grpo_k3_corrected", corrected, CorrectedGRPO, grid(four, kl=cut(0.1, 0.03))),
+        Arm("dr_grpo", dr_grpo, DrGRPO, grid(four, kl=cut(0.03, 0.01))),
+        Arm("gspo", "GSPO", GSPO, grid(four, epsilon=cut(0.2, 0.5))),
+        Arm("rloo_is", "RLOO + KL, knows μ", partial(RLOO, kl=BETA), grid(four, cap=cut(5, 20))),
+        Arm("dpo", "DPO", DPO, grid(for_dpo, beta=cut(2.0, 5.0))),
+        Arm("rwr", "reward-weighted SFT", RewardWeighted, grid(four, beta=cut(0.3, 0.15))),
+        Arm("rft", "rejection-sampling SFT", RejectionSampling, grid(eight)),
     ]
 
 
 # Without a choice: what 37 epochs do at a learning rate that suits the shorter run.
 DRIFTERS = (
-    Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), [{"lr": 3e-3}]),
-    Arm("grpo_clip", "GRPO, clipped", lambda: GRPO(), [{"lr": 3e-3}]),
-    Arm("grpo_free", "GRPO, not clipped", lambda: GRPO(epsilon=1e9), [{"lr": 1e-3}]),
-    Arm("dpo", "DPO", lambda: DPO(beta=0.5), [{"lr": 1e-3}]),
-    Arm("rft", "rejection-sampling SFT", lambda: RejectionSampling(), [{"lr": 3e-3}]),
+    Arm("gvpo", "GVPO", partial(GVPO, beta=BETA), [{"lr": 3e-3}]),
+    Arm("grpo_clip", "GRPO, clipped", GRPO, [{"lr": 3e-3}]),
+    Arm("grpo_free", "GRPO, not clipped", partial(GRPO, epsilon=1e9), [{"lr": 1e-3}]),
+    Arm("dpo", "DPO", partial(DPO, beta=0.5), [{"lr": 1e-3}]),
+    Arm("rft", "rejection-sampling SFT", RejectionSampling, [{"lr": 3e-3}]),
 )
 
 
@@ -106,8 +70,8 @@ def jobs(scale: Scale) -> list[str]:
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm on all logs, or over 37 epochs."""
     if name.startswith("drift:"):
-        return _drift(next(a for a in DRIFTERS if a.name == name.removeprefix("drift:")), scale)
-    return run_arm(next(a for a in arms(scale) if a.name == name), scale)
+        return _drift(named(DRIFTERS, name.removeprefix("drift:")), scale)
+    return run_arm(named(arms(scale), name), scale)
 
 
 def run_arm(arm: Arm, scale: Scale, *, updates: int = 0, reference_n: int = 0) -> list[Record]:
@@ -141,7 +105,7 @@ def _drift(arm: Arm, scale: Scale) -> list[Record]:
 Start = tuple[SequencePolicies, SequencePolicies]  # the references and the other models, one a seed
 
 
-@functools.cache
+@cache
 def pretrain(seeds: tuple[int, ...]) -> Start:
     """References that prefer small first symbols, other models that prefer large ones; both half noise."""
     references = pretrained(seeds, skew=-0.5, noise=0.5)

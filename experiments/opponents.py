@@ -8,6 +8,7 @@ here as TRL defines them.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,11 @@ class GRPO:
                 moved = responses.rollout - responses.behaviour_tokens
             inputs["importance_sampling_ratio"] = moved.exp().clamp(max=self.cap)
         return self._trainer.evaluate_loss(responses, ref_per_token_logps=responses.reference, **inputs)
+
+
+CorrectedGRPO = partial(GRPO, corrected=True)
+DrGRPO = partial(CorrectedGRPO, standardise=False, loss_type="dr_grpo")
+GSPO = partial(GRPO, level="sequence")
 
 
 class RLOO:

@@ -8,16 +8,17 @@ sampler, and those that say so know the probabilities.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from experiments.comparison import Arm, Record, Scale, grid, summarise
+from experiments.comparison import Arm, Record, Scale, grid, named, summarise
 from experiments.exact import Problem, Table, from_reference, train
 from experiments.losses import GVPO
-from experiments.opponents import DPO, GRPO, RLOO
+from experiments.opponents import DPO, GRPO, RLOO, CorrectedGRPO, DrGRPO
 from experiments.report import by_condition, dots, legend_below, save
 from gvpo.run import new_figure
 
@@ -107,35 +108,18 @@ def arms(scale: Scale) -> list[Arm]:
     def four(*values: float) -> tuple[float, ...]:
         return values[1:3] if scale.quick else values
 
+    costs, for_dr_grpo = four(0.2, 0.5, 1.0, 3.0), four(0.05, 0.1, 0.175, 0.2)
     return [
-        Arm("gvpo", "GVPO", lambda: GVPO(beta=BETA), grid(eight), one_setting=True),
-        Arm("rloo", "RLOO + KL in the reward", lambda: RLOO(kl=BETA), grid(eight)),
+        Arm("gvpo", "GVPO", partial(GVPO, beta=BETA), grid(eight), one_setting=True),
+        Arm("rloo", "RLOO + KL in the reward", partial(RLOO, kl=BETA), grid(eight)),
+        Arm("rloo_is", "RLOO + KL, knows μ", partial(RLOO, kl=BETA), grid(two, cap=four(1, 2, 5, 10))),
+        Arm("grpo_k3", "GRPO + k3", GRPO, grid(two, kl=costs)),
+        Arm("grpo_k3_corrected", "GRPO + corrected k3", CorrectedGRPO, grid(two, kl=costs)),
+        Arm("dr_grpo_k3_corrected", "Dr. GRPO + corrected k3", DrGRPO, grid(two, kl=for_dr_grpo)),
         Arm(
-            "rloo_is",
-            "RLOO + KL, knows μ",
-            lambda cap: RLOO(kl=BETA, cap=cap),
-            grid(two, cap=four(1, 2, 5, 10)),
+            "grpo_k3_is", "GRPO + corrected k3, knows μ", partial(CorrectedGRPO, cap=10), grid(two, kl=costs)
         ),
-        Arm("grpo_k3", "GRPO + k3", lambda kl: GRPO(kl=kl), grid(two, kl=four(0.2, 0.5, 1.0, 3.0))),
-        Arm(
-            "grpo_k3_corrected",
-            "GRPO + corrected k3",
-            lambda kl: GRPO(kl=kl, corrected=True),
-            grid(two, kl=four(0.2, 0.5, 1.0, 3.0)),
-        ),
-        Arm(
-            "dr_grpo_k3_corrected",
-            "Dr. GRPO + corrected k3",
-            lambda kl: GRPO(kl=kl, corrected=True, standardise=False, loss_type="dr_grpo"),
-            grid(two, kl=four(0.05, 0.1, 0.175, 0.2)),
-        ),
-        Arm(
-            "grpo_k3_is",
-            "GRPO + corrected k3, knows μ",
-            lambda kl: GRPO(kl=kl, corrected=True, cap=10),
-            grid(two, kl=four(0.2, 0.5, 1.0, 3.0)),
-        ),
-        Arm("dpo", "DPO", lambda beta: DPO(beta=beta), grid(two, beta=four(0.2, 1.0, 2.0, 4.0))),
+        Arm("dpo", "DPO", DPO, grid(two, beta=four(0.2, 1.0, 2.0, 4.0))),
     ]
 
 
@@ -145,7 +129,7 @@ def jobs(scale: Scale) -> list[str]:
 
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """All samplers, seeds and settings of one algorithm."""
-    return run_arm(next(a for a in arms(scale) if a.name == name), scale, tuple(SAMPLERS))
+    return run_arm(named(arms(scale), name), scale, tuple(SAMPLERS))
 
 
 def run_arm(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,24 +53,23 @@ def by_condition(rows: Sequence[Row], metric: str, title: str, columns: int = 3)
     tables = []
     for first in range(0, len(conditions), columns):
         shown = conditions[first : first + columns]
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        for condition in shown:
-            table.add_column(condition, justify="right")
-        for label in labels:
-            table.add_row(label, *(cells.get((label, condition), "") for condition in shown))
-        tables.append(table)
+        body = [[label, *(cells.get((label, condition), "") for condition in shown)] for label in labels]
+        tables.append(_table(title, shown, body))
     return tables
 
 
 def by_metric(rows: Sequence[Row], metrics: Mapping[str, str], title: str) -> Table:
     """Algorithms downwards, several metrics sidewards; for one condition."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for label in metrics.values():
-        table.add_column(label, justify="right")
-    for row in rows:
-        table.add_row(row["label"], *(interval(row[name]) for name in metrics))
+    body = [[row["label"], *(interval(row[name]) for name in metrics)] for row in rows]
+    return _table(title, metrics.values(), body)
+
+
+def _table(title: str, columns: Iterable[str], body: Iterable[Sequence[str]]) -> Table:
+    table = Table("", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in body:
+        table.add_row(*row)
     return table
 
 

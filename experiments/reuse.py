@@ -6,15 +6,16 @@ at a high learning rate. `TrustedGVPO` leaves out tokens that have moved far sin
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments import addition
-from experiments.comparison import TUNING_SEED, Arm, Record, Scale, Setting, summarise
+from experiments.comparison import Arm, Record, Scale, Setting, named, summarise, tune_and_report
 from experiments.losses import GVPO, TrustedGVPO
-from experiments.opponents import GRPO
+from experiments.opponents import GRPO, GSPO
 from experiments.report import by_condition, dots, legend_below, save
 from gvpo.run import new_figure
 
@@ -27,29 +28,15 @@ def arms(scale: Scale) -> list[Arm]:
     """Two settings each (one in a quick run); the learning rate is the condition."""
 
     def two(name: str, *values: float) -> list[Setting]:
-        return [{name: value} for value in (values[:1] if scale.quick else values)]
+        return [{name: value} for value in scale.cut(*values)]
 
+    trusted, moving = partial(TrustedGVPO, trust=0.2), partial(GVPO, reference="current")
     return [
-        Arm("gvpo", "GVPO", lambda beta: GVPO(beta=beta), two("beta", 0.2, 0.5)),
-        Arm(
-            "gvpo_trust",
-            "GVPO, trust mask",
-            lambda beta: TrustedGVPO(beta=beta, trust=0.2),
-            two("beta", 0.2, 0.5),
-        ),
-        Arm(
-            "gvpo_moving",
-            "GVPO, reference moved each update",
-            lambda beta: GVPO(beta=beta, reference="current"),
-            two("beta", 0.2, 0.5),
-        ),
-        Arm("grpo", "GRPO, clipped", lambda epsilon: GRPO(epsilon=epsilon), two("epsilon", 0.2, 0.4)),
-        Arm(
-            "gspo",
-            "GSPO",
-            lambda epsilon: GRPO(level="sequence", epsilon=epsilon),
-            two("epsilon", 0.2, 0.05),
-        ),
+        Arm("gvpo", "GVPO", GVPO, two("beta", 0.2, 0.5)),
+        Arm("gvpo_trust", "GVPO, trust mask", trusted, two("beta", 0.2, 0.5)),
+        Arm("gvpo_moving", "GVPO, reference moved each update", moving, two("beta", 0.2, 0.5)),
+        Arm("grpo", "GRPO, clipped", GRPO, two("epsilon", 0.2, 0.4)),
+        Arm("gspo", "GSPO", GSPO, two("epsilon", 0.2, 0.05)),
     ]
 
 
@@ -64,10 +51,8 @@ def prepare(scale: Scale, directory: Path) -> None:
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm at one learning rate: its settings on the tuning seed, then the best on the others."""
     arm_name, condition = name.split(", ", 1)
-    arm = next(a for a in arms(scale) if a.name == arm_name)
-    tuned = [_run(arm, condition, setting, TUNING_SEED, scale, directory) for setting in arm.grid]
-    best = max(tuned, key=lambda record: record.metrics[METRIC]).setting
-    return tuned + [_run(arm, condition, best, seed, scale, directory) for seed in scale.seeds]
+    arm = named(arms(scale), arm_name)
+    return tune_and_report(arm, scale, METRIC, lambda *run: _run(arm, condition, *run, scale, directory))
 
 
 def rollouts(scale: Scale) -> int:

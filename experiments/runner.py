@@ -73,10 +73,11 @@ def run_experiment(
     # Rounded as they are written, so that `show_again` finds the same.
     records = [replace(record, metrics=rounded(record.metrics)) for job in jobs for record in done[job][0]]
     run.write_lines("metrics.jsonl", map(vars, records))
+    machine = f"{platform.machine()} CPU, one thread a worker, no GPU"
     head = {
         "experiment": name,
         "command": f"gvpo lab {name}" + (" --quick" if scale.quick else "") + f" --seeds {len(scale.seeds)}",
-        "made": _circumstances(seconds),
+        "made": circumstances(machine) | {"cpu_seconds": round(seconds)},
         "seeds": list(scale.seeds),
         "tuning_seed": TUNING_SEED,
         "quick": scale.quick,
@@ -160,17 +161,17 @@ def _run_job(name: str, job: str, scale: Scale, directory: Path) -> tuple[list[R
     return records, time.process_time() - started
 
 
-def _circumstances(seconds: float) -> dict[str, Any]:
+def circumstances(machine: str) -> dict[str, Any]:
+    """When, where and with what: for the head of a summary."""
     packages = ("torch", "trl", "transformers", "numpy")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.machine()} CPU, one thread a worker, no GPU",
+        "machine": machine,
         "versions": {
             "gvpo": __version__,
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in packages},
         },
-        "cpu_seconds": round(seconds),
     }
 
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.comparison import TUNING_SEED, Arm, Interval, Record, Scale, Setting, grid, summarise
+from experiments.comparison import TUNING_SEED, Arm, Interval, Record, Scale, Setting, grid, named, summarise
 from experiments.exact import Dice, Problem, StackedAdam, measure, pick
 from experiments.exact import draw as respond
 from experiments.losses import GVPO, TrustedGVPO
-from experiments.opponents import GRPO, RLOO
+from experiments.opponents import GRPO, GSPO, RLOO
 from experiments.relatives.losses import TrajectoryBalance
 from experiments.report import COLOURS, by_condition, by_metric, legend_below, save
 from experiments.responses import Responses
@@ -86,50 +87,23 @@ def arms(scale: Scale) -> list[Arm]:
     rates = RATES[3:4] if scale.quick else RATES
 
     def settings(name: str, *values: float) -> list[Setting]:
-        return grid(rates, **{name: values[:1] if scale.quick else values})
+        return grid(rates, **{name: scale.cut(*values)})
 
+    moving = f"GVPO, moved every {MOVES} updates"
+    trusted, fixed = partial(TrustedGVPO, trust=0.2), partial(RLOO, fresh=False)
+    truncated = partial(GRPO, cap=2)
     return [
-        Arm("gvpo", "GVPO, initial reference", lambda beta: GVPO(beta=beta), settings("beta", 0.2, 0.05)),
-        Arm("gvpo_sampler", "GVPO, the sampler's", lambda beta: GVPO(beta=beta), settings("beta", 0.2, 0.5)),
-        Arm(
-            "gvpo_moving",
-            f"GVPO, moved every {MOVES} updates",
-            lambda beta: GVPO(beta=beta),
-            settings("beta", 0.2, 0.5),
-        ),
-        Arm(
-            "gvpo_trust",
-            "GVPO, initial, trust mask",
-            lambda beta: TrustedGVPO(beta=beta, trust=0.2),
-            settings("beta", 0.2, 0.05),
-        ),
-        Arm("tba", "TBA", lambda beta: TrajectoryBalance(beta=beta), settings("beta", 0.2, 0.05)),
-        Arm("grpo", "GRPO, clipped", lambda epsilon: GRPO(epsilon=epsilon), settings("epsilon", 0.2, 0.4)),
-        Arm(
-            "grpo_is",
-            "GRPO, truncated weights",
-            lambda by_token: GRPO(cap=2, by_token=bool(by_token)),
-            settings("by_token", 1, 0),
-        ),
-        Arm(
-            "grpo_decoupled",
-            "GRPO, decoupled PPO",
-            lambda by_token: GRPO(cap=2, by_token=bool(by_token)),
-            settings("by_token", 1, 0),
-        ),
-        Arm(
-            "gspo",
-            "GSPO",
-            lambda epsilon: GRPO(level="sequence", epsilon=epsilon),
-            settings("epsilon", 0.2, 0.05),
-        ),
-        Arm("rloo", "RLOO + KL", lambda kl: RLOO(kl=kl, fresh=False), settings("kl", 0.2, 0.05)),
-        Arm(
-            "rloo_is",
-            "RLOO + KL, truncated weights",
-            lambda kl: RLOO(kl=kl, cap=2),
-            settings("kl", 0.2, 0.05),
-        ),
+        Arm("gvpo", "GVPO, initial reference", GVPO, settings("beta", 0.2, 0.05)),
+        Arm("gvpo_sampler", "GVPO, the sampler's", GVPO, settings("beta", 0.2, 0.5)),
+        Arm("gvpo_moving", moving, GVPO, settings("beta", 0.2, 0.5)),
+        Arm("gvpo_trust", "GVPO, initial, trust mask", trusted, settings("beta", 0.2, 0.05)),
+        Arm("tba", "TBA", TrajectoryBalance, settings("beta", 0.2, 0.05)),
+        Arm("grpo", "GRPO, clipped", GRPO, settings("epsilon", 0.2, 0.4)),
+        Arm("grpo_is", "GRPO, truncated weights", truncated, settings("by_token", 1, 0)),
+        Arm("grpo_decoupled", "GRPO, decoupled PPO", truncated, settings("by_token", 1, 0)),
+        Arm("gspo", "GSPO", GSPO, settings("epsilon", 0.2, 0.05)),
+        Arm("rloo", "RLOO + KL", fixed, settings("kl", 0.2, 0.05)),
+        Arm("rloo_is", "RLOO + KL, truncated weights", partial(RLOO, cap=2), settings("kl", 0.2, 0.05)),
     ]
 
 
@@ -141,7 +115,7 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm at all lags: its settings on the tuning seeds, then the best on the others."""
     if name == WHY:
         return _why(scale)
-    arm = next(a for a in arms(scale) if a.name == name)
+    arm = named(arms(scale), name)
     starts = Starts(scale.seeds)
     records = []
     for lag in LAGS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 from experiments.language.jobs import Options
 from experiments.language.methods import METHODS, RATES, K
@@ -14,11 +14,8 @@ from gvpo.errors import InputError
 from gvpo.model.smollm2 import smollm2
 
 
-def main(
-    model: str, output: Path, device: str, jobs: int, minutes: float, seeds: int, updates: int, rows: int,
-    samples: int, start_rounds: int, tasks: str, methods: str, rates: str,
-) -> None:  # fmt: skip
-    """See `gvpo lab language --help`.
+def main(*, model: str, device: str, rows: int, tasks: str, methods: str, rates: str, **others: Any) -> None:
+    """See `gvpo lab language --help`; `others` are taken as they are.
 
     Raises:
         InputError: an unknown task, method or device, or a learning rate that is none.
@@ -32,14 +29,19 @@ def main(
     except ValueError as error:
         raise InputError(f"--rates {rates}: numbers, comma between.") from error
     options = Options(
-        model or str(smollm2()), output, device, jobs, minutes, seeds, updates, rows, samples, start_rounds,
-        _names("tasks", tasks, TASKS), _names("methods", methods, METHODS), chosen,
-    )  # fmt: skip
+        model=model or str(smollm2()),
+        device=device,
+        rows=rows,
+        tasks=_names("tasks", tasks, TASKS),
+        methods=_names("methods", methods, METHODS),
+        rates=chosen,
+        **others,
+    )
     run(options)
     if find_spec("matplotlib") is None:
-        print(f"For tables and pictures, gvpo lab show --output {output.parent} where matplotlib is.")
+        print(f"For tables and pictures, gvpo lab show --output {options.output.parent} where matplotlib is.")
     else:
-        collect(output)
+        collect(options.output)
 
 
 def _names(option: str, given: str, known: Iterable[str]) -> tuple[str, ...]:

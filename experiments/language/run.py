@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -17,8 +15,7 @@ from rich.console import Console
 
 from experiments.comparison import TUNING_SEED
 from experiments.language.jobs import Job, Options, plan, result, work
-from experiments.runner import rounded
-from gvpo import __version__
+from experiments.runner import circumstances, rounded
 from gvpo.errors import InputError
 from gvpo.progress import Ticker
 from gvpo.run import RunDirectory, replaced
@@ -140,15 +137,8 @@ def _made(options: Options, seconds: float) -> dict[str, Any]:
         import torch
 
         machine = torch.cuda.get_device_name()
-    packages = ("torch", "trl", "transformers", "numpy")
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{machine}, {options.jobs} processes side by side",
-        "versions": {
-            "gvpo": __version__,
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        **circumstances(f"{machine}, {options.jobs} processes side by side"),
         "seconds": round(seconds),
         "options": asdict(options) | {"model": Path(options.model).name, "output": ""},
     }

@@ -7,13 +7,13 @@ from a fixed sampler. Learned numbers V(x), log Z(x) are a table by prompt here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments import offline, optimum
-from experiments.comparison import Arm, Record, Scale, Setting, grid, summarise
-from experiments.losses import GVPO, Loss
+from experiments.comparison import Arm, Record, Scale, Setting, grid, named, of_part, summarise, under
+from experiments.losses import GVPO
 from experiments.opponents import DPO
 from experiments.relatives.losses import (
     AGRO,
@@ -33,7 +33,6 @@ SAMPLERS = ("on-policy", "perturbed", "uniform")
 N = 64  # answers of the reference to each prompt, for those who ask for some
 METRIC = "kl_optimum"
 UPDATES = {"optimum": 600, "offline": 100}
-LME = "log-mean-exp"
 
 
 def exact_arms(
@@ -48,22 +47,20 @@ def exact_arms(
         settings = grid(rates[1:3], **choice)
         return settings[:1] if scale.quick else settings
 
-    def smoothed(strength: float) -> Loss:
-        return SmoothedGVPO(beta=beta, rate=0.1, strength=strength)
-
+    descent, smoothed = partial(MirrorDescent, beta=beta), partial(SmoothedGVPO, beta=beta, rate=0.1)
     return [
-        Arm("gvpo", "GVPO", lambda: GVPO(beta=beta), four()),
+        Arm("gvpo", "GVPO", partial(GVPO, beta=beta), four()),
         Arm("gvpo_smoothed", "GVPO, smoothed mean", smoothed, two(strength=(2, 8))),
-        Arm("rebel", "REBEL", lambda: REBEL(beta=beta), four()),
-        Arm("kimi", "OPMD, mean R", lambda: MirrorDescent(beta=beta), four()),
-        Arm("kimi_z", "OPMD, log-mean-exp", lambda: MirrorDescent(beta=beta, normaliser=LME), four()),
-        Arm("astar", "A*-PO, SPO", lambda n: AStarPO(beta=beta, n=int(n)), two(n=(8, N))),
-        Arm("agro_on", "variance under π (AGRO)", lambda: AGRO(beta=beta, on_policy=True), four()),
-        Arm("dro", "DRO", lambda rate: DRO(beta=beta, rate=rate), two(rate=(0.1, 0.5))),
-        Arm("tbrm", "TBRM", lambda: TBRM(beta=beta), four()),
+        Arm("rebel", "REBEL", partial(REBEL, beta=beta), four()),
+        Arm("kimi", "OPMD, mean R", descent, four()),
+        Arm("kimi_z", "OPMD, log-mean-exp", partial(descent, normaliser="log-mean-exp"), four()),
+        Arm("astar", "A*-PO, SPO", partial(AStarPO, beta=beta), two(n=(8, N))),
+        Arm("agro_on", "variance under π (AGRO)", partial(AGRO, beta=beta, on_policy=True), four()),
+        Arm("dro", "DRO", partial(DRO, beta=beta), two(rate=(0.1, 0.5))),
+        Arm("tbrm", "TBRM", partial(TBRM, beta=beta), four()),
         Arm("flowrl", "FlowRL", lambda c: FlowRL(coefficient=c), two(c=coefficients)),
         Arm("qrpo", "QRPO", lambda b: QRPO(beta=b, n=N), two(b=(beta, 2 * beta))),
-    ]  # fmt: skip
+    ]
 
 
 def arms(problem: str, scale: Scale) -> list[Arm]:
@@ -73,7 +70,7 @@ def arms(problem: str, scale: Scale) -> list[Arm]:
     else:
         dpo = grid((1e-3, 3e-3), beta=(2, 5))
         found = exact_arms(offline.BETA, (3e-3, 1e-2, 2e-2, 4e-2), (0.4, 2), scale)
-    return [*found, Arm("dpo", "DPO", lambda beta: DPO(beta=beta), dpo[:1] if scale.quick else dpo)]
+    return [*found, Arm("dpo", "DPO", DPO, dpo[:1] if scale.quick else dpo)]
 
 
 PROBLEMS = ("optimum", "offline")
@@ -86,24 +83,18 @@ def jobs(scale: Scale) -> list[str]:
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm on one problem."""
     problem, _, arm_name = name.partition(": ")
-    arm = next(a for a in arms(problem, scale) if a.name == arm_name)
+    arm = named(arms(problem, scale), arm_name)
     updates = 60 if scale.quick else UPDATES[problem]
-    records = (
-        optimum.run_arm(arm, scale, SAMPLERS, updates=updates, reference_n=N)
-        if problem == "optimum"
-        else offline.run_arm(arm, scale, updates=updates, reference_n=N)
-    )
-    return [replace(record, condition=f"{problem}: {record.condition}") for record in records]
+    if problem == "optimum":
+        records = optimum.run_arm(arm, scale, SAMPLERS, updates=updates, reference_n=N)
+    else:
+        records = offline.run_arm(arm, scale, updates=updates, reference_n=N)
+    return under(problem, records)
 
 
 def summary(records: list[Record], scale: Scale, directory: Path) -> dict[str, Any]:
     def rows(problem: str) -> list[dict[str, Any]]:
-        mine = [
-            replace(r, condition=r.condition.removeprefix(f"{problem}: "))
-            for r in records
-            if r.condition.startswith(f"{problem}: ")
-        ]
-        return summarise(arms(problem, scale), mine, METRIC)
+        return summarise(arms(problem, scale), of_part(f"{problem}: ", records), METRIC)
 
     return {
         "question": "Where do the losses that regress log-ratios on rewards lead, each as its paper has it?",
