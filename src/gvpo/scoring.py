@@ -284,17 +284,15 @@ class SequenceScorer:
                 cache.clear()
 
     def _retrying(
-        self,
-        attempt: Callable[[], Result],
-        lengths: Sequence[int],
-        *,
-        safe: bool = True,
-        clear_gradients: bool = False,
+        self, attempt: Callable[[], Result], lengths: Sequence[int], *, gradients: bool = False
     ) -> tuple[Result, int]:
         """Run `attempt`, again with half the token budget whenever it is safe to after running out of memory.
 
-        `attempt` clears `_retry_is_safe` when other ranks may wait for it in a collective.
+        `attempt` clears `_retry_is_safe` when other ranks may wait for it in a collective. `gradients`: it
+        makes some, which go before the next.
         """
+        # Gradients that others left would be lost in a retry.
+        safe = not gradients or all(p.grad is None for p in self.model.parameters())
         retries = 0
         while True:
             self._retry_is_safe = safe
@@ -306,7 +304,7 @@ class SequenceScorer:
                     raise
             # Out of the except block, so that the traceback no longer holds the failed pass's tensors.
             self.token_budget = max(*lengths, self.token_budget // 2)
-            if clear_gradients:
+            if gradients:
                 for parameter in self.model.parameters():
                     parameter.grad = None
             gc.collect()

@@ -171,15 +171,10 @@ class GVPOStep(SequenceScorer):
         chosen = batch.completion_mask
         if self.trust is not None and token_logps is not None:
             batch = self._within_trust(batch, report, token_logps)
-        # Gradients that others left would be lost in a retry.
-        owned = all(p.grad is None for p in self.model.parameters())
         with without_noise(self.model):
             self._decide(batch)
             report, retries = self._retrying(
-                lambda: self._accumulate(batch, report, chosen),
-                batch.lengths.tolist(),
-                safe=owned,
-                clear_gradients=True,
+                lambda: self._accumulate(batch, report, chosen), batch.lengths.tolist(), gradients=True
             )
         return replace(report, retries=retries)
 
