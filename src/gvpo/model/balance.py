@@ -23,6 +23,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gvpo.batch import widest_float
 from gvpo.errors import InputError
 from gvpo.model.determinism import is_reentrant
 
@@ -83,8 +84,7 @@ class LoadBalance:
         self.stands_for(first)
 
     def stands_for(self, first: Int[Tensor, "batch"]) -> None:
-        dtype = torch.float32 if first.device.type == "mps" else torch.float64
-        self.times = first.bincount(minlength=len(first)).to(dtype)
+        self.times = first.bincount(minlength=len(first)).to(widest_float(first.device))
 
     def close(self, group: dist.ProcessGroup | None, averaged: int) -> None:
         """End counting, over all ranks of `group`, over `averaged` of which gradients are averaged."""
@@ -92,9 +92,8 @@ class LoadBalance:
         if group is not None:
             experts = torch.tensor(0 if counts is None else counts.shape[1], device=self.times.device)
             dist.all_reduce(experts, op=dist.ReduceOp.MAX, group=group)
-            counts = (
-                self.times.new_zeros(3, int(experts)) if counts is None else counts
-            )  # a rank without rows
+            if counts is None:  # a rank without rows
+                counts = self.times.new_zeros(3, int(experts))
             dist.all_reduce(counts, group=group)
         assert counts is not None
         picks, probability, tokens = counts
