@@ -74,7 +74,11 @@ def prepare(scale: Scale, directory: Path) -> None:
 def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm: its settings on the tuning seed, then the best of them on the others."""
     arm = named(arms(scale), name)
-    return tune_and_report(arm, scale, METRIC, lambda *run: _run(arm, *run, scale, directory))
+
+    def run(setting: Setting, seed: int) -> Record:
+        return _run(arm, setting, seed, scale, directory)
+
+    return tune_and_report(arm, scale, METRIC, run)
 
 
 def steps(scale: Scale) -> int:

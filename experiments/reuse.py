@@ -52,7 +52,11 @@ def run_job(name: str, scale: Scale, directory: Path) -> list[Record]:
     """One algorithm at one learning rate: its settings on the tuning seed, then the best on the others."""
     arm_name, condition = name.split(", ", 1)
     arm = named(arms(scale), arm_name)
-    return tune_and_report(arm, scale, METRIC, lambda *run: _run(arm, condition, *run, scale, directory))
+
+    def run(setting: Setting, seed: int) -> Record:
+        return _run(arm, condition, setting, seed, scale, directory)
+
+    return tune_and_report(arm, scale, METRIC, run)
 
 
 def rollouts(scale: Scale) -> int:

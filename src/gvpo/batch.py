@@ -138,7 +138,11 @@ class GroupBatch:
 
         dtype = widest_float(parts[0].input_ids.device)
         return cls(
-            *map(joined, ("input_ids", "lengths", "completion_mask", "rewards", "group_ids")),
+            joined("input_ids"),
+            joined("lengths"),
+            joined("completion_mask"),
+            joined("rewards"),
+            joined("group_ids"),
             joined("valid", lambda part: torch.ones_like(part.lengths, dtype=torch.bool)),
             joined("reference_logps"),
             joined("on_policy", lambda part: torch.zeros_like(part.lengths, dtype=torch.bool)),

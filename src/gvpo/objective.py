@@ -225,9 +225,9 @@ def _union(given: _Given, process_group: dist.ProcessGroup | None, problem: str 
     if not problem:
         ids, mask = given.group_ids.to(home), given.mask
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(home).bool()
-        floats = [t.detach().to(home, torch.float64) for t in given[:3]]
+        policy, reference, reward = floats = [t.detach().to(home, torch.float64) for t in given[:3]]
         if process_group is None:
-            return _Rows(*floats, ids, valid, slice(0, len(ids)), [0])
+            return _Rows(policy, reference, reward, ids, valid, slice(0, len(ids)), [0])
         # int64 carries the bits of the float64 columns, and ids beyond 2^53, in one message.
         columns = torch.stack(
             [*(f.view(torch.int64) for f in floats), ids.to(torch.int64), valid.long()], dim=1

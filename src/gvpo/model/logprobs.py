@@ -320,7 +320,8 @@ def _probe(batch: GroupBatch, size: int) -> MicroBatch:
     ids = torch.stack([whole, torch.cat([whole[:half], whole[half:].flip(0)])])
     lengths, at = torch.tensor([size, half], device=ids.device), torch.arange(size, device=ids.device)
     chosen = (at > 0) & (at < lengths[:, None])
-    return MicroBatch([0, 1], ids, lengths, chosen, *chosen.nonzero().unbind(1))
+    row_of, column_of = chosen.nonzero().unbind(1)
+    return MicroBatch([0, 1], ids, lengths, chosen, row_of, column_of)
 
 
 def positions(model: Any) -> int:
