@@ -117,7 +117,8 @@ def test_every_arm_of_a_part_has_as_many_settings(part: str) -> None:
 @pytest.mark.parametrize("job", ["k: smoothed", "noise: gvpo", "schedule: whole", "length: per_token"])
 def test_a_job_runs_and_repeats_itself(job: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_steps", lambda scale: 2)
-    monkeypatch.setattr(choices, "pretrained", functools.partial(pretrained, steps=2))
+    start = functools.partial(pretrained, skew=0.5, noise=0.5, steps=2)
+    monkeypatch.setattr(choices, "pretrain", lambda seeds: (start(seeds), start([s + 9 for s in seeds])))
     scale = Scale.of(2, quick=True)
     records = choices.run_job(job, scale, tmp_path)
     assert all(r.metrics["kl_reference"] > 0 for r in records)
