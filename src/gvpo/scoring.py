@@ -228,13 +228,12 @@ class SequenceScorer:
 
         Ranks whose forwards are collective come to equally many.
         """
-        model = unwrap(self.model)
-        start = start_cost(model)
+        start = self._start_cost
         beginnings, plan = None, plan_micro_batches(lengths, rows, self.token_budget, start)
         blocks = [Block([], plan)]
         found = None if self._way_of(batch) == "whole" else Beginnings.of(batch, chosen, whole=whole_rows)
         if found is not None and found.hold_images(batch):
-            whole = padded_cost(lengths, plan, start)
+            model, whole = unwrap(self.model), padded_cost(lengths, plan, start)
             # Ranks that go together must all plan: one's rows may gain nothing where another's gain much.
             limit = math.inf if self.backend.collective_forward(self.model) else whole
             shared, cost = plan_blocks(
@@ -320,6 +319,7 @@ class SequenceScorer:
         if self.scorer.probe is None:
             with self.backend.forward_context():
                 self.scorer.check(self._bare, batch, self._agree)
+            self._start_cost = start_cost(unwrap(self.model))
         collective = self.backend.collective_forward(self.model)
         choose = partial(
             way_to_share, self.scorer, self._bare, self.backend.forward_context, collective=collective
