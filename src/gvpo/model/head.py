@@ -25,13 +25,12 @@ def is_linear(head: Any) -> bool:
         head = head.modules_to_save[head.active_adapters[0]] if adapted else head.original_module
     if not hasattr(head, "get_base_layer"):
         return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    plain = hasattr(head, "lora_A") and not head.merged
-    return plain and is_linear(head.get_base_layer()) and all(map(_is_plain_lora, *_adapters(head)))
+    plain = hasattr(head, "lora_A") and not head.merged and is_linear(head.get_base_layer())
+    return plain and all(_is_plain_lora(head, name) for name in _adapters(head))
 
 
-def _adapters(head: Any) -> tuple[list[Any], list[str]]:
-    names = [] if head.disable_adapters else [n for n in head.active_adapters if n in head.lora_A]
-    return [head] * len(names), names
+def _adapters(head: Any) -> list[str]:
+    return [] if head.disable_adapters else [n for n in head.active_adapters if n in head.lora_A]
 
 
 def _is_plain_lora(head: Any, name: str) -> bool:
@@ -45,7 +44,7 @@ def head_parameters(head: Any) -> tuple[Float[Tensor, "vocab dim"], Float[Tensor
         return head.weight, getattr(head, "bias", None)
     base = head.get_base_layer()
     weight = base.weight
-    for _, name in zip(*_adapters(head), strict=True):
+    for name in _adapters(head):
         low_rank = head.lora_B[name].weight @ head.lora_A[name].weight
         weight = weight + low_rank.to(weight.dtype) * head.scaling[name]
     return weight, base.bias
