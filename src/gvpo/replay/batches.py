@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from gvpo.batch import GroupBatch
-from gvpo.replay.group import Group
+from gvpo.replay.group import Group, worth_keeping
 
 
 def groups_of(
@@ -28,9 +27,7 @@ def groups_of(
     log-probability that is not finite, whose step is skipped; and with a row of a single token (a prompt of
     one that nothing was answered to), which has no place for a completion.
 
-    Args:
-        components: rewards by reward function, one a row.
-        demonstrations: rows that are demonstrations, for the metadata.
+    `components` are rewards by reward function, one a row; the rows of `demonstrations` go into the metadata.
     """
     ids, lengths = batch.input_ids.cpu().numpy(), batch.lengths.tolist()
     chosen = batch.completion_mask.cpu().numpy()
@@ -41,16 +38,12 @@ def groups_of(
     groups = []
     for first in range(0, len(batch), k):
         rows = slice(first, first + k)
-        if sum(valid[rows]) < 2:
-            continue
-        numbers = [*logps[rows], *(r for r, part in zip(rewards[rows], valid[rows], strict=True) if part)]
         bare = any(part and n < 2 for n, part in zip(lengths[rows], valid[rows], strict=True))
-        if bare or not np.isfinite(numbers).all():
+        if bare or not worth_keeping(rewards[rows], valid[rows], logps[rows]):
             continue
         whole = [row[:n] for row, n in zip(ids[rows], lengths[rows], strict=True)]
         masks = [row[:n] for row, n in zip(chosen[rows], lengths[rows], strict=True)]
         starts = _starts(whole, masks, valid[rows])
-        counted = [mask[start:] for mask, start in zip(masks, starts, strict=True)]
         given = [i - first for i in demonstrations if first <= i < first + k]
         groups.append(
             Group.of(
@@ -59,8 +52,8 @@ def groups_of(
                 rewards[rows],
                 reference=reference,
                 reference_logps=logps[rows],
-                counted=None if all(c.all() for c in counted) else counted,
-                valid=None if all(valid[rows]) else valid[rows],
+                counted=[mask[start:] for mask, start in zip(masks, starts, strict=True)],
+                valid=valid[rows],
                 policy_step=policy_step,
                 components={name: values[rows] for name, values in components.items()},
                 metadata={"demonstrations": given} if given else None,
@@ -90,24 +83,20 @@ def batch_of(
     groups: Sequence[Group], group_ids: Sequence[int], device: torch.device, *, stored: bool = True
 ) -> GroupBatch:
     """The rows of groups; without reference log-probs if some group has none, or they are not wanted."""
-    prompts = [prompt for g in groups for prompt in g.prompts]
-    valid = [np.ones(len(g), dtype=bool) if g.valid is None else g.valid for g in groups]
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.long)
+    valid = np.concatenate([np.zeros(0, dtype=bool), *(group.takes_part for group in groups)])
+    rewards = np.concatenate([np.zeros(0), *(group.rewards for group in groups)])
     batch = GroupBatch.from_tokens(
-        [prompt.tolist() for prompt in prompts],
-        [completion.tolist() for g in groups for completion in g.completions],
-        [r for g, part in zip(groups, valid, strict=True) for r in np.where(part, g.rewards, 0.0).tolist()],
-        torch.tensor(
-            [number for g, number in zip(groups, group_ids, strict=True) for _ in range(len(g))],
-            dtype=torch.long,
-        ),
+        [prompt.tolist() for group in groups for prompt in group.prompts],
+        [completion.tolist() for group in groups for completion in group.completions],
+        np.where(valid, rewards, 0.0).tolist(),
+        torch.tensor(group_ids, dtype=torch.long).repeat_interleave(sizes),
         device=device,
     )
-    masks = [mask for g in groups for mask in g.counted_of_each or len(g) * [np.zeros(0, dtype=bool)]]
-    for row, (prompt, mask) in enumerate(zip(prompts, masks, strict=True)):
-        if len(mask):
-            place = slice(len(prompt), len(prompt) + len(mask))
-            batch.completion_mask[row, place] = torch.from_numpy(mask.copy()).to(device)
-    batch.valid = torch.from_numpy(np.concatenate([np.zeros(0, dtype=bool), *valid])).to(device)
+    masks = [np.zeros(0, dtype=bool), *(mask for group in groups for mask in group.masks)]
+    counted = torch.from_numpy(np.concatenate(masks)).to(device)
+    batch.completion_mask = batch.completion_mask.masked_scatter(batch.completion_mask, counted)
+    batch.valid = torch.from_numpy(valid).to(device)
     if stored and groups and all(g.reference_logps is not None for g in groups):
         logps = np.concatenate([g.reference_logps for g in groups if g.reference_logps is not None])
         batch.reference_logps = torch.from_numpy(logps).to(device, batch.rewards.dtype)
@@ -123,15 +112,10 @@ def rows_of(
     """
     different = list({id(group): group for group in groups}.values())
     whole = batch_of(different, [0] * len(different), device, stored=stored)
-    first = np.cumsum([0, *(len(group) for group in different)])
-    place = {id(group): int(start) for group, start in zip(different, first, strict=False)}
-    exists = torch.tensor([slot < len(g) for g, slot in zip(groups, slots, strict=True)], dtype=torch.bool)
-    index = torch.tensor(
-        [place[id(g)] + (slot if slot < len(g) else 0) for g, slot in zip(groups, slots, strict=True)],
-        dtype=torch.long,
-    ).to(device)
-    columns = {field.name: getattr(whole, field.name) for field in fields(whole)}
-    values: Any = {name: None if column is None else column[index] for name, column in columns.items()}
-    batch = GroupBatch(**values)
-    batch.valid = exists.to(device) & (True if batch.valid is None else batch.valid)
-    return batch
+    first = np.cumsum([0, *(len(group) for group in different)]).tolist()
+    place = {id(group): start for group, start in zip(different, first, strict=False)}
+    places = torch.tensor([(place[id(group)], len(group)) for group in groups], dtype=torch.long)
+    (start, size), slot = places.view(-1, 2).T, torch.tensor(slots, dtype=torch.long)
+    index = (start + torch.where(slot < size, slot, 0)).to(device)
+    columns = {name: column[index] for name, column in vars(whole).items() if column is not None}
+    return replace(whole, **columns | {"valid": columns["valid"] & (slot < size).to(device)})

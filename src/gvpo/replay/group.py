@@ -7,7 +7,7 @@ a response, and nothing in this package makes a group out of responses of two re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,27 +101,26 @@ class Group:
                 takes part, or a log-probability, that is no finite number; log-probabilities without the name
                 of their reference, or the name without them; or sizes that do not fit.
         """
-        own: list[np.ndarray] | None = None
-        if len(prompt_ids) and np.ndim(prompt_ids[0]):
-            own = [_ids(p) for p in prompt_ids]
-            if all(np.array_equal(p, own[0]) for p in own):  # what all share is kept once
-                prompt_ids, own = own[0], None
+        shared = not (len(prompt_ids) and np.ndim(prompt_ids[0]))
+        prompts = [_ids(ids) for ids in ([prompt_ids] if shared else prompt_ids)]
+        alike = all(np.array_equal(prompt, prompts[0]) for prompt in prompts)
         group = cls(
-            _ids(prompt_ids) if own is None else np.concatenate(own),
+            prompts[0] if alike else np.concatenate(prompts),  # what all share is kept once
             np.concatenate([_ids(c) for c in completions] or [_ids([])]),
-            np.array([len(c) for c in completions], dtype=np.int32),
+            _lengths(completions),
             np.asarray(rewards, dtype=np.float64),
             reference,
             None if reference_logps is None else np.asarray(reference_logps, dtype=np.float64),
             None if counted is None else np.concatenate([np.asarray(c, dtype=bool) for c in counted]),
             None if valid is None else np.asarray(valid, dtype=bool),
-            None if own is None else np.array([len(p) for p in own], dtype=np.int32),
+            None if alike else _lengths(prompts),
             int(policy_step),
             {name: np.asarray(v, dtype=np.float64) for name, v in (components or {}).items()},
             dict(metadata or {}),
         )
         group.check()
-        return group
+        full = [name for name in ("counted", "valid") if np.all(getattr(group, name))]
+        return replace(group, **dict.fromkeys(full))  # None says the same
 
     @classmethod
     def of_responses(
@@ -140,20 +139,18 @@ class Group:
                 f"{' and '.join(sorted(repr(n) if n else 'none' for n in names))}: score all of them under "
                 "one (Group.rescored)."
             )
-        scored = next(iter(names), None) is not None
-        masked = any(response.counted is not None for response in responses)
+        (reference,) = names or {None}
         prompts: list[Any] = [prompt_ids if r.prompt_ids is None else r.prompt_ids for r in responses]
         if any(p is None for p in prompts):
             raise InputError("The responses of the group have prompts of their own: give each new one its.")
+        logps = [np.nan if r.reference_logp is None else r.reference_logp for r in responses]
         return cls.of(
             prompts,
             [r.completion_ids for r in responses],
             [r.reward for r in responses],
-            reference=next(iter(names), None),
-            reference_logps=[np.nan if r.reference_logp is None else r.reference_logp for r in responses]
-            if scored
-            else None,
-            counted=[r.counted or [True] * len(r.completion_ids) for r in responses] if masked else None,
+            reference=reference,
+            reference_logps=None if reference is None else logps,
+            counted=[[True] * len(r.completion_ids) if r.counted is None else r.counted for r in responses],
             **others,
         )
 
@@ -215,56 +212,69 @@ class Group:
         return None if self.counted is None else _cut(self.counted, self.lengths)
 
     @property
-    def reward_variance(self) -> float:
-        """Unbiased variance of the rewards that take part; 0 for fewer than two."""
-        rewards = self.rewards if self.valid is None else self.rewards[self.valid]
-        return float(rewards.var(ddof=1)) if len(rewards) > 1 else 0.0
+    def masks(self) -> list[Bool[np.ndarray, "_"]]:
+        """Which tokens of each completion make up S."""
+        return self.counted_of_each or [np.ones(n, dtype=bool) for n in self.lengths]
 
     @property
-    def nbytes(self) -> int:
-        """About how much memory the group takes."""
-        return 4 * (len(self.prompt_ids) + len(self.token_ids)) + 32 * len(self) + 600
+    def takes_part(self) -> Bool[np.ndarray, "k"]:
+        """`valid`, one entry a response."""
+        return np.ones(len(self), dtype=bool) if self.valid is None else self.valid
+
+    @property
+    def reward_variance(self) -> float:
+        """Unbiased variance of the rewards that take part; 0 for fewer than two."""
+        rewards = self.rewards[self.takes_part]
+        return float(rewards.var(ddof=1)) if len(rewards) > 1 else 0.0
 
     def check(self) -> None:
         """Raise an InputError that says what is wrong with the group, if something is."""
-        for problem in self._problems():
-            raise InputError(problem)
-
-    def _problems(self) -> Iterator[str]:
-        """What is wrong; after the first one the next may not be looked for."""
-        k = len(self.lengths)
+        k = len(self)
         if k < 2:
-            yield f"A group needs two or more responses to compare, this one has {k}."
+            raise InputError(f"A group needs two or more responses to compare, this one has {k}.")
         sizes = {"rewards": self.rewards, "reference_logps": self.reference_logps, "valid": self.valid}
         sizes |= {"prompt_ids": self.prompt_lengths}
         sizes |= {f"component {name}": values for name, values in self.components.items()}
         for name, values in sizes.items():
             if values is not None and values.shape != (k,):
-                yield f"{name} has shape {values.shape}, but the group has {k} completions: give one each."
+                raise InputError(
+                    f"{name} has shape {values.shape}, but the group has {k} completions: give one each."
+                )
         if len(self.prompt_ids) == 0 or (self.prompt_lengths is not None and self.prompt_lengths.min() < 1):
-            yield "The prompt of a group has no tokens."
-        takes_part = np.ones(k, dtype=bool) if self.valid is None else self.valid
-        for i in np.flatnonzero((self.lengths < 1) & takes_part):
-            yield f"Completion {i} of a group is empty: leave it out."
+            raise InputError("The prompt of a group has no tokens.")
+        for i in np.flatnonzero((self.lengths < 1) & self.takes_part):
+            raise InputError(f"Completion {i} of a group is empty: leave it out.")
         if self.counted is not None and self.counted.shape != self.token_ids.shape:
-            yield f"counted marks {len(self.counted)} tokens of {len(self.token_ids)}: mark every token."
-        for i in np.flatnonzero(~np.isfinite(self.rewards) & takes_part):
-            yield (
+            raise InputError(
+                f"counted marks {len(self.counted)} tokens of {len(self.token_ids)}: mark every token."
+            )
+        for i in np.flatnonzero(~np.isfinite(self.rewards) & self.takes_part):
+            raise InputError(
                 f"The reward of completion {i} is {self.rewards[i]}: give a finite number, or set valid to "
                 "False there."
             )
         if (self.reference is None) != (self.reference_logps is None):
-            yield (
+            raise InputError(
                 "reference and reference_logps belong together: name the one policy that all "
                 "log-probabilities are from, or give neither."
             )
         logps = np.zeros(k) if self.reference_logps is None else self.reference_logps
         for i in np.flatnonzero(~np.isfinite(logps)):
-            yield f"The reference log-probability of completion {i} is {logps[i]}, not finite."
+            raise InputError(f"The reference log-probability of completion {i} is {logps[i]}, not finite.")
+
+
+def worth_keeping(rewards: Sequence[float], valid: Sequence[bool], logps: Sequence[float]) -> bool:
+    """Whether two or more responses take part, with numbers that are finite: others teach nothing."""
+    numbers = [*logps, *(reward for reward, part in zip(rewards, valid, strict=True) if part)]
+    return sum(valid) > 1 and bool(np.isfinite(numbers).all())
 
 
 def _ids(tokens: Any) -> Int[np.ndarray, "_"]:
     return np.asarray(tokens, dtype=np.int32)
+
+
+def _lengths(sequences: Sequence[Ids]) -> Int[np.ndarray, "_"]:
+    return np.array([len(sequence) for sequence in sequences], dtype=np.int32)
 
 
 def _cut(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

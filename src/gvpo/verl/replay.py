@@ -7,29 +7,24 @@ any other. A replayed row brings its S' in its tag (`reference_logp`), and so is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transfer_queue as tq
-from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import build_padding_position_ids
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from gvpo.errors import InputError
-from gvpo.replay.group import Group
+from gvpo.replay.group import Group, worth_keeping
 from gvpo.replay.reuse import Reuse
 from gvpo.verl.queued import Queued, session_of
 from gvpo.verl.updates import REPLAYED
 
 Row = dict[str, Any]
 _TOKENS = ("prompts", "responses", "response_mask")
-
-
-def is_replayed(tag: Mapping[str, Any]) -> bool:
-    return bool(tag.get("is_replayed", False))
 
 
 class Replay(Reuse):
@@ -60,11 +55,11 @@ class Replay(Reuse):
                 "not stored: set it to 0."
             )
         keys, rows, tags = list[str](), list[Row](), list[Row]()
+        stored = self.options.replay_reference == "stored"
         for group in groups:
             age = updates * max(0, self.earlier + step - group.policy_step)
             tag = batch.tags[0] | {"is_replayed": True, "age": age}
             tag |= dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), step)
-            stored = self.options.replay_reference == "stored"
             for key, row, own in rows_of(group, f"{REPLAYED}{next(self._numbers):012d}", pattern, stored):
                 keys.append(key)
                 rows.append(row)
@@ -83,13 +78,10 @@ class Replay(Reuse):
     ) -> int:
         """Keep the fresh groups of a step; returns how many could not be, for a session left several rows.
 
-        Args:
-            rows: of the step, with rewards and S'.
-            prompts: the rows of each prompt.
-            step: the version of the policy that was trained.
-            shown: the sessions of each prompt that are demonstrations.
+        `step` is the version of the policy that was trained, `shown` has the sessions of each prompt that are
+        demonstrations.
         """
-        fresh = {name: at for name, at in prompts.items() if not is_replayed(rows.batch.tags[at[0]])}
+        fresh = {n: at for n, at in prompts.items() if not rows.batch.tags[at[0]].get("is_replayed")}
         whole = {n: at for n, at in fresh.items() if len({rows.rollouts.sessions[i] for i in at}) == len(at)}
         every = [i for at in whole.values() for i in at]
         if not every:
@@ -103,60 +95,42 @@ class Replay(Reuse):
         groups = []
         for name, places in whole.items():
             at = sorted(places, key=lambda i: int(rows.rollouts.sessions[i][1]))
+            its = rows.rollouts.take(at)
+            rewards, logps = its.rewards.tolist(), its.reference.tolist()
+            valid = (its.valid & ~its.rewards.isnan()).tolist()
+            if not worth_keeping(rewards, valid, logps):
+                continue
+            asked, answers, masks = ([tokens[field][i].numpy() for i in at] for field in _TOKENS)
             version = rows.references.get(name)
             reference = "initial" if version is None else f"version {version}"
             begun = [rows.batch.tags[i].get("min_global_steps") for i in at]
-            group = group_of(
-                {field: [values[i].numpy() for i in at] for field, values in tokens.items()},
-                rows.rollouts.take(at),
+            group = Group.of(
+                asked,
+                answers,
+                rewards,
                 reference=f"{reference} of run {self.run}",
+                reference_logps=logps,
+                counted=masks,
+                valid=valid,
                 policy_step=self.earlier + min(step if b is None else int(b) for b in begun),
                 metadata={"demonstrations": shown[name]} if shown.get(name) else None,
             )
-            if group is not None:
-                groups.append(group)
+            groups.append(group)
         self.keep(groups, step)
         return len(fresh) - len(whole)
 
 
-def group_of(tokens: Mapping[str, list[np.ndarray]], rollouts: Any, **others: Any) -> Group | None:
-    """The group of some rows; None if fewer than two take part, or with numbers that are not finite.
-
-    Args:
-        tokens: `prompts`, `responses` and `response_mask` of each row.
-        rollouts: the same rows' rewards and S' (`gvpo.verl.rollouts.Rollouts`).
-        others: for `Group.of`.
-    """
-    valid = rollouts.valid & ~rollouts.rewards.isnan()
-    numbers = [*rollouts.reference.tolist(), *rollouts.rewards[valid].tolist()]
-    if valid.sum() < 2 or not np.isfinite(numbers).all():
-        return None
-    masks = [mask.astype(bool) for mask in tokens["response_mask"]]
-    return Group.of(
-        tokens["prompts"],
-        tokens["responses"],
-        rollouts.rewards.tolist(),
-        reference_logps=rollouts.reference.tolist(),
-        counted=None if all(mask.all() for mask in masks) else masks,
-        valid=None if valid.all() else valid.tolist(),
-        **others,
-    )
-
-
-def rows_of(group: Group, name: str, pattern: Row, stored: bool) -> list[tuple[str, Row, Row]]:
+def rows_of(group: Group, name: str, pattern: Row, stored: bool) -> Iterator[tuple[str, Row, Row]]:
     """The key, the fields and the tag of each response that takes part, as verl's agent loops write them.
 
-    Args:
-        group: its rows become those of the prompt called `name`, which is its place in TransferQueue.
-        pattern: a row of the same run, whose fields these have, too.
-        stored: whether rows bring their S'.
+    They become those of the prompt called `name`, have the fields of `pattern`, a row of the same run, and
+    with `stored` bring their S'.
     """
-    masks = group.counted_of_each or [np.ones(n, dtype=bool) for n in group.lengths]
-    found = []
-    for i, (prompt, response, mask) in enumerate(zip(group.prompts, group.completions, masks, strict=True)):
-        if group.valid is not None and not group.valid[i]:
+    columns = zip(group.prompts, group.completions, group.masks, strict=True)
+    for i, row in enumerate(columns):
+        if not group.takes_part[i]:
             continue
-        prompts, responses, counted = (_whole_numbers(ids) for ids in (prompt, response, mask))
+        prompts, responses, counted = (torch.tensor(values, dtype=torch.long) for values in row)
         input_ids = torch.cat([prompts, responses])
         scores = torch.zeros(len(responses), dtype=torch.float32)
         scores[-1] = group.rewards[i]
@@ -175,25 +149,22 @@ def rows_of(group: Group, name: str, pattern: Row, stored: bool) -> list[tuple[s
             "session_id": i,
             "num_turns": 2,
         }
-        lengths = {"prompt_len": len(prompts), "response_len": len(responses), "seq_len": len(input_ids)}
-        brought = {"reference_logp": float(group.reference_logps[i])} if stored else {}  # type: ignore[index]
-        row = pattern | {field: value for field, value in own.items() if field in pattern}
-        found.append((f"{name}_{i}_0", row, lengths | brought))
-    return found
+        tag = {"prompt_len": len(prompts), "response_len": len(responses), "seq_len": len(input_ids)}
+        if stored and group.reference_logps is not None:
+            tag["reference_logp"] = float(group.reference_logps[i])
+        yield f"{name}_{i}_0", pattern | {field: own[field] for field in own if field in pattern}, tag
 
 
 def sampled(batch: KVBatchMeta) -> KVBatchMeta:
     """The batch without replayed rows."""
-    kept = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not is_replayed(tag)]
-    return batch.select_keys(kept)
+    rows = zip(batch.keys, batch.tags, strict=True)
+    return batch.select_keys([key for key, tag in rows if not tag.get("is_replayed")])
 
 
 def shown_in(batch: KVBatchMeta, column: str) -> tuple[dict[str, list[int]], dict[str, float]]:
     """The sessions of each prompt that are demonstrations, and what is logged of them.
 
-    Args:
-        batch: fresh rows that have been rewarded.
-        column: of what the driver has given to each prompt's sessions.
+    The rows are fresh and rewarded; in `column` is what the driver has given to each prompt's sessions.
     """
     data = tq.kv_batch_get(
         keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores", column]
@@ -210,7 +181,3 @@ def shown_in(batch: KVBatchMeta, column: str) -> tuple[dict[str, list[int]], dic
         if values:
             facts[f"demonstrations/{name}"] = float(np.nanmean(values))
     return shown, facts
-
-
-def _whole_numbers(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(values).astype(np.int64))
