@@ -30,13 +30,13 @@ from gvpo.replay.store import (
     INSERT,
     STATE,
     GroupStore,
-    create,
     in_ranges,
     index_of,
     read_state,
     records_of,
     told,
 )
+from gvpo.run import replaced
 
 if os.name == "posix":
     import fcntl
@@ -82,6 +82,7 @@ class ReplayBuffer(GroupStore):
         if capacity < 1:
             raise InputError(f"capacity={capacity}: a replay buffer holds at least one group.")
         self.capacity, self.max_age = capacity, max_age
+        self._synchronous = "FULL" if durable else "NORMAL"  # FULL waits for the disk at each commit
         self.checkpoints = None if checkpoints is None else Path(checkpoints)
         self.generator = np.random.Generator(np.random.PCG64(seed))
         identity = {"tokenizer": tokenizer, "vocabulary_size": vocabulary_size, "group_size": group_size}
@@ -93,26 +94,20 @@ class ReplayBuffer(GroupStore):
             raise InputError(f"The replay buffer cannot use {folder} ({error.strerror}).") from error
         try:
             with told(folder / FILE):
-                if not (folder / FILE).exists():
-                    create(folder, identity)
-                self._open(folder, memory, "mode=rw")
+                self._open(folder, memory, identity)
                 check_identity(folder, self.identity, identity)
                 self.identity |= {key: value for key, value in identity.items() if value is not None}
-                self._begin("FULL" if durable else "NORMAL")
+                self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
+                row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
+                self._next_id = row[0] + 1 if row else 0
+                with self._db:
+                    self._look_for_checkpoints()
+                self.records = self._select("live")
+                self.next_number = int(self.records["number"][-1]) + 1 if len(self) else 0
+                self._keep_newest()
         except InputError:
             self.close()
             raise
-
-    def _begin(self, synchronous: str) -> None:
-        self._synchronous = synchronous  # FULL waits for the disk at each commit
-        self._db.execute(f"PRAGMA synchronous = {synchronous}")
-        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
-        self._next_id = row[0] + 1 if row else 0
-        with self._db:
-            self._look_for_checkpoints()
-        self.records = self._select("live")
-        self.next_number = int(self.records["number"][-1]) + 1 if len(self) else 0
-        self._keep_newest()
 
     # ------------------------------------------------------------------------------------------------ in
 
@@ -246,12 +241,10 @@ class ReplayBuffer(GroupStore):
             "next_number": self.next_number,
             "generator": self.generator.bit_generator.state,
         }
-        aside = folder / f".{STATE}.partial"
-        with aside.open("w", encoding="utf-8") as file:
+        with replaced(folder / STATE) as aside, aside.open("w", encoding="utf-8") as file:
             json.dump(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, folder / STATE)
         self._needed += state["ids"]
 
     def restore(self, *folders: str | Path) -> None:

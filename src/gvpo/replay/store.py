@@ -24,6 +24,7 @@ from gvpo.errors import InputError
 from gvpo.replay.columns import FIELDS, decode, encode
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex
+from gvpo.run import replaced
 
 FILE = "groups.sqlite"
 STATE = "state.json"  # in a checkpoint: which groups were in the buffer
@@ -75,19 +76,28 @@ class GroupStore:
     def __init__(self, folder: str | Path, *, memory: int = 2**28, hold: bool = False) -> None:
         folder = Path(folder)
         state = read_state(folder) if (folder / STATE).exists() else None
-        self._open(folder if state is None else locate(folder, state), memory, "mode=ro")
+        self._open(folder if state is None else locate(folder, state), memory)
         with told(self.path):
             if hold:
                 self._db.execute("BEGIN")
             self.records = self._select("live") if state is None else self._saved(folder, state)
 
-    def _open(self, folder: Path, memory: int, mode: str) -> None:
+    def _open(self, folder: Path, memory: int, identity: dict[str, Any] | None = None) -> None:
+        """Open the file: with an `identity` to write to it, which makes it where there is none."""
         self.folder, self.path = folder, folder / FILE
-        if not self.path.exists():
-            raise InputError(f"There is no replay buffer in {folder}.{written_earlier(folder)}")
-        if not os.access(folder, os.W_OK) and not self.path.with_name(f"{FILE}-wal").exists():
-            mode = "immutable=1"  # no place for SQLite's shared memory, and no need of it
+        mode = "mode=ro" if identity is None else "mode=rw"
         with told(self.path):
+            if not self.path.exists():
+                if (folder / "buffer.json").exists():
+                    raise InputError(
+                        f"The replay buffer in {folder} was written by an earlier version of gvpo, which "
+                        "this one does not read: use another folder."
+                    )
+                if identity is None:
+                    raise InputError(f"There is no replay buffer in {folder}.")
+                _create(self.path, identity)
+            if not os.access(folder, os.W_OK) and not self.path.with_name(f"{FILE}-wal").exists():
+                mode = "immutable=1"  # no place for SQLite's shared memory, and no need of it
             uri = f"{self.path.resolve().as_uri()}?{mode}"
             self._db = sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False)
             self._db.executescript(
@@ -156,28 +166,25 @@ class GroupStore:
         self.close()
 
 
-def create(folder: Path, identity: dict[str, Any]) -> None:
+def _create(path: Path, identity: dict[str, Any]) -> None:
     """An empty buffer: the file appears whole."""
-    if old := written_earlier(folder):
-        raise InputError(f"{folder} cannot hold a replay buffer.{old} Use another folder.")
-    aside = folder / f".{FILE}.partial"
-    aside.unlink(missing_ok=True)
-    db = sqlite3.connect(aside)
-    db.execute("PRAGMA page_size = 8192")  # a group of a few kB on few pages
-    db.executescript(SCHEMA)
-    row = (uuid.uuid4().hex, *identity.values(), FIELDS.serialize().to_pybytes())
-    with db:
-        db.execute("INSERT INTO buffer VALUES (?, ?, ?, ?, ?)", row)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.close()
-    os.replace(aside, folder / FILE)
+    with replaced(path) as aside:
+        aside.unlink(missing_ok=True)
+        db = sqlite3.connect(aside)
+        db.execute("PRAGMA page_size = 8192")  # a group of a few kB on few pages
+        db.executescript(SCHEMA)
+        row = (uuid.uuid4().hex, *identity.values(), FIELDS.serialize().to_pybytes())
+        with db:
+            db.execute("INSERT INTO buffer VALUES (?, ?, ?, ?, ?)", row)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.close()
 
 
 def records_of(
     groups: Sequence[Group], first_id: int, numbers: np.ndarray
 ) -> tuple[np.ndarray, list[pa.Buffer]]:
     """The index of groups, and their contents."""
-    rewards = [group.rewards if group.valid is None else group.rewards[group.valid] for group in groups]
+    rewards = [group.rewards[group.takes_part] for group in groups]
     records = np.zeros(len(groups), dtype=RECORD)
     records["id"], records["number"] = first_id + np.arange(len(groups)), numbers
     records["policy_step"] = [group.policy_step for group in groups]
@@ -211,30 +218,26 @@ def told(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (sqlite3.Error, OverflowError, TypeError, ValueError) as error:
+        what, advice = "is damaged, or is none", "restore it, or use another folder"
         if getattr(error, "sqlite_errorname", "").startswith(_STORAGE):
-            what = (
-                "cannot be read or written",
-                "make room, or choose another folder; what was committed is kept",
-            )
-        else:
-            what = "is damaged, or is none", "restore it, or use another folder"
-        raise InputError(f"The replay buffer {path} {what[0]} ({error}): {what[1]}.") from error
+            what = "cannot be read or written"
+            advice = "make room, or choose another folder; what was committed is kept"
+        raise InputError(f"The replay buffer {path} {what} ({error}): {advice}.") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What `ReplayBuffer.save` wrote into a checkpoint."""
-    kinds = {"format": int, "store": str, "path": str, "from_home": str, "checksum": int, "ids": list}
+    kinds = {"store": str, "path": str, "from_home": str, "checksum": int, "ids": list}
     kinds |= {"next_number": int, "generator": dict}
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         sound = all(isinstance(state.get(key), kind) for key, kind in kinds.items())
-        if sound:
-            in_ranges(np.zeros(1), state["ids"])
-            np.random.PCG64().state = state["generator"]
+        if not sound or state.get("format") != FORMAT:
+            raise ValueError("it is of another version")
+        in_ranges(np.zeros(1), state["ids"])
+        np.random.PCG64().state = state["generator"]
     except (OSError, ValueError, AttributeError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{folder} is no saved replay buffer: {STATE} cannot be read ({error}).") from error
-    if not sound or state["format"] != FORMAT:
-        raise InputError(f"{folder} is no saved replay buffer of this version.")
     return state
 
 
@@ -256,10 +259,3 @@ def in_ranges(ids: np.ndarray, ranges: Iterable[Sequence[int]]) -> np.ndarray:
     for first, last in ranges:
         found |= (ids >= first) & (ids <= last)
     return found
-
-
-def written_earlier(folder: Path) -> str:
-    """A sentence about a buffer of format 1, if there is one."""
-    if not (folder / "buffer.json").exists():
-        return ""
-    return " What is there was written by an earlier version of gvpo, which this one does not read."
