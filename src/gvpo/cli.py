@@ -114,7 +114,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="The Parquet file.")],
 ) -> None:
     """Write a replay buffer's groups as Parquet, a row each, which --offline reads too."""
-    from gvpo.replay.export import export as run
+    from gvpo.replay.view import export as run
 
     typer.echo(f"{run(folder, output)} groups written to {output}")
 

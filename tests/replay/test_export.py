@@ -7,9 +7,8 @@ import pytest
 from gvpo.cli import main
 from gvpo.errors import InputError
 from gvpo.replay import ReplayBuffer
-from gvpo.replay.export import export
 from gvpo.replay.offline import load_offline
-from gvpo.replay.view import rank_folder
+from gvpo.replay.view import export, rank_folder
 from tests.replay.groups import group
 from tests.replay.test_answers import encoder
 

@@ -34,29 +34,26 @@ def encode(groups: Sequence[Group]) -> pa.RecordBatch:
     Raises:
         InputError: metadata that JSON cannot hold.
     """
-    return pa.RecordBatch.from_pylist([_row(group) for group in groups], schema=FIELDS)
-
-
-def _row(group: Group) -> dict[str, Any]:
-    return {
-        "policy_step": group.policy_step,
-        "reference": group.reference,
-        "prompt_ids": group.own_prompts or [group.prompt_ids],
-        "completion_ids": group.completions,
-        "counted": group.counted_of_each,
-        "rewards": group.rewards,
-        "valid": group.valid,
-        "reference_logps": group.reference_logps,
-        "reward_components": list(group.components.items()),
-        "metadata": _json(group.metadata),
-    }
-
-
-def _json(metadata: Any) -> str:
-    try:
-        return json.dumps(metadata, ensure_ascii=False) if metadata else "{}"
-    except (TypeError, ValueError) as error:
-        raise InputError(f"The metadata of a group is not JSON ({error}): use plain values.") from error
+    rows = []
+    for group in groups:
+        try:
+            metadata = json.dumps(group.metadata, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The metadata of a group is not JSON ({error}): use plain values.") from error
+        row: dict[str, Any] = {
+            "policy_step": group.policy_step,
+            "reference": group.reference,
+            "prompt_ids": group.own_prompts or [group.prompt_ids],
+            "completion_ids": group.completions,
+            "counted": group.counted_of_each,
+            "rewards": group.rewards,
+            "valid": group.valid,
+            "reference_logps": group.reference_logps,
+            "reward_components": list(group.components.items()),
+            "metadata": metadata,
+        }
+        rows.append(row)
+    return pa.RecordBatch.from_pylist(rows, schema=FIELDS)
 
 
 def decode(row: pa.RecordBatch) -> Group:

@@ -130,14 +130,12 @@ def check_slots(per_group: int, group_size: int, slots: Sequence[int] | None) ->
 
 def _answers(value: Any, where: str) -> list[Any]:
     """One answer or several, each text, a list of messages, or logged."""
-    if isinstance(value, str) or _is_logged(value):
-        return [value]
     if value is None:
         return []
+    if isinstance(value, str) or _is_logged(value):
+        return [value]
     if isinstance(value, Sequence):
-        if not value:
-            return []
-        if all(isinstance(item, Mapping) and "role" in item for item in value):
+        if value and all(isinstance(item, Mapping) and "role" in item for item in value):
             return [value]  # one answer, as messages
         if all(isinstance(item, str | Sequence) or _is_logged(item) for item in value):
             return list(value)

@@ -17,7 +17,7 @@ completion), `completion_ids`, with `counted` (which of them make up S) and `val
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from gvpo.replay.view import ReplayView
 
 Row = Mapping[str, Any]
 
-# One row a group: its column → one row a completion: its column.
+# Columns of a row a group → of a row a completion.
 _PER_COMPLETION = {
     "completions": "completion",
     "completion_ids": "completion_ids",
@@ -81,26 +81,27 @@ def load_offline(
             that is missing or no number, token ids outside the vocabulary, a group that mixes references, or
             no group of two; with the row, counting from 1.
     """
-    if isinstance(source, str | Path) and Path(source).is_dir():
+    if not isinstance(source, str | Path):
+        name, rows = "The data", iter(source)
+    elif Path(source).is_dir():
         return _from_replay(Path(source), encoder, longest)
-    name = str(source) if isinstance(source, str | Path) else "The data"
-    rows = read_file(source) if isinstance(source, str | Path) else source
+    else:
+        name, rows = str(source), read_file(source)
     gathered: dict[Any, tuple[list[int], list[Response]]] = {}
-    for number, given in enumerate(rows, start=1):
-        row = _unpacked(given) if isinstance(given.get("logged"), list) else given
+    for number, row in enumerate(rows, start=1):
         try:
-            prompt, responses = _read(row, encoder, longest)
+            prompt, responses, whole = _read(row, encoder, longest)
         except InputError as error:
             raise InputError(f"{name}, row {number}: {error}.") from error
-        key = number if _is_group(row) else row.get("group")
+        key = number if whole else row.get("group")
         if key is None:
             key = row["prompt"] if isinstance(row.get("prompt"), str) else repr(prompt)
-        known = gathered.setdefault(key, (prompt, []))
-        if known[0] != prompt:
+        known, its = gathered.setdefault(key, (prompt, []))
+        if known != prompt:
             raise InputError(
                 f"{name}, row {number} has another prompt than the rows before it of the group {_short(key)}."
             )
-        known[1].extend(responses)
+        its.extend(responses)
     logged = Logged()
     for where, (prompt_ids, responses) in gathered.items():
         if len(responses) < 2:
@@ -118,26 +119,22 @@ def load_offline(
     return logged
 
 
-def _unpacked(row: Row) -> Row:
-    """A row of `gvpo data logs` as a row a group."""
-    names = {"completions": "content", "rewards": "reward", "complete": "complete"}
-    names["completion_ids"] = "completion_ids"
-    columns = {ours: [answer[theirs] for answer in row["logged"]] for ours, theirs in names.items()}
-    return {"prompt": row["prompt"], **columns}
+def _columns(row: Row) -> tuple[dict[str, Sequence[Any]], bool]:
+    """What a row says of its completions, by the columns of a row a group; and whether it is one."""
+    logged = row.get("logged")
+    if isinstance(logged, list):  # of `gvpo data logs`
+        names = _PER_COMPLETION | {"completions": "content"}
+        have = {ours: theirs for ours, theirs in names.items() if all(theirs in answer for answer in logged)}
+        return {ours: [answer[theirs] for answer in logged] for ours, theirs in have.items()}, True
+    whole = "completions" in row or isinstance(_first(row.get("completion_ids")), list)
+    given = {ours: row.get(ours if whole else theirs) for ours, theirs in _PER_COMPLETION.items()}
+    return {name: value if whole else [value] for name, value in given.items() if value is not None}, whole
 
 
-def _is_group(row: Row) -> bool:
-    return "completions" in row or isinstance(_first(row.get("completion_ids")), list)
-
-
-def _read(row: Row, encoder: Encoder, longest: int | None) -> tuple[list[int], list[Response]]:
-    """The prompt of a row, and its responses."""
+def _read(row: Row, encoder: Encoder, longest: int | None) -> tuple[list[int], list[Response], bool]:
+    """The prompt of a row, its responses, and whether they are a whole group."""
     prompts = _prompts(row, encoder)
-    columns = {
-        ours: row[ours] if _is_group(row) else [row[theirs]]
-        for ours, theirs in _PER_COMPLETION.items()
-        if row.get(ours if _is_group(row) else theirs) is not None
-    }
+    columns, whole = _columns(row)
     answers = columns.get("completion_ids", columns.get("completions"))
     if answers is None:
         raise InputError("there is no completion: give a column completion, completions or completion_ids")
@@ -157,7 +154,7 @@ def _read(row: Row, encoder: Encoder, longest: int | None) -> tuple[list[int], l
             responses.append(_response(cell, row, encoder, longest))
         except InputError as error:
             raise InputError(f"completion {i}: {error}" if len(answers) > 1 else str(error)) from error
-    return prompts[0], responses
+    return prompts[0], responses, whole
 
 
 def _prompts(row: Row, encoder: Encoder) -> list[list[int]]:
@@ -188,14 +185,10 @@ def _response(cell: Row, row: Row, encoder: Encoder, longest: int | None) -> Res
     if counted is not None and len(counted) != len(ids):
         raise InputError(f"counted marks {len(counted)} of its {len(ids)} tokens: mark every token")
     reference = None if logp is None else row.get("reference") or "logged"
-    reward = _number(cell["rewards"], "reward")
-    return Response(ids, reward, reference, logp, counted, cell.get("prompts"))
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        return float(value)
-    raise InputError(f"the {name} is {value!r}, not a finite number")
+    reward = cell["rewards"]
+    if not (isinstance(reward, bool | int | float) and math.isfinite(reward)):
+        raise InputError(f"the reward is {reward!r}, not a finite number")
+    return Response(ids, float(reward), reference, logp, counted, cell.get("prompts"))
 
 
 def _from_replay(folder: Path, encoder: Encoder, longest: int | None) -> Logged:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from gvpo.errors import InputError
 from gvpo.replay.demonstrations import check_slots
-from gvpo.replay.sampling import SAMPLING
 
 
 @dataclass
@@ -63,11 +62,10 @@ class OffPolicyConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= least):
                 raise InputError(f"{name}={value} must be at least {least}.")
-        choices = {"replay_reference": ("stored", "current"), "replay_sampling": tuple(SAMPLING)}
-        choices["replay_after_crash"] = ("rollback", "keep")
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}.")
+        for name, kind in get_type_hints(OffPolicyConfig).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown: use one of {known}.")
         check_slots(self.demonstrations_per_group, group_size, self.demonstration_slots)
         if self.offline is not None and (self.replay_ratio or self.demonstrations_per_group):
             raise InputError(

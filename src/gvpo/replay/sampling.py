@@ -40,20 +40,10 @@ Weights = Callable[[ReplayIndex], Float[np.ndarray, "groups"]]
 HALF_LIFE = 8  # optimizer steps
 
 
-def recent(index: ReplayIndex) -> Float[np.ndarray, "groups"]:
-    """Half the chance for every 8 optimizer steps of age."""
-    return 0.5 ** (index.ages / HALF_LIFE)
-
-
-def reward_variance(index: ReplayIndex) -> Float[np.ndarray, "groups"]:
-    """In proportion to the variance of the rewards: groups of equal rewards are never chosen."""
-    return index.reward_variances
-
-
 SAMPLING: dict[str, Weights | None] = {
     "uniform": None,
-    "recent": recent,
-    "reward_variance": reward_variance,
+    "recent": lambda index: 0.5 ** (index.ages / HALF_LIFE),
+    "reward_variance": lambda index: index.reward_variances,  # of equal rewards: never
 }
 
 

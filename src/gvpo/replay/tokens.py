@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -16,11 +15,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 def fingerprint(tokenizer: Any) -> str:
     """A hash of the vocabulary: two tokenizers with the same one give the same token ids a meaning."""
-    return _fingerprint_of(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])))
-
-
-@functools.lru_cache(maxsize=4)
-def _fingerprint_of(vocabulary: str) -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:32]
 
 

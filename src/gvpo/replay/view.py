@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from gvpo.errors import InputError
+from gvpo.replay.columns import FIELDS, encode
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex
 from gvpo.replay.store import FILE, STATE, GroupStore, index_of
+
+_AT_ONCE = 256  # groups in memory, of an export
 
 
 def rank_folder(folder: str | Path, rank: int) -> Path:
@@ -44,9 +51,8 @@ class ReplayView:
         ranks = sorted(path.parent for path in self.folder.glob(f"rank-*/{FILE}"))
         alone = not ranks or (self.folder / FILE).exists() or (self.folder / STATE).exists()
         folders = [self.folder] if alone else ranks
-        self.stores = []
-        for folder in folders:
-            self.stores.append(GroupStore(folder, memory=self.memory // len(folders), hold=self.hold))
+        memory = self.memory // len(folders)
+        self.stores = [GroupStore(folder, memory=memory, hold=self.hold) for folder in folders]
 
     def __len__(self) -> int:
         return sum(len(store) for store in self.stores)
@@ -79,3 +85,26 @@ class ReplayView:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def export(folder: str | Path, output: str | Path) -> int:
+    """Write all groups of a `ReplayView` as Parquet, in the columns of `FIELDS`; returns how many.
+
+    Raises:
+        InputError: there is no buffer, or a damaged one; or the file cannot be written, and nothing is left.
+    """
+    output = Path(output)
+    aside = output.with_name(f".{output.name}.partial")
+    with ReplayView(folder, memory=0, hold=True) as view:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with pq.ParquetWriter(aside, FIELDS) as writer:
+                for start in range(0, len(view), _AT_ONCE):
+                    part = range(start, min(start + _AT_ONCE, len(view)))
+                    writer.write_batch(encode(view.read(part)))
+            os.replace(aside, output)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{output} cannot be written ({error}): choose another place.") from error
+        finally:
+            aside.unlink(missing_ok=True)
+        return len(view)
