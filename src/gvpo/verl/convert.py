@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gvpo.errors import InputError
-from gvpo.verl.settings import DEFAULT_BETA, companions
+from gvpo.verl.settings import DEFAULT_BETA, companions, rules
 
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s\\)"']*)"""
 _WORD = re.compile(
@@ -31,7 +31,7 @@ def convert_script(text: str, name: str = "the script") -> str:
     Raises:
         InputError: it does not run verl's PPO trainer, has a critic or a configuration file of its own.
     """
-    required, inert = companions()
+    required, inert = companions(), rules("inert")
     changes = ["verl.trainer.main_ppo → gvpo.verl: the same Hydra overrides, GVPO's updates."]
     met: set[str] = set()
 

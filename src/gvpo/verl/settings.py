@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,6 @@ _CONFIG = Path(__file__).parent / "config"
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _MICRO_BATCH = "micro_batch_size_per_gpu"
 _BETAS = ("gvpo.beta", f"{_ACTOR}.gvpo_beta")
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "gvpo.reference": ("rollout", "initial", "moving"),
-    "gvpo.loss_scale": ("mean", "published"),
-    "gvpo.leave_out_zero_weights": (True, False),
-}
-_COUNTS = (
-    "data.train_batch_size",
-    f"{_ACTOR}.ppo_mini_batch_size",
-    f"{_ACTOR}.ppo_epochs",
-    f"{_ROLLOUT}.n",
-    "gvpo.reference_every",
-    "gvpo.keep_versions",
-    "gvpo.max_bad_steps",
-)
-_AMOUNTS = ("gvpo.watch_seconds", "gvpo.poll_seconds", *_BETAS)
-_MAY_BE_NULL = ("gvpo.poll_seconds", "gvpo.reference_every", *_BETAS)
-_MAY_BE_ZERO = ("gvpo.keep_versions",)
-_AS_THEY_ARE = (
-    "reference", "reference_every", "keep_versions", "leave_out_zero_weights", "poll_seconds",
-    "watch_seconds", "max_bad_steps", "dump_dir",
-)  # fmt: skip
-_OFF_POLICY = [option.name for option in fields(OffPolicyConfig) if option.name != "offline"]
 SHOWN = "gvpo_shown"  # column of a prompt's demonstrations: tokens and reward by session
 _PADDING_TOKENS = 128  # length of the rows that verl pads a batch with
 
@@ -70,10 +49,15 @@ class Companion:
         return value in self.allow or (value is None and False in self.allow)
 
 
-def companions() -> tuple[dict[str, Companion], dict[str, str]]:
-    """`config/companions.yaml`: companions by name, and why each option of other objectives does nothing."""
-    data = yaml.safe_load((_CONFIG / "companions.yaml").read_text(encoding="utf-8"))
-    return {name: Companion(**entry) for name, entry in data["required"].items()}, data["inert"]
+def companions(section: str = "required") -> dict[str, Companion]:
+    """Those of `config/companions.yaml` by name; those `with_demonstrations` are another section."""
+    return {name: Companion(**entry) for name, entry in rules(section).items()}
+
+
+@cache
+def rules(section: str, file: str = "companions") -> dict[str, Any]:
+    """A section of a file in `config`."""
+    return yaml.safe_load((_CONFIG / f"{file}.yaml").read_text(encoding="utf-8"))[section]
 
 
 @dataclass(frozen=True)
@@ -137,6 +121,7 @@ def read_settings(config: DictConfig) -> Settings:
         )
     if sizes and gvpo.reference == "initial":
         sizes.append(_reference_micro_batch(config))
+    as_they_are = {setting.name for setting in fields(Settings)} & gvpo.keys()
     return Settings(
         beta=_beta(config),
         scale=sizes[0] / rollout.n if published else 1.0,
@@ -148,14 +133,14 @@ def read_settings(config: DictConfig) -> Settings:
         incidents_dir=f"{config.trainer.default_local_dir}/incidents",
         warn_when=[str(rule) for rule in gvpo.warn_when],
         off_policy=_off_policy(gvpo, rollout.n),
-        **{name: gvpo[name] for name in _AS_THEY_ARE},
+        **{name: gvpo[name] for name in as_they_are - {"beta", "epochs", "warn_when"}},
     )
 
 
 def _off_policy(gvpo: DictConfig, group_size: int) -> OffPolicyConfig:
-    given = OmegaConf.to_container(gvpo, resolve=True)
-    assert isinstance(given, dict)
-    options = OffPolicyConfig(**{name: given[name] for name in _OFF_POLICY if name in given})
+    given: Any = OmegaConf.to_container(gvpo, resolve=True)
+    names = {option.name for option in fields(OffPolicyConfig)} & given.keys()
+    options = OffPolicyConfig(**{name: given[name] for name in names})
     options.check_off_policy(group_size)
     return options
 
@@ -163,9 +148,7 @@ def _off_policy(gvpo: DictConfig, group_size: int) -> OffPolicyConfig:
 def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
     """What is worth a word but no refusal, a sentence each.
 
-    Args:
-        config: the user's configuration.
-        overrides: the overrides of the command line, to tell what the user asked for from verl's defaults.
+    The `overrides` of the command line tell what the user asked for from verl's defaults.
 
     Raises:
         InputError: a companion that contradicts GVPO, or sizes that cannot work, with the values to change.
@@ -174,21 +157,22 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
         raise InputError(
             "the configuration has no section gvpo: leave --config-name out, and write overrides."
         )
-    known = yaml.safe_load((_CONFIG / "gvpo_trainer.yaml").read_text(encoding="utf-8"))["gvpo"]
+    known = rules("gvpo", "gvpo_trainer")
     if unknown := [name for name in config.gvpo if name not in known]:
         raise InputError(f"gvpo.{unknown[0]} is no setting: there are {', '.join(known)}.")
-    required, inert = companions()
-    for name, companion in required.items():
-        value = OmegaConf.select(config, name, default=None)
-        if not companion.accepts(value):
-            raise InputError(
-                f"{name}={value} does not go with GVPO: {companion.why}; set {name}={companion.right}."
-            )
+    for name, value, companion in _refused(config, "required"):
+        raise InputError(
+            f"{name}={value} does not go with GVPO: {companion.why}; set {name}={companion.right}."
+        )
     settings = read_settings(config)
     _check_sizes(config, settings)
     _check_separate(config)
     if settings.off_policy.demonstrations_per_group:
-        _check_demonstrations(config)
+        for name, value, companion in _refused(config, "with_demonstrations"):
+            raise InputError(
+                f"gvpo.demonstrations_per_group does not go with {name}={value}: {companion.why}; leave one "
+                "out."
+            )
     attention = "actor_rollout_ref.model.override_config.attn_implementation"
     kind = OmegaConf.select(config, attention, default=None) or "flash_attention_2"
     if (ranks := _ranks_of_a_sequence(config.actor_rollout_ref.actor)) > 1 and not kind.startswith("flash"):
@@ -198,8 +182,8 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> list[str]:
         )
     notes = []
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    idle = [name for name in inert if name in given]
-    if idle:
+    inert = rules("inert")
+    if idle := [name for name in inert if name in given]:
         notes.append(
             f"{', '.join(idle)}: without effect ({', '.join(dict.fromkeys(inert[n] for n in idle))})."
         )
@@ -236,21 +220,11 @@ def _check_separate(config: DictConfig) -> None:
         )
 
 
-def _check_demonstrations(config: DictConfig) -> None:
-    """Refuse what would make a demonstration another kind of answer than those that are sampled."""
-    for name, allowed, why in (
-        (f"{_ROLLOUT}.multi_turn.tool_config_path", None, "completions are single turns"),
-        (f"{_ROLLOUT}.multi_turn.function_tool_path", None, "completions are single turns"),
-        (f"{_ROLLOUT}.agent.default_agent_loop", "single_turn_agent", "completions are single turns"),
-        (f"{_ROLLOUT}.agent.agent_loop_config_path", None, "it brings an agent loop of its own"),
-        ("reward.reward_model.enable", False, "answers must be rewarded as they come, by a function"),
-        ("algorithm.filter_groups.metric", "reward", "a logged answer has its rating and no other metric"),
-    ):
+def _refused(config: DictConfig, section: str) -> Iterator[tuple[str, Any, Companion]]:
+    for name, companion in companions(section).items():
         value = OmegaConf.select(config, name, default=None)
-        if value not in (allowed, None):
-            raise InputError(
-                f"gvpo.demonstrations_per_group does not go with {name}={value}: {why}; leave one out."
-            )
+        if not companion.accepts(value):
+            yield name, value, companion
 
 
 def _notes_on_age(config: DictConfig, settings: Settings) -> list[str]:
@@ -307,18 +281,21 @@ def prepare(config: DictConfig) -> None:
 
 def _check_values(config: DictConfig) -> None:
     """Refuse values of another kind than they must be, verl's own among them that updates are cut by."""
-    for name, choices in _CHOICES.items():
-        if (value := OmegaConf.select(config, name)) not in choices:
-            raise InputError(f"{name}={value} is not known: choose {' or '.join(map(str, choices))}.")
-    for name in (*_COUNTS, *_AMOUNTS):
+    for name, rule in rules("values").items():
         value = OmegaConf.select(config, name)
-        if value is None and name in _MAY_BE_NULL:
+        if value is None and rule.get("optional"):
             continue
-        number = type(value) is int or (type(value) is float and name in _AMOUNTS)
-        least = 0 if name in _MAY_BE_ZERO else 1
-        if not (number and (least <= value if name in _COUNTS else 0 < value < math.inf)):
-            kind = f"a whole number of at least {least}" if name in _COUNTS else "a finite number above 0"
-            raise InputError(f"{name}={value} must be {kind}.")
+        if "choices" in rule:
+            fits = value in rule["choices"]
+            wanted = f"is not known: choose {' or '.join(map(str, rule['choices']))}"
+        elif "least" in rule:
+            fits = type(value) is int and value >= rule["least"]
+            wanted = f"must be a whole number of at least {rule['least']}"
+        else:
+            fits = type(value) in (int, float) and 0 < value < math.inf
+            wanted = "must be a finite number above 0"
+        if not fits:
+            raise InputError(f"{name}={value} {wanted}.")
     if (config.gvpo.reference == "moving") != (config.gvpo.reference_every is not None):
         raise InputError(
             "gvpo.reference=moving and gvpo.reference_every=N, in updates, need each other: give both."
@@ -335,12 +312,10 @@ def _check_values(config: DictConfig) -> None:
 
 
 def _beta(config: DictConfig) -> float:
-    given = [OmegaConf.select(config, name) for name in _BETAS]
+    given = [OmegaConf.select(config, name) for name in ("gvpo.beta", f"{_ACTOR}.gvpo_beta")]
     betas = {value for value in given if value is not None} or {DEFAULT_BETA}
     if len(betas) > 1:
-        raise InputError(
-            f"gvpo.beta={given[0]} and actor_rollout_ref.actor.gvpo_beta={given[1]} are one thing: give one."
-        )
+        raise InputError(f"gvpo.beta={given[0]} and {_ACTOR}.gvpo_beta={given[1]} are one thing: give one.")
     return float(betas.pop())
 
 
@@ -349,41 +324,33 @@ def _reference_micro_batch(config: DictConfig) -> int | None:
     return ref.get("log_prob_micro_batch_size_per_gpu", None) or rollout.log_prob_micro_batch_size_per_gpu
 
 
-def _check_sizes(config: DictConfig, settings: Settings) -> None:
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    prompts = config.data.train_batch_size
-    if rollout.n < 2:
-        raise InputError(
-            f"actor_rollout_ref.rollout.n={rollout.n}: one response has no variance; set it to 2 or more."
-        )
-    if settings.mini_batch > prompts:
-        raise InputError(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={settings.mini_batch} prompts do not fit "
-            f"data.train_batch_size={prompts}: set the first to at most the second."
-        )
-    if actor.use_dynamic_bsz:
-        _check_dynamic(config)
-
-
 def _ranks_of_a_sequence(actor: DictConfig, *others: str) -> int:
     """How many ranks share a sequence, and so its tokens: by Ulysses, or by `others`."""
     ulysses = ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
     return int(max(OmegaConf.select(actor, name, default=1) for name in (*ulysses, *others)))
 
 
-def _check_dynamic(config: DictConfig) -> None:
-    actor = config.actor_rollout_ref.actor
-    if not config.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz:
+def _check_sizes(config: DictConfig, settings: Settings) -> None:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    prompts = config.data.train_batch_size
+    if rollout.n < 2:
+        raise InputError(f"{_ROLLOUT}.n={rollout.n}: one response has no variance; set it to 2 or more.")
+    if settings.mini_batch > prompts:
         raise InputError(
-            "actor_rollout_ref.actor.use_dynamic_bsz=True needs "
-            "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True as well."
+            f"{_ACTOR}.ppo_mini_batch_size={settings.mini_batch} prompts do not fit "
+            f"data.train_batch_size={prompts}: set the first to at most the second."
+        )
+    if not actor.use_dynamic_bsz:
+        return
+    if not rollout.log_prob_use_dynamic_bsz:
+        raise InputError(
+            f"{_ACTOR}.use_dynamic_bsz=True needs {_ROLLOUT}.log_prob_use_dynamic_bsz=True as well."
         )
     longest = max(config.data.max_prompt_length + config.data.max_response_length, _PADDING_TOKENS)
     ranks = _ranks_of_a_sequence(actor, "megatron.context_parallel_size")
-    for name in ("actor.ppo_max_token_len_per_gpu", "rollout.log_prob_max_token_len_per_gpu"):
-        tokens = OmegaConf.select(config.actor_rollout_ref, name)
-        if tokens * ranks < longest:
+    for name in (f"{_ACTOR}.ppo_max_token_len_per_gpu", f"{_ROLLOUT}.log_prob_max_token_len_per_gpu"):
+        if (tokens := OmegaConf.select(config, name)) * ranks < longest:
             raise InputError(
-                f"actor_rollout_ref.{name}={tokens} tokens cannot hold one row: set it to {longest} or "
-                "more, which data.max_prompt_length + data.max_response_length or a padding row may take."
+                f"{name}={tokens} tokens cannot hold one row: set it to {longest} or more, which "
+                "data.max_prompt_length + data.max_response_length or a padding row may take."
             )
