@@ -119,21 +119,3 @@ def test_aborted_requests_are_answered_and_later_ones_wait_or_are_turned_away(se
     assert [part.extra_fields["global_steps"] for part in (*parts, whole)] == [4, 4, 4, 5]
     assert whole.stop_reason in ("completed", "length")
     assert turned_away.stop_reason == "aborted"
-
-
-def test_weights_are_waited_for():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from gvpo.verl.cpu.engine import _Mailbox
-
-    async def scene():
-        box = _Mailbox()
-        first, second = asyncio.create_task(box.get(1)), asyncio.create_task(box.get(2))
-        await box.put(1, {"a": torch.ones(1)})
-        got = await first
-        assert not second.done()
-        await box.put(2, {"a": torch.zeros(1)})
-        return got, await second
-
-    first, second = asyncio.run(scene())
-    assert (first["a"].item(), second["a"].item()) == (1, 0)

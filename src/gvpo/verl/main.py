@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gvpo.errors import InputError
-from gvpo.verl import cpu
+from gvpo.verl import EXTERNAL, cpu, have_verl_import
 
 _CONFIG = Path(__file__).parent / "config"
-_EXTERNAL = "VERL_USE_EXTERNAL_MODULES"
 V09, V060 = "gvpo.verl.trainer", "gvpo.verl.v060"
 TESTED = ("0.9.1", "0.6.0")
 _INSTALL = "pip install -c constraints.txt 'gvpo[verl]'"
@@ -28,7 +26,7 @@ def main() -> None:
         _refuse(error)
     if cpu.OVERRIDE in sys.argv:
         cpu.use()
-    _load_plugin()
+    modules = have_verl_import("gvpo.verl.plugin")
     import hydra
 
     @hydra.main(config_path=str(_CONFIG), config_name="gvpo_trainer", version_base=None)
@@ -43,19 +41,13 @@ def main() -> None:
                 print(f"gvpo: {note}", file=sys.stderr)
             prepare(config)
             # Ray's processes on other machines import the plugin, too.
-            name = f"ray_kwargs.ray_init.runtime_env.env_vars.{_EXTERNAL}"
-            OmegaConf.update(config, name, os.environ[_EXTERNAL], force_add=True)
+            name = f"ray_kwargs.ray_init.runtime_env.env_vars.{EXTERNAL}"
+            OmegaConf.update(config, name, modules, force_add=True)
             _train_or_explain(import_module(adapter).train, config)
         except InputError as error:
             _refuse(error)
 
     run()
-
-
-def _load_plugin() -> None:
-    """Have verl import our plugin, here and in the processes that start from here."""
-    modules = [module for module in os.environ.get(_EXTERNAL, "").split(",") if module]
-    os.environ[_EXTERNAL] = ",".join(dict.fromkeys([*modules, "gvpo.verl.plugin"]))
 
 
 def _train_or_explain(train: Callable[[Any], None], config: Any) -> None:

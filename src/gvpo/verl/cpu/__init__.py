@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+from gvpo.verl import EXTERNAL, have_verl_import
+
 MODULE = "gvpo.verl.cpu.register"
 OVERRIDE = "+machine=cpu"
 
@@ -19,10 +21,8 @@ def use() -> dict[str, str]:
     Returns:
         The environment variables that were set, for Ray's `runtime_env` on other machines.
     """
-    name = "VERL_USE_EXTERNAL_MODULES"
-    others = [module for module in os.environ.get(name, "").split(",") if module and module != MODULE]
     wanted = {
-        name: ",".join([*others, MODULE]),
+        EXTERNAL: have_verl_import(MODULE),
         "VERL_PLATFORM": "cpu",
         # The key under which verl keeps its FSDP engine; the engine itself asks the platform.
         "VERL_ENGINE_DEVICE": "cuda",

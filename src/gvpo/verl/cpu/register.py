@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from importlib import import_module
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import torch
@@ -32,17 +32,14 @@ def _memory(*_: Any, **__: Any) -> tuple[int, int]:
     return memory.available, memory.total
 
 
-class _Device(ModuleType):
-    """`torch.cpu`, with what verl asks of `torch.cuda` besides."""
-
-    _EXTRA: ClassVar[dict[str, Any]] = {
-        **dict.fromkeys(
-            ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), _always(0)
-        ),
-        **dict.fromkeys(
-            ("empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_device", "manual_seed_all"),
-            _always(None),
-        ),
+_device = ModuleType("gvpo.verl.cpu.device")  # `torch.cpu`, with what verl asks of `torch.cuda` besides
+_nothing = ("empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_device", "manual_seed_all")
+_zero = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
+vars(_device).update(
+    vars(torch.cpu)
+    | dict.fromkeys(_nothing, _always(None))
+    | dict.fromkeys(_zero, _always(0))
+    | {
         "manual_seed": torch.manual_seed,
         "mem_get_info": _memory,
         "get_rng_state": lambda *_: torch.get_rng_state(),
@@ -50,9 +47,7 @@ class _Device(ModuleType):
         "current_device": _always("cpu"),
         "get_device_name": _always("CPU"),
     }
-
-    def __getattr__(self, name: str) -> Any:
-        return self._EXTRA[name] if name in self._EXTRA else getattr(torch.cpu, name)
+)
 
 
 @PlatformRegistry.register(platform="cpu")
@@ -61,7 +56,7 @@ class CPUPlatform(PlatformBase):
 
     device_name = "cpu"
     vendor_name = "generic"
-    device_module = _Device("gvpo.verl.cpu.device")
+    device_module = _device
     is_available = _always(True)
     device_count = _always(1)
     current_device = _always("cpu")  # goes to `Tensor.to` and to FSDP
@@ -78,21 +73,11 @@ class CPUPlatform(PlatformBase):
 
 
 _initialize = verl.utils.distributed.initialize_global_process_group_ray
-
-
-def _initialize_with_gloo(timeout_second: int | None = None, backend: str | None = None) -> Any:
-    # verl would ask for "cpu:gloo,cpu:gloo", one for the host and one for the device, which torch refuses.
-    return _initialize(timeout_second=timeout_second, backend="cpu:gloo")
-
-
-class _UnpinnedOffload(CPUOffloadPolicy):
-    """verl asks for pinned memory for the reference model, of which there is none without an accelerator."""
-
-    def __init__(self, pin_memory: bool = False) -> None:
-        super().__init__(pin_memory=False)
-
-
-verl.utils.distributed.initialize_global_process_group_ray = _initialize_with_gloo
-verl.utils.fsdp_utils.CPUOffloadPolicy = _UnpinnedOffload
+# verl would ask for "cpu:gloo,cpu:gloo", one for the host and one for the device, which torch refuses.
+verl.utils.distributed.initialize_global_process_group_ray = lambda timeout_second=None, backend=None: (
+    _initialize(timeout_second, "cpu:gloo")
+)
+# And for pinned memory for the reference model, of which there is none without an accelerator.
+verl.utils.fsdp_utils.CPUOffloadPolicy = lambda **_: CPUOffloadPolicy(pin_memory=False)
 _ROLLOUT_REGISTRY["hf", "async"] = "gvpo.verl.cpu.rollout.HFServerAdapter"
 RolloutReplicaRegistry.register("hf", lambda: import_module("gvpo.verl.cpu.rollout").HFReplica)

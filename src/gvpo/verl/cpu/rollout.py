@@ -1,4 +1,8 @@
-"""A rollout server on Hugging Face `generate` for verl 0.9: whatever requests wait go into one batch."""
+"""A rollout server on Hugging Face `generate` for verl 0.9: whatever requests wait go into one batch.
+
+The trainer's weights come through Ray's object store, from the same workers or from others (verl's checkpoint
+engines, without NCCL).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,20 @@ import asyncio
 import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Any
 
 import ray
 import torch
+from ray.util.queue import Queue
+from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from gvpo.verl.cpu.sampling import Request, Response, Sampling, next_batch, row_seed, sample
+
+Weights = Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]]
 
 _GATHER_SECONDS = 0.02  # how long the first of a batch waits for company
 
@@ -95,8 +103,7 @@ class HFServer:
     async def abort_all_requests(self, reject_request: bool = False) -> None:
         """Answer all requests with what there is by now; later ones wait for `resume_generation`.
 
-        Args:
-            reject_request: later ones are answered with nothing, so that the client asks another server.
+        With `reject_request` they are answered with nothing, so that the client asks another server.
         """
         self._rejects = reject_request
         self._open.clear()
@@ -143,7 +150,7 @@ class HFReplica(RolloutReplica):
 
 
 class HFServerAdapter(BaseRollout):
-    """The trainer's side: the first worker of a replica sends it the weights through Ray's object store."""
+    """The workers' side: the first of a replica's sends it the weights."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
         super().__init__(config, model_config, device_mesh)
@@ -160,19 +167,61 @@ class HFServerAdapter(BaseRollout):
         pass
 
     async def update_weights(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
-        wire_format: str = "named_tensors",
-        **kwargs: Any,
+        self, weights: Weights, wire_format: str = "named_tensors", **kwargs: Any
     ) -> None:
         if wire_format != "named_tensors":
             raise NotImplementedError(f"The Hugging Face rollout takes whole tensors, not {wire_format}.")
-        # Every rank has to walk through: each tensor is put together from all of them.
-        pairs = ensure_async_iterator(weights)
-        whole = {name: tensor.detach().float().cpu().clone() async for name, tensor in pairs}
+        whole = await _whole(weights)
         if self.leads:
             server = ray.get_actor(_server_name(self.replica_rank))
             await server.load_weights.remote(whole, kwargs.get("global_steps"))
+
+
+@CheckpointEngineRegistry.register("ray")
+class RayCheckpointEngine(CheckpointEngine):
+    """verl's `checkpoint_engine.backend=ray`: the first worker queues the model, once a receiver."""
+
+    _queue: Queue | None = None  # of the driver
+
+    def __init__(self, bucket_size: int, is_master: bool = False) -> None:
+        self.is_master = is_master
+
+    def prepare(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def build_topology(
+        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict]
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        if cls._queue is None:
+            cls._queue = Queue(actor_options={"num_cpus": 0})
+        each = {"queue": cls._queue, "receivers": rollout_world_size}
+        sizes = (actor_wg_world_size, rollout_world_size)
+        actors, rollouts = ({name: [value] * n for name, value in each.items()} for n in sizes)
+        return actors, rollouts
+
+    def init_process_group(self, queue: Queue, receivers: int) -> None:
+        self.queue, self.receivers = queue, receivers
+
+    def finalize(self) -> None:
+        pass
+
+    async def send_weights(self, weights: Weights, global_steps: int | None = None) -> None:
+        whole = await _whole(weights)
+        for _ in range(self.receivers if self.is_master else 0):
+            await self.queue.put_async(whole)
+
+    async def receive_weights(
+        self, global_steps: int | None = None
+    ) -> AsyncIterator[tuple[str, torch.Tensor]]:
+        for item in (await self.queue.get_async()).items():
+            yield item
+
+
+async def _whole(weights: Weights) -> dict[str, torch.Tensor]:
+    # Every rank has to walk through: each tensor is put together from all of them.
+    pairs = ensure_async_iterator(weights)
+    return {name: tensor.detach().float().cpu().clone() async for name, tensor in pairs}
 
 
 def _server_name(replica_rank: int) -> str:

@@ -122,16 +122,9 @@ def sample(
     seeds: Sequence[int],
     stop: threading.Event | None = None,
 ) -> list[Response]:
-    """Sample one response to each prompt, all in one batch.
+    """One response to each prompt, all in one batch, by a model in evaluation mode; `stop` ends it at once.
 
     A row depends on its prompt and its seed, not on its companions, up to rounding.
-
-    Args:
-        model: in evaluation mode.
-        prompts: token ids.
-        sampling: how to sample.
-        seeds: one for each prompt.
-        stop: ends generation at the next token once it is set.
     """
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     ends = set(eos if isinstance(eos, list) else [eos])
