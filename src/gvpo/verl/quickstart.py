@@ -49,19 +49,8 @@ def quickstart(
 ) -> dict[str, Any]:
     """Warm up the quickstart's model, train it on verl, and write the run to `output`.
 
-    Args:
-        task_name: one of `gvpo.sums.TASKS`.
-        seed: of everything.
-        output: the run directory.
-        steps: rollouts; each feeds four optimizer updates.
-        beta: temperature of the implicit reward.
-        workers: Ray workers that train.
-        trainer_mode: one of `gvpo.verl.TRAINERS`.
-        console: where to show progress.
-        started: `time.time()` at which the job began, for `seconds_total`; now by default.
-
-    Returns:
-        What is also written to `summary.json`, with the quickstart's keys.
+    Options are those of `gvpo verl quickstart`; `started` is the `time.time()` at which the job began, for
+    `seconds_total`. Returns what is also written to `summary.json`, with the quickstart's keys.
 
     Raises:
         InputError: an unknown task or trainer, no verl, or an output directory that cannot be written to.
@@ -118,12 +107,8 @@ def _arguments(run: Path, *, steps: int, beta: float, workers: int, seed: int) -
         f"data.seed={seed}",
         f"actor_rollout_ref.model.path={run / 'warmed-up-model'}",
         f"actor_rollout_ref.actor.gvpo_beta={beta}",
-        f"actor_rollout_ref.rollout.seed={seed}",
-        f"reward.custom_reward_function.path={Path(__file__).parent / 'reward.py'}",
-        "reward.custom_reward_function.name=exact",
         f"trainer.n_gpus_per_node={workers}",
         f"trainer.test_freq={max(1, steps // 2)}",
-        f"trainer.save_freq={steps}",
         f"trainer.total_training_steps={steps}",
         f"trainer.default_local_dir={run / 'checkpoints'}",
         f"trainer.rollout_data_dir={run / 'rollouts'}",
