@@ -25,8 +25,8 @@ from gvpo.errors import InputError
 from gvpo.replay import ReplayView
 from gvpo.replay.options import OffPolicyConfig
 from gvpo.replay.tokens import Encoder
+from gvpo.verl.offpolicy import Replay
 from gvpo.verl.queued import Queued
-from gvpo.verl.replay import Replay
 from gvpo.verl.rollouts import Rollouts
 from gvpo.verl.settings import check, prepare
 from gvpo.verl.updates import REPLAYED, Updates
@@ -235,7 +235,7 @@ class Tokens:
 @pytest.fixture
 def queue(monkeypatch):
     found = Queue()
-    monkeypatch.setattr("gvpo.verl.replay.tq", found)
+    monkeypatch.setattr("gvpo.verl.offpolicy.tq", found)
     return found
 
 
@@ -261,7 +261,6 @@ def step_of(queue, names, *, k=3, seed=0, version=0):
     sessions = [(key.split("_")[0], key.split("_")[1]) for key in keys]
     numbers = torch.from_numpy(random.normal(-20, 5, len(keys)))
     rollouts = Rollouts(
-        prompts=[prompt for prompt, _ in sessions],
         sessions=sessions,
         reference=numbers,
         start=numbers,

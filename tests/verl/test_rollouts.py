@@ -18,7 +18,6 @@ def make(prompts, sessions=None, seed=0, valid=None):
     random = torch.randn(3, n, generator=generator, dtype=torch.float64)
     names = [(p, str(i)) for i, p in enumerate(prompts)] if sessions is None else sessions
     return Rollouts(
-        prompts=prompts,
         sessions=names,
         reference=random[0] - 20,
         start=random[1] - 20,

@@ -30,7 +30,6 @@ class Table:
         self.theta = random[0] - 20
         names = [f"p{i // GROUP}" for i in range(n)]
         self.rollouts = Rollouts(
-            prompts=names,
             sessions=[(name, str(i)) for i, name in enumerate(names)],
             reference=random[1] - 20,
             start=self.theta.clone(),

@@ -11,9 +11,8 @@ from torch import nn
 
 with warnings.catch_warnings():  # of engines that are not installed
     warnings.simplefilter("ignore")
+    from gvpo.verl.references import staleness
     from gvpo.verl.versions import KeepingWorker, Versions
-
-from gvpo.verl.staleness import staleness
 
 
 class Workers:

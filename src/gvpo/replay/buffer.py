@@ -258,12 +258,12 @@ class ReplayBuffer(GroupStore):
             InputError: no buffer was saved there, or one of another tokenizer, vocabulary or k, or its groups
                 are not where they were.
         """
-        states = [read_state(Path(folder)) for folder in folders]
+        states = [(Path(folder), read_state(Path(folder))) for folder in folders]
         with told(self.path), self._db:
-            self._look_for_checkpoints(*(Path(folder).parent for folder in folders))
-        if not folders:
+            self._look_for_checkpoints(*(folder.parent for folder, _ in states))
+        if not states:
             self.clear()
-        for i, (folder, state) in enumerate(zip(map(Path, folders), states, strict=True)):
+        for i, (folder, state) in enumerate(states):
             if i == 0 and state["store"] == self.store:
                 with told(self.path), self._db:
                     records = self._saved(folder, state)

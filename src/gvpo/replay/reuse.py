@@ -21,11 +21,8 @@ class Reuse:
     """The groups of one process, of `world`.
 
     Args:
-        options: those of replay.
         home: the run's folder: its checkpoints are in it and, without `replay_directory`, its groups.
-        encoder: whose tokens they are.
         group_size: k that every group must have; None allows any.
-        seed: of the draws.
         reference: of the run: "rollout" re-anchors, if replayed groups are scored anew.
 
     Attributes:

@@ -26,7 +26,7 @@ class Queued:
 
     Args:
         trainer: the `GVPOUpdates` whose workers these are.
-        batch: the rows and padding rows, as all that comes before the update left them.
+        batch: the rows and padding rows, once all is known of them that comes before the update.
         references: the version of the policy that each prompt's S' is of.
         ages: of each prompt's group, in updates.
         fresh: keys of the rows whose `old_log_probs` are those of the present policy.
@@ -52,25 +52,18 @@ class Queued:
         mask = data["response_mask"]
         self.masks = list(mask.unbind())
         every_token = torch.nested.nested_tensor_from_jagged(torch.ones_like(mask.values()), mask.offsets())
-        sessions = [session_of(key) for key in batch.keys]
-        rows = zip(batch.tags, self.masks, strict=True)
+        sessions, tags = [session_of(key) for key in batch.keys], batch.tags
+        given = [tag.get("age", ages.get(prompt, 0)) for tag, (prompt, _) in zip(tags, sessions, strict=True)]
         scored = row_sums(data[reference], mask)
-        brought = torch.tensor(
-            [tag.get("reference_logp", math.nan) for tag in batch.tags], dtype=scored.dtype
-        )
+        brought = torch.tensor([tag.get("reference_logp", math.nan) for tag in tags], dtype=scored.dtype)
+        rows = zip(tags, self.masks, strict=True)
         self.rollouts = Rollouts(
-            prompts=[prompt for prompt, _ in sessions],
             sessions=sessions,
             reference=torch.where(brought.isnan(), scored, brought),
             start=torch.where(torch.tensor([key in fresh for key in batch.keys]), scored, math.nan),
             rewards=row_sums(data["rm_scores"], every_token),
             valid=torch.tensor([not is_padding(tag) and bool(kept.any()) for tag, kept in rows]),
-            ages=torch.tensor(
-                [
-                    tag.get("age", ages.get(prompt, 0))
-                    for tag, (prompt, _) in zip(batch.tags, sessions, strict=True)
-                ]
-            ),
+            ages=torch.tensor(given),
         )
 
     def score(self, rows: Sequence[int]) -> Tensor:

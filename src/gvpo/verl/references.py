@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import ray
 import torch
+from omegaconf import DictConfig
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-from gvpo.verl.queued import is_padding, jagged, put
+from gvpo.verl.queued import Queued, is_padding, jagged, put, session_of
 from gvpo.verl.rollouts import rows_short
 from gvpo.verl.settings import Settings
 from gvpo.verl.versions import KeepingWorker, Versions
 
 
 class References(PPOTrainer):
-    """The part of a GVPO trainer that knows versions.
+    """The part of a GVPO trainer that knows prompts and versions.
 
     Attributes:
+        MODE: verl's name of the trainer, which its own code compares `trainer.v1.trainer_mode` with.
         fresh: keys of the batch's rows that the present policy has scored.
     """
 
@@ -29,13 +34,34 @@ class References(PPOTrainer):
     row_multiple: int
     updates_per_step: int
 
-    @abstractmethod
-    def prompts(self, batch: KVBatchMeta) -> dict[str, list[int]]:
-        """The rows of each prompt."""
+    def __init__(self, config: DictConfig) -> None:
+        self._arrival: dict[str, int] = {}  # of prompts whose rollouts are awaited or at hand
+        self._arrivals = itertools.count()
+        super().__init__(config)
 
-    @abstractmethod
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        # Rollouts arrive in any order; mini-batches follow the order of the data.
+        for prompt in batch["uid"]:
+            self._arrival[str(prompt)] = next(self._arrivals)
+        return super()._submit_batch_to_rollout(batch)
+
+    def trained(self, rows: Queued) -> None:
+        """After the updates of these rows."""
+        for prompt in {*rows.rollouts.prompts}:
+            self._arrival.pop(prompt, None)
+
+    def prompts(self, batch: KVBatchMeta) -> dict[str, list[int]]:
+        """The rows of each prompt, prompts in the order of the data; without padding rows."""
+        rows: dict[str, list[int]] = {}
+        for i, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
+            if not is_padding(tag):
+                rows.setdefault(session_of(key)[0], []).append(i)
+        # Those that a checkpoint brought were there before all others.
+        return dict(sorted(rows.items(), key=lambda item: (self._arrival.get(item[0], -1), item[0])))
+
     def balance(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """Rows in the order in which workers take them."""
+        """Rows in an order that balances tokens over the ranks, as verl does it."""
+        return super()._balance_batch(batch, {})
 
     def plan_versions(self) -> None:
         """Decide what is kept: nothing where all responses are the present policy's."""
@@ -107,3 +133,28 @@ class References(PPOTrainer):
             rows = sorted(left)
             put(batch, rows, old_log_probs=jagged([torch.zeros(batch.tags[i]["response_len"]) for i in rows]))
         return batch
+
+
+def staleness(
+    spans: Mapping[str, Sequence[tuple[int, int]]],
+    ages: Mapping[str, int],
+    reference_ages: Mapping[str, int],
+) -> dict[str, float]:
+    """What is logged of spans and of ages, which are updates since a group's oldest response or reference.
+
+    `mixed_groups` is the share of groups with responses of several versions, `spanning_rows` that of
+    responses that no single version made.
+    """
+    if not spans:
+        return {}
+    rows = [span for group in spans.values() for span in group]
+    mixed = [len({version for span in group for version in span}) > 1 for group in spans.values()]
+    found = {
+        "staleness/age_mean": fmean(ages[prompt] for prompt in spans),
+        "staleness/age_max": float(max(ages[prompt] for prompt in spans)),
+        "staleness/mixed_groups": fmean(mixed),
+        "staleness/spanning_rows": fmean(oldest != newest for oldest, newest in rows),
+    }
+    if reference_ages:
+        found["staleness/reference_age"] = fmean(reference_ages[prompt] for prompt in spans)
+    return found

@@ -21,8 +21,7 @@ class Rollouts:
     several, whose log-probabilities add up to the session's.
 
     Attributes:
-        prompts: the prompt of each row.
-        sessions: the session of each row, with its prompt.
+        sessions: prompt and session of each row.
         reference: S', sequence log-probabilities under the reference, in nats.
         start: S when the step began, before its first update, in nats; NaN where that is not known.
         rewards: R of each row, NaN where it has none; a session's is that of its last row.
@@ -30,13 +29,17 @@ class Rollouts:
         ages: updates made since the oldest response of the row's group was begun.
     """
 
-    prompts: list[str]
     sessions: list[tuple[str, str]]
     reference: Float[Tensor, "rows"]
     start: Float[Tensor, "rows"]
     rewards: Float[Tensor, "rows"]
     valid: Bool[Tensor, "rows"]
     ages: Int[Tensor, "rows"]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each row."""
+        return [prompt for prompt, _ in self.sessions]
 
     def take(self, rows: Sequence[int]) -> Rollouts:
         """These rows, in this order."""
@@ -62,12 +65,8 @@ def weigh(
 ) -> tuple[Float[Tensor, "rows"], GVPOLoss]:
     """GVPO's weight of each row of a mini-batch under the current policy, and the loss with its diagnostics.
 
-    A session without a reward is no member of its group.
-
-    Args:
-        rollouts: whole groups, in any order.
-        policy: S of each row under the current policy, in nats.
-        beta: temperature of the implicit reward.
+    Groups are whole, rows in any order; `policy` is S in nats. A session without a reward is no member of its
+    group.
 
     Raises:
         NonFiniteError: a log-probability or reward that counts is not a finite number.
@@ -106,14 +105,8 @@ def choose_rows(
     Rows of weight 0 add nothing to the gradient (docs/theory.md, fact 4): leaving them out is exact, and so
     is taking them as filling.
 
-    Args:
-        weights: (rows,).
-        lengths: tokens of each row.
-        multiple: the number of rows must be a multiple of this, and is at least this.
-        padding: how many of the rows, the last ones, are taken only when no others are left.
-
-    Returns:
-        Row numbers, ascending.
+    `lengths` are in tokens. The last `padding` rows are taken only when no others are left. Row numbers come
+    ascending; they are a multiple of `multiple`, and at least so many.
     """
     used = weights.nonzero()[:, 0].tolist()
     idle = (weights == 0).nonzero()[:, 0].tolist()

@@ -7,13 +7,11 @@ Old log-probabilities are asked for only where they are S' (`gvpo.verl.reference
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import warnings
 from collections import Counter
 from copy import deepcopy
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,7 +19,6 @@ import ray
 import transfer_queue as tq
 import verl.trainer.ppo.v1.trainer_separate_async as separate
 from omegaconf import DictConfig, open_dict
-from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.experimental.reward_loop import migrate_legacy_reward_impl
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
@@ -38,10 +35,10 @@ from gvpo.errors import InputError
 from gvpo.run import Rule
 from gvpo.verl.offpolicy import OffPolicy
 from gvpo.verl.queued import Queued, is_padding, put, session_of
+from gvpo.verl.references import staleness
 from gvpo.verl.reward import default_reward
 from gvpo.verl.rollouts import rows_short
 from gvpo.verl.settings import read_settings
-from gvpo.verl.staleness import staleness
 from gvpo.verl.updates import Updates, count_updates
 from gvpo.verl.watch import Watch
 
@@ -64,21 +61,14 @@ _COUNTS = ("gvpo/updates", "gvpo/scoring_passes", "gvpo/steps_skipped")
 class GVPOUpdates(OffPolicy):
     """GVPO's updates in one of verl's V1 trainers; to be named before it among the bases.
 
-    Attributes:
-        MODE: verl's name of that trainer, which its own code compares `trainer.v1.trainer_mode` with.
-
     Args:
         config: a configuration that `gvpo.verl.settings.prepare` has been through.
     """
-
-    MODE: str
 
     def __init__(self, config: DictConfig) -> None:
         self.settings = read_settings(config)
         self.updates = Updates(self.settings)
         self.row_multiple = self.settings.row_multiple
-        self._arrival: dict[str, int] = {}
-        self._arrivals = itertools.count()
         self._counts: Counter[str] = Counter()
         self.rules = [Rule.parse(text) for text in self.settings.warn_when]
         with open_dict(config):
@@ -122,13 +112,6 @@ class GVPOUpdates(OffPolicy):
         self.versions.read(folder / "references")
         if self.MODE != "sync":
             self._account_for_groups_in_flight()
-
-    def _own_folder(self) -> Path:
-        """GVPO's part of the checkpoint of this step."""
-        trainer, step = self.config.trainer, f"global_step_{self.global_steps}"
-        given = Path(trainer.resume_from_path or "")
-        resumed = trainer.resume_mode == "resume_path" and given.name == step
-        return (given if resumed else Path(trainer.default_local_dir) / step) / "gvpo"
 
     def _account_for_groups_in_flight(self) -> None:
         """Drop what of TransferQueue's checkpoint has been trained already, and say what remains.
@@ -181,20 +164,10 @@ class GVPOUpdates(OffPolicy):
             )
         return batch
 
-    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        # Rollouts arrive in any order; mini-batches follow the order of the data.
-        for prompt in batch["uid"]:
-            self._arrival[str(prompt)] = next(self._arrivals)
-        return super()._submit_batch_to_rollout(batch)
-
     def _get_required_batch_multiple(self, dp_size: int) -> int:
         # verl's own answer also fits mini-batches of equal row counts, which ours need not have.
         self.row_multiple = dp_size * self.settings.row_multiple
         return self.row_multiple
-
-    def balance(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """Rows in an order that balances tokens over the ranks, as verl does it."""
-        return super()._balance_batch(batch, {})
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """Balance tokens over the ranks, with padding rows enough to fill up each mini-batch on its own."""
@@ -214,15 +187,6 @@ class GVPOUpdates(OffPolicy):
         batch = upsample_batch_to_divisible_size(batch, size, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
-    def prompts(self, batch: KVBatchMeta) -> dict[str, list[int]]:
-        """The rows of each prompt, prompts in the order of the data; without padding rows."""
-        rows: dict[str, list[int]] = {}
-        for i, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
-            if not is_padding(tag):
-                rows.setdefault(session_of(key)[0], []).append(i)
-        # Those that a checkpoint brought were there before all others.
-        return dict(sorted(rows.items(), key=lambda item: (self._arrival.get(item[0], -1), item[0])))
-
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         returns = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["returns"])
         spans, references = self.spans(batch), self.references(batch)
@@ -236,17 +200,11 @@ class GVPOUpdates(OffPolicy):
         if rows.entropies:
             metrics["actor/entropy"] = fmean(rows.entropies)
         if self.MODE != "sync" or self.settings.reference == "moving":
-            reference_ages = {prompt: made - per_step * version for prompt, version in references.items()}
-            metrics |= staleness(spans, ages, reference_ages)
+            metrics |= staleness(spans, ages, {n: made - per_step * v for n, v in references.items()})
         # What verl logs as advantages are again its own.
         put(batch, range(len(batch)), advantages=returns["returns"])
         self.trained(rows)
         return batch
-
-    def trained(self, rows: Queued) -> None:
-        super().trained(rows)
-        for prompt in {*rows.rollouts.prompts}:
-            self._arrival.pop(prompt, None)
 
 
 @register_trainer("gvpo_sync")

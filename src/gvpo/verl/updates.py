@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from gvpo.errors import InputError, NonFiniteError
+from gvpo.run import replaced
 from gvpo.verl.rollouts import Rollouts, weigh
 from gvpo.verl.settings import Settings
 
@@ -61,12 +61,8 @@ class Updates:
     def mini_batches(self, prompts: Mapping[str, list[int]], step: int) -> Iterator[list[int]]:
         """The rows of each mini-batch of a step, epoch after epoch; the last of an epoch holds what remains.
 
-        Replayed groups are shared out among them, so that a step has as many updates with and without.
-
-        Args:
-            prompts: the rows of each prompt, prompts in the order of the data; replayed ones have names that
-                begin with `REPLAYED`.
-            step: number of the step, which a random order (another for each epoch) depends on.
+        Prompts come in the order of the data, or in a random one for each `step` and epoch. Those whose names
+        begin with `REPLAYED` are shared out, so that a step has as many updates with and without them.
         """
         size, shuffle = self.settings.mini_batch, self.settings.shuffle
         replayed = [name for name in prompts if name.startswith(REPLAYED)]
@@ -80,15 +76,9 @@ class Updates:
                 yield [row for name in mine for row in prompts[name]]
 
     def run(self, step: int, prompts: Mapping[str, list[int]], workers: Workers) -> dict[str, float]:
-        """Make all updates of a step; those with numbers that are not finite are skipped.
+        """Make all updates of a step, but skip those with numbers that are not finite.
 
-        Args:
-            step: number of the step.
-            prompts: as for `mini_batches`.
-            workers: the rollout.
-
-        Returns:
-            Metrics: means over the step's updates, of the learning rate the last.
+        Returns means of their metrics, of the learning rate the last.
 
         Raises:
             InputError: `max_bad_steps` updates in a row had to be skipped.
@@ -126,11 +116,7 @@ class Updates:
         return _summarise(done) | {f"gvpo/{name}": float(count) for name, count in counts.items()}
 
     def _skip(self, step: int, why: str, mini: Rollouts, columns: Mapping[str, Any]) -> None:
-        """Keep what the update would have been made of.
-
-        Raises:
-            InputError: it was one too many in a row.
-        """
+        """Keep what the update would have been made of, and raise an InputError if it is one too many."""
         self.bad_in_a_row += 1
         try:
             path = self._record(self.settings.incidents_dir, step, mini, columns, why=why)
@@ -146,12 +132,7 @@ class Updates:
         warnings.warn(f"An update of step {step} is skipped: {why}; {kept}.", stacklevel=2)
 
     def _record(
-        self,
-        folder: str,
-        step: int,
-        mini: Rollouts,
-        columns: Mapping[str, Any],
-        **facts: Any,
+        self, folder: str, step: int, mini: Rollouts, columns: Mapping[str, Any], **facts: Any
     ) -> Path:
         """Write what an update was made of, a row each, as Parquet whose metadata holds the facts."""
         table = pyarrow.table(
@@ -166,9 +147,8 @@ class Updates:
         self._recorded += 1
         path = Path(folder) / f"update_{step:06d}_{self._recorded:04d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        pyarrow.parquet.write_table(table, aside)
-        os.replace(aside, path)
+        with replaced(path) as aside:
+            pyarrow.parquet.write_table(table, aside)
         return path
 
 

@@ -70,10 +70,9 @@ class _Batch:
         # verl 0.6.0 divides by this number of rows, whatever the mini-batch holds.
         self.rows = trainer.settings.mini_batch * config.rollout.n
         reference = "ref_log_prob" if trainer.settings.reference == "initial" else "old_log_probs"
-        data, prompts = batch.batch, [str(prompt) for prompt in batch.non_tensor_batch["uid"]]
+        data, prompts = batch.batch, batch.non_tensor_batch["uid"]
         self.rollouts = Rollouts(
-            prompts=prompts,
-            sessions=[(prompt, str(i)) for i, prompt in enumerate(prompts)],
+            sessions=[(str(prompt), str(i)) for i, prompt in enumerate(prompts)],
             reference=_sums(data[reference], data["response_mask"]),
             start=_sums(data["old_log_probs"], data["response_mask"]),
             rewards=data["token_level_rewards"].double().sum(-1),

@@ -50,11 +50,7 @@ class Versions:
     def of(self, version: int, present: int) -> int:
         """The version that a group is measured against, of which `version` sampled the oldest response.
 
-        It is the reference of that time, or the oldest that is kept.
-
-        Args:
-            version: number of a version.
-            present: the newest version.
+        It is the reference of that time, or the oldest that is kept; the `present` one where none is.
         """
         choices = self.kept or [present]
         # A checkpoint's are of another period, if the user has changed it.
@@ -63,9 +59,7 @@ class Versions:
     def each(self, versions: Collection[int], present: int | None) -> Iterator[int]:
         """Each of these versions, ascending, while the workers have its weights; then they have theirs again.
 
-        Args:
-            versions: numbers of kept versions.
-            present: the version that the workers' weights are, if they are one.
+        Their own are those of the version `present`, or of none.
         """
         if old := sorted(version for version in versions if version != present):
             self.workers.save_model_to_cpu(_NOW)
