@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -16,6 +15,7 @@ from gvpo.replay.columns import FIELDS, encode
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex
 from gvpo.replay.store import FILE, STATE, GroupStore, index_of
+from gvpo.run import replaced
 
 _AT_ONCE = 256  # groups in memory, of an export
 
@@ -94,17 +94,13 @@ def export(folder: str | Path, output: str | Path) -> int:
         InputError: there is no buffer, or a damaged one; or the file cannot be written, and nothing is left.
     """
     output = Path(output)
-    aside = output.with_name(f".{output.name}.partial")
     with ReplayView(folder, memory=0, hold=True) as view:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            with pq.ParquetWriter(aside, FIELDS) as writer:
+            with replaced(output) as aside, pq.ParquetWriter(aside, FIELDS) as writer:
                 for start in range(0, len(view), _AT_ONCE):
                     part = range(start, min(start + _AT_ONCE, len(view)))
                     writer.write_batch(encode(view.read(part)))
-            os.replace(aside, output)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{output} cannot be written ({error}): choose another place.") from error
-        finally:
-            aside.unlink(missing_ok=True)
         return len(view)

@@ -106,7 +106,7 @@ def choose_rows(
     is taking them as filling.
 
     `lengths` are in tokens. The last `padding` rows are taken only when no others are left. Row numbers come
-    ascending; they are a multiple of `multiple`, and at least so many.
+    ascending; there are at least `multiple` of them, and a multiple of it.
     """
     used = weights.nonzero()[:, 0].tolist()
     idle = (weights == 0).nonzero()[:, 0].tolist()

@@ -166,11 +166,7 @@ class HFServerAdapter(BaseRollout):
     async def release(self) -> None:
         pass
 
-    async def update_weights(
-        self, weights: Weights, wire_format: str = "named_tensors", **kwargs: Any
-    ) -> None:
-        if wire_format != "named_tensors":
-            raise NotImplementedError(f"The Hugging Face rollout takes whole tensors, not {wire_format}.")
+    async def update_weights(self, weights: Weights, **kwargs: Any) -> None:
         whole = await _whole(weights)
         if self.leads:
             server = ray.get_actor(_server_name(self.replica_rank))
