@@ -119,8 +119,8 @@ class Group:
             dict(metadata or {}),
         )
         group.check()
-        full = [name for name in ("counted", "valid") if np.all(getattr(group, name))]
-        return replace(group, **dict.fromkeys(full))  # None says the same
+        full: dict[str, Any] = {name: None for name in ("counted", "valid") if np.all(getattr(group, name))}
+        return replace(group, **full)  # None says the same
 
     @classmethod
     def of_responses(

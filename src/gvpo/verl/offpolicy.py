@@ -161,7 +161,7 @@ def rows_of(group: Group, name: str, pattern: Row, stored: bool) -> Iterator[tup
             "session_id": i,
             "num_turns": 2,
         }
-        tag = {"prompt_len": len(prompts), "response_len": len(responses), "seq_len": len(input_ids)}
+        tag: Row = {"prompt_len": len(prompts), "response_len": len(responses), "seq_len": len(input_ids)}
         if stored and group.reference_logps is not None:
             tag["reference_logp"] = float(group.reference_logps[i])
         yield f"{name}_{i}_0", pattern | {field: own[field] for field in own if field in pattern}, tag
