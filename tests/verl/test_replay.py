@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,6 @@ from gvpo.errors import InputError
 from gvpo.replay import ReplayView
 from gvpo.replay.options import OffPolicyConfig
 from gvpo.replay.tokens import Encoder
-from gvpo.verl.offpolicy import Replay
 from gvpo.verl.queued import Queued
 from gvpo.verl.rollouts import Rollouts
 from gvpo.verl.settings import check, prepare
@@ -37,6 +37,10 @@ from tests.verl.test_recovery import wait_for
 from tests.verl.test_settings import config
 from tests.verl.test_trainer import assert_exact
 from tests.verl.test_updates import settings
+
+with warnings.catch_warnings():  # of engines that are not installed
+    warnings.simplefilter("ignore")
+    from gvpo.verl.offpolicy import Replay
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 AGENT = f"{ROLLOUT}.agent"

@@ -158,7 +158,6 @@ class HFServerAdapter(BaseRollout):
         size = self.config.tensor_model_parallel_size * self.config.data_parallel_size
         self.replica_rank = rank // size if replica_rank == -1 else replica_rank
         self.leads = rank % size == 0
-        self.sleep_level = 2
 
     async def resume(self, tags: list[str]) -> None:
         pass
