@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gvpo.errors import InputError
+from gvpo.errors import refused
 from gvpo.replay.group import Group
 
 FIELDS = pa.schema(
@@ -36,10 +36,8 @@ def encode(groups: Sequence[Group]) -> pa.RecordBatch:
     """
     rows = []
     for group in groups:
-        try:
+        with refused("The metadata of a group is not JSON", "use plain values", (TypeError, ValueError)):
             metadata = json.dumps(group.metadata, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"The metadata of a group is not JSON ({error}): use plain values.") from error
         row: dict[str, Any] = {
             "policy_step": group.policy_step,
             "reference": group.reference,

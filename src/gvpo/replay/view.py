@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo.errors import InputError
+from gvpo.errors import refused
 from gvpo.replay.columns import FIELDS, encode
 from gvpo.replay.group import Group
 from gvpo.replay.sampling import ReplayIndex
@@ -94,13 +94,11 @@ def export(folder: str | Path, output: str | Path) -> int:
         InputError: there is no buffer, or a damaged one; or the file cannot be written, and nothing is left.
     """
     output = Path(output)
-    with ReplayView(folder, memory=0, hold=True) as view:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(output) as aside, pq.ParquetWriter(aside, FIELDS) as writer:
-                for start in range(0, len(view), _AT_ONCE):
-                    part = range(start, min(start + _AT_ONCE, len(view)))
-                    writer.write_batch(encode(view.read(part)))
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{output} cannot be written ({error}): choose another place.") from error
+    writing = refused(f"{output} cannot be written", "choose another place", (OSError, pa.ArrowException))
+    with ReplayView(folder, memory=0, hold=True) as view, writing:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(output) as aside, pq.ParquetWriter(aside, FIELDS) as writer:
+            for start in range(0, len(view), _AT_ONCE):
+                part = range(start, min(start + _AT_ONCE, len(view)))
+                writer.write_batch(encode(view.read(part)))
         return len(view)
