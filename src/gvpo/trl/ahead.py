@@ -64,9 +64,6 @@ class AheadConfig:
         generate_ahead: rollouts that another process samples ahead of the update: rollout n by the policy as
             it was when rollout n − generate_ahead was taken. 0: the trainer samples for itself.
         generate_ahead_devices: CUDA_VISIBLE_DEVICES of that process. Default: as here.
-
-    Raises:
-        InputError: options that it does not go with.
     """
 
     generate_ahead: int = 0
@@ -74,9 +71,7 @@ class AheadConfig:
 
 
 def check_ahead(args: Any) -> None:
-    """Raise an InputError for options out of range, or that exclude each other."""
-    if args.generate_ahead < 0:
-        raise InputError(f"generate_ahead={args.generate_ahead} must be a number of rollouts, 0 or more.")
+    """Raise an InputError for options that exclude each other."""
     if not args.generate_ahead:
         if args.generate_ahead_devices is not None:
             raise InputError("generate_ahead_devices are for generate_ahead: set that, too.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -14,11 +15,10 @@ from trl import GRPOConfig
 
 from gvpo.errors import InputError
 from gvpo.replay.options import OffPolicyConfig
+from gvpo.run import Rule
 from gvpo.trl.ahead import AheadConfig, check_ahead
 from gvpo.trl.dynamic import DynamicConfig, check_dynamic
-from gvpo.trl.health_config import HealthConfig, check_health
-
-_EXACT = "an update must not depend on how rows are cut into micro-batches"
+from gvpo.trl.health_config import HealthConfig
 
 _AS_IT_SAMPLES = "the policy is scored and updated as it samples"
 
@@ -51,6 +51,28 @@ for _reason, _names in {
     ),
 }.items():
     REFUSED |= dict.fromkeys(_names.split(), _reason)
+
+_CHOICES = {
+    "reference": ("rollout", "initial", "moving"),
+    "dynamic_sampling": ("none", "resample", "replay"),
+    "on_reward_error": ("error", "drop_row", "drop_group"),
+}
+# What values must be, where they are not None.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "micro_batch_tokens": (lambda n: n >= 1, "at least 1 token"),
+    "trust": (lambda share: 0 < share < 1, "a share between 0 and 1, such as 0.2"),
+    "router_aux_loss_coef": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
+    "generate_ahead": (lambda n: n >= 0, "a number of rollouts, 0 or more"),
+    "max_resamples": (lambda n: n >= 1, "at least 1"),
+    "easy_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
+    "hard_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
+    "easy_threshold": (math.isfinite, "a mean reward"),
+    "hard_threshold": (math.isfinite, "a mean reward"),
+    "reward_error_tolerance": (lambda share: 0 <= share <= 1, "from 0 to 1"),
+    "reward_timeout": (lambda seconds: seconds > 0, "above 0 seconds"),
+    "tool_timeout": (lambda seconds: seconds > 0, "above 0 seconds"),
+    "max_bad_steps": (lambda n: n >= 1, "at least 1"),
+}
 
 
 @dataclass
@@ -109,13 +131,7 @@ class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPO
         super().__post_init__()
         # TRL turns False into "none"; what is left over was meant.
         self._refuse()
-        check_windows(
-            self.per_device_train_batch_size,
-            self.gradient_accumulation_steps,
-            self.steps_per_generation,
-            self.num_generations,
-            self.world_size,
-        )
+        check_windows(self)
         assert self.num_generations is not None
         self.check_off_policy(self.num_generations)
         given = "offline" if self.offline is not None else "demonstrations_per_group"
@@ -123,7 +139,8 @@ class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPO
             raise InputError(f"{given} needs remove_unused_columns=False (the default here).")
         check_dynamic(self)
         check_ahead(self)
-        check_health(self)
+        for text in (*self.warn_when, *self.stop_when):
+            Rule.parse(text)
         if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
             raise InputError(
                 "vllm_engine_kwargs are for use_vllm with vllm_mode='colocate': vllm serve gives a server "
@@ -136,10 +153,13 @@ class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPO
                 f"beta={self.beta!r}, but GVPO needs a finite beta above 0 (the published setting is 0.1): "
                 "it is the temperature of the implicit reward, not a KL coefficient that could be off."
             )
-        if self.reference not in ("rollout", "initial", "moving"):
-            raise InputError(
-                f"reference={self.reference!r} is unknown: use 'rollout', 'initial' or 'moving'."
-            )
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                choices = ", ".join(map(repr, known[:-1]))
+                raise InputError(f"{name}={value!r} is unknown: use {choices} or {known[-1]!r}.")
+        for name, (holds, words) in _RANGES.items():
+            if (value := getattr(self, name)) is not None and not holds(value):
+                raise InputError(f"{name}={value} must be {words}.")
         every = self.reference_every
         if (self.reference == "moving") != (every is not None) or (every is not None and every < 1):
             raise InputError(
@@ -151,13 +171,6 @@ class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPO
                 f"num_generations={self.num_generations}, but GVPO fits the differences within a prompt's "
                 "group: sample 2 or more responses per prompt."
             )
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            raise InputError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 1 token.")
-        if self.trust is not None and not 0 < self.trust < 1:
-            raise InputError(f"trust={self.trust} must be a share between 0 and 1, such as 0.2.")
-        coefficient = self.router_aux_loss_coef or 0.0
-        if not (math.isfinite(coefficient) and coefficient >= 0):
-            raise InputError(f"router_aux_loss_coef={coefficient} must be a finite number of 0 or more.")
         if self.trust is not None and (self.replays or self.offline is not None):
             raise InputError(
                 "trust needs to know how likely each token was when it was sampled, which is not kept with "
@@ -165,10 +178,9 @@ class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPO
             )
         if str(getattr(self.optim, "value", self.optim)) in ("lomo", "adalomo"):
             raise InputError(
-                f"optim={self.optim} updates parameters during the backward of each micro-batch, but {_EXACT}"
-                ": use another optimizer."
+                f"optim={self.optim} updates parameters during the backward of each micro-batch, but an "
+                "update must not depend on how rows are cut into micro-batches: use another optimizer."
             )
-
         if self.parallelism_config or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
             shared = self.parallelism_config or ParallelismConfig()  # by accelerate launch
             for name in ("tp_size", "cp_size", "sp_size"):
@@ -182,8 +194,7 @@ class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPO
     def _refuse(self) -> None:
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
         for name, reason in REFUSED.items():
-            value = getattr(self, name, defaults.get(name))
-            if name in defaults and value != defaults[name]:
+            if name in defaults and (value := getattr(self, name)) != defaults[name]:
                 raise InputError(
                     f"{name}={value!r} has no meaning in GVPO ({reason}): remove it or leave it at "
                     f"{defaults[name]!r}."
@@ -208,29 +219,25 @@ class GVPOConfig(OffPolicyConfig, AheadConfig, DynamicConfig, HealthConfig, GRPO
         return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
 
 
-def check_windows(
-    per_device: int, accumulation: int, steps_per_generation: int, num_generations: int, world_size: int
-) -> None:
+def check_windows(args: GVPOConfig) -> None:
     """Raise an InputError if an optimizer step would see a part of a group only.
 
     A generation's rows lie rank after rank, groups next to each other; each rank cuts its own rows into
-    `steps_per_generation` slices, and an optimizer step takes `accumulation` slices from every rank.
+    `steps_per_generation` slices, and an optimizer step takes `gradient_accumulation_steps` slices from every
+    rank. So steps end at multiples of the greatest common divisor of both.
     """
-    per_rank = per_device * steps_per_generation
-    # Where, within a generation, optimizer steps end; the pattern repeats after at most this many.
-    ends = {(n * accumulation) % steps_per_generation for n in range(1, steps_per_generation + 1)} - {0}
-    for end in ends:
-        for rank in range(world_size):
-            if (rank * per_rank + end * per_device) % num_generations:
-                raise InputError(
-                    f"An optimizer step would end inside a group of num_generations={num_generations}: with "
-                    f"per_device_train_batch_size={per_device}, gradient_accumulation_steps={accumulation}, "
-                    f"steps_per_generation={steps_per_generation} and {world_size} process(es), a step takes "
-                    f"{per_device * accumulation} rows of each process. Make "
-                    "per_device_train_batch_size × gradient_accumulation_steps a multiple of num_generations "
-                    "(and per_device_train_batch_size × steps_per_generation too if there are several "
-                    "processes)."
-                )
+    per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    assert args.steps_per_generation is not None
+    slices = math.gcd(accumulation, args.steps_per_generation)
+    if slices < args.steps_per_generation and slices * per_device % args.num_generations:
+        raise InputError(
+            f"An optimizer step would end inside a group of num_generations={args.num_generations}: with "
+            f"per_device_train_batch_size={per_device}, gradient_accumulation_steps={accumulation}, "
+            f"steps_per_generation={args.steps_per_generation} and {args.world_size} process(es), a step "
+            f"takes {per_device * accumulation} rows of each process. Make per_device_train_batch_size × "
+            "gradient_accumulation_steps a multiple of num_generations (and per_device_train_batch_size × "
+            "steps_per_generation too if there are several processes)."
+        )
 
 
 def check_size(dataset: Any, args: GVPOConfig) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gvpo.errors import InputError
-from gvpo.run import Rule
-
 
 @dataclass
 class HealthConfig:
@@ -38,21 +35,3 @@ class HealthConfig:
         default_factory=lambda: ["gvpo/kl > 100", "gvpo/explained_variance < -4", "entropy < 0.001"]
     )
     stop_when: list[str] = field(default_factory=list)
-
-
-def check_health(config: HealthConfig) -> None:
-    """Raise an InputError for settings that cannot be."""
-    if config.on_reward_error not in ("error", "drop_row", "drop_group"):
-        raise InputError(
-            f"on_reward_error={config.on_reward_error!r} is unknown: use 'error', 'drop_row' or 'drop_group'."
-        )
-    if not 0 <= config.reward_error_tolerance <= 1:
-        raise InputError(f"reward_error_tolerance={config.reward_error_tolerance} must be from 0 to 1.")
-    for name in ("reward_timeout", "tool_timeout"):
-        seconds = getattr(config, name)
-        if seconds is not None and not seconds > 0:
-            raise InputError(f"{name}={seconds} must be above 0 seconds.")
-    if config.max_bad_steps < 1:
-        raise InputError(f"max_bad_steps={config.max_bad_steps} must be at least 1.")
-    for text in (*config.warn_when, *config.stop_when):
-        Rule.parse(text)
