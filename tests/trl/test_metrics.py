@@ -42,7 +42,9 @@ class Clock:
 def timing() -> tuple[Timing, Clock, dict[str, list[float]]]:
     metrics: dict[str, list[float]] = defaultdict(list)
     clock = Clock()
-    return Timing(metrics, torch.device("cpu"), clock), clock, metrics
+    times = Timing(metrics, torch.device("cpu"))
+    times.clock = clock
+    return times, clock, metrics
 
 
 def test_time_belongs_to_the_innermost_part() -> None:

@@ -126,13 +126,13 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
             action.help = argparse.SUPPRESS
         elif action.dest in explained:
             action.help = explained[action.dest].replace("%", "%%")
-    recipe = _recipe(argv, defaults)
+    recipe = _recipe(parser.parse_known_args(argv)[0].config, defaults)
     parser.set_defaults_with_config(**recipe)
     namespace, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-")] or rest
     if unknown:
         raise InputError(_unknown(unknown[0].split("=")[0], defaults, "There is no option"))
-    given = {key: value for key, value in vars(namespace).items() if value != defaults[key]}
+    given = {key: v for key, v in vars(namespace).items() if key != "config" and v != defaults[key]}
     if not torch.cuda.is_available() and not torch.backends.mps.is_available() and "fp16" not in given:
         parser.set_defaults(**{"use_cpu": True, "bf16": False, "gradient_checkpointing": False} | recipe)
     try:
@@ -140,7 +140,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     except (ValueError, TypeError, ImportError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(_sentence(error)) from error
+        raise InputError(" ".join(str(error).split()) or type(error).__name__) from error
     return TrainArguments(script, training, model, given)
 
 
@@ -154,9 +154,8 @@ def _explained(*configs: type) -> dict[str, str]:
     return found
 
 
-def _recipe(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
-    """The mapping in the file of `--config`, which is taken out of `argv`."""
-    path = _take_config(argv)
+def _recipe(path: str | None, known: dict[str, Any]) -> dict[str, Any]:
+    """The mapping in the file of `--config`."""
     if path is None:
         return {}
     try:
@@ -187,26 +186,7 @@ def _recipe(argv: list[str], known: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def _take_config(argv: list[str]) -> str | None:
-    for i, word in enumerate(argv):
-        if word.startswith("--config="):
-            del argv[i]
-            return word.partition("=")[2]
-        if word == "--config":
-            if i + 1 == len(argv):
-                raise InputError("--config needs the path of a YAML file.")
-            path = argv[i + 1]
-            del argv[i : i + 2]
-            return path
-    return None
-
-
 def _unknown(name: str, known: dict[str, Any], what: str) -> str:
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
     hint = f"did you mean {near[0]}?" if near else "gvpo train --help lists them all."
     return f"{what} {name}: {hint}"
-
-
-def _sentence(error: BaseException) -> str:
-    """The message of an error of TRL's or transformers' checks, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, first_line
 from gvpo.images import Images, ImageSet
 
 COLUMNS = ("image", "images")
@@ -48,14 +48,12 @@ def read(inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         InputError: one cannot be.
     """
-    rows = []
-    for row in inputs:
-        row = dict(row)
+    rows = [dict(row) for row in inputs]
+    for row in rows:
         for name in COLUMNS:
             value = row.get(name)
             if value is not None:
                 row[name] = [_read(v, row) for v in value] if isinstance(value, list) else _read(value, row)
-        rows.append(row)
     return rows
 
 
@@ -73,7 +71,7 @@ def _read(value: Any, row: Mapping[str, Any]) -> Any:
         where = path or "in the data set"
         raise InputError(
             f"The image {where} of the prompt {str(row.get('prompt'))[:80]!r} cannot be read "
-            f"({str(error).splitlines()[0]}): repair it, or leave the row out."
+            f"({first_line(error)}): repair it, or leave the row out."
         ) from error
 
 

@@ -77,13 +77,9 @@ class Timing(TrainerCallback):
         total: seconds by part of all steps of this trainer.
     """
 
-    def __init__(
-        self,
-        metrics: Mapping[str, list[float]],
-        device: torch.device,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.metrics, self.device, self.clock = metrics, device, clock
+    def __init__(self, metrics: Mapping[str, list[float]], device: torch.device) -> None:
+        self.metrics, self.device = metrics, device
+        self.clock: Callable[[], float] = time.perf_counter
         self.seconds: dict[str, float] = {}
         self.total: Counter[str] = Counter()
         self._part: str | None = None  # None between steps

@@ -13,12 +13,12 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, first_line
 from gvpo.model.determinism import without_noise
 from gvpo.model.fused_head import tile_bytes
 from gvpo.trl.arguments import TrainArguments
@@ -34,31 +34,18 @@ _SHORT, _LONG = 8, 16
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one device, without sharding.
+    """Bytes on one device, without sharding."""
 
-    Attributes:
-        parameters: of the policy.
-        reference: the second copy of the weights, if there is one.
-        copies: of float32 weights in bfloat16, which autocast keeps for the backward.
-        gradients: of what is trained.
-        optimizer: its state; None if unknown for this optimizer.
-        head: the tile of logits and the sums of the gradients of head and embedding.
-        cache: keys and values of a generation by transformers.
-        ahead: the weights of another process that generates.
-        activation: kept for the backward, per token of a micro-batch.
-        available: free memory of the device.
-    """
-
-    parameters: int
-    reference: int
-    copies: int
-    gradients: int
-    optimizer: int | None
-    head: int
-    cache: int
-    ahead: int
-    activation: int
-    available: int
+    parameters: int  # of the policy
+    reference: int  # the second copy of the weights, if there is one
+    copies: int  # of float32 weights in bfloat16, which autocast keeps for the backward
+    gradients: int  # of what is trained
+    optimizer: int | None  # its state; None if unknown for this optimizer
+    head: int  # the tile of logits and the sums of the gradients of head and embedding
+    cache: int  # keys and values of a generation by transformers
+    ahead: int  # the weights of another process that generates
+    activation: int  # kept for the backward, per token of a micro-batch
+    available: int  # free memory of the device
 
     @property
     def fixed(self) -> int:
@@ -80,15 +67,11 @@ def make_plan(arguments: TrainArguments) -> Plan:
     """
     training, options = arguments.training, arguments.model
     name = options.model_name_or_path
-    if name is None:
-        raise InputError("model_name_or_path is missing: give a folder with a model, or a Hub id.")
     trust = bool(getattr(training, "trust_remote_code", False))
     try:
         config = AutoConfig.from_pretrained(name, revision=options.model_revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"The configuration of {name} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"The configuration of {name} cannot be loaded: {first_line(error)}") from error
     wanted = None if options.dtype in (None, "auto") else getattr(torch, options.dtype)
     dtype = wanted or config.dtype or torch.float32
     peft = get_peft_config(options)
@@ -100,16 +83,16 @@ def make_plan(arguments: TrainArguments) -> Plan:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = dtype.itemsize
+    second = weights if peft is None else 0
     relative, absolute = _STATES.get(str(getattr(training.optim, "value", training.optim)), (None, 0))
     text = config.get_text_config()
-    device = torch.device("cuda" if torch.cuda.is_available() and not training.use_cpu else "cpu")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu and not training.use_cpu else "cpu")
     # Its gradient and that of an embedding of its own are summed in float32.
     sums = 0 if peft is not None else 1 if model.config.tie_word_embeddings else 2
     return Plan(
         parameters=weights,
-        reference={"initial": weights if peft is None else 0, "moving": trained * size}.get(
-            training.reference, 0
-        ),
+        reference={"initial": second, "moving": trained * size, "rollout": 0}[training.reference],
         copies=weights // 2 if training.bf16 and dtype == torch.float32 else 0,
         gradients=trained * size,
         optimizer=None if relative is None else int(trained * (relative * size + absolute)),
@@ -117,7 +100,7 @@ def make_plan(arguments: TrainArguments) -> Plan:
         cache=0 if training.use_vllm or training.offline is not None else _cache_bytes(text, training, dtype),
         ahead=weights if training.generate_ahead and training.generate_ahead_devices is None else 0,
         activation=activation,
-        available=_available(),
+        available=torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available,
     )
 
 
@@ -175,19 +158,11 @@ def _cache_bytes(text: Any, training: Any, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * heads * width * dtype.itemsize * rows * training.max_completion_length
 
 
-def _available() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
-
-
-def show_plan(arguments: TrainArguments, console: Console) -> Plan:
+def show_plan(arguments: TrainArguments, console: Console) -> None:
     """Print the plan as a table and the largest `micro_batch_tokens` that fits."""
     plan, training = make_plan(arguments), arguments.training
-    table = Table(title=f"Memory of {arguments.model.model_name_or_path} on one device, without sharding")
-    table.add_column("phase")
-    table.add_column("what")
-    table.add_column("GiB", justify="right")
+    title = f"Memory of {arguments.model.model_name_or_path} on one device, without sharding"
+    table = Table("phase", "what", Column("GiB", justify="right"), title=title)
     rows: list[tuple[str, str, int | None]] = [
         ("always", "parameters", plan.parameters),
         ("always", f"reference ({training.reference})", plan.reference),
@@ -203,16 +178,10 @@ def show_plan(arguments: TrainArguments, console: Console) -> Plan:
     for phase, what, count in rows:
         table.add_row(phase, what, "unknown" if count is None else f"{count / 2**30:.3f}")
     console.print(table)
-    budget = plan.largest_budget
-    if budget == 0:
-        console.print(
-            "The update does not fit: use LoRA (--use_peft), a narrower dtype, another optimizer, or shards.",
-            soft_wrap=True,
-        )
-    else:
-        console.print(
+    advice = "The update does not fit: use LoRA (--use_peft), a narrower dtype, another optimizer, or shards."
+    if budget := plan.largest_budget:
+        advice = (
             f"Largest micro-batch that fits: --micro_batch_tokens {budget} (a tenth of the memory left free; "
-            "no row may be longer).",
-            soft_wrap=True,
+            "no row may be longer)."
         )
-    return plan
+    console.print(advice, soft_wrap=True)

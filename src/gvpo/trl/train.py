@@ -31,6 +31,8 @@ from gvpo.trl.plan import show_plan
 from gvpo.trl.trainer import GVPOTrainer
 from gvpo.trl.watch import RunCallback, StopOnSignal
 
+Datasets = tuple[Dataset | None, Dataset | None]  # to train on, and held out
+
 _CURVES = [
     ("reward", [("sampled, training", "reward"), ("held out", "eval_reward")]),
     ("explained variance of the reward", [("", "gvpo/explained_variance")]),
@@ -48,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.time()
     arguments = parse_arguments(argv)
     script, training = arguments.script, arguments.training
+    if arguments.model.model_name_or_path is None:
+        raise InputError("model_name_or_path is missing: give a folder with a model, or a Hub id.")
     if script.plan:
         show_plan(arguments, Console(highlight=False))
         return
@@ -62,11 +66,9 @@ def main(argv: Sequence[str]) -> None:
         "environment_factory": script.environment and load_function(script.environment, "environment"),
         "rollout_func": script.rollout_func and load_function(script.rollout_func, "rollout_func"),
     }
-    if arguments.model.model_name_or_path is None:
-        raise InputError("model_name_or_path is missing: give a folder with a model, or a Hub id.")
     checkpoint = _checkpoint(arguments)
     check_writable(training.output_dir)
-    train_dataset, eval_dataset = _datasets(arguments)
+    datasets = _datasets(arguments)
     console = Console(highlight=False)
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
@@ -77,11 +79,12 @@ def main(argv: Sequence[str]) -> None:
         begun = Path(training.output_dir) if checkpoint else None
         threads = choose_threads(script.threads, run=begun, beside=beside)
         record["threads"] = torch.get_num_threads()
-    trainer = _trainer(arguments, rewards, agents, train_dataset, eval_dataset)
+    trainer = _trainer(arguments, rewards, agents, datasets)
     run = RunDirectory(training.output_dir)
     if trainer.accelerator.is_main_process:
         console.print(threads, end="\n" * bool(threads), soft_wrap=True)
-        run.start(record, resumed_at=None if checkpoint is None else _step_of(checkpoint))
+        state = checkpoint and json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        run.start(record, resumed_at=state["global_step"] if state else None)
         _announce(console, arguments, len(trainer.train_dataset), checkpoint)
     callback, stop = RunCallback(run, console), StopOnSignal()
     callback.attach(trainer)
@@ -126,11 +129,7 @@ def _checkpoint(arguments: TrainArguments) -> str | None:
     return wanted
 
 
-def _step_of(checkpoint: str) -> int:
-    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])
-
-
-def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None]:
+def _datasets(arguments: TrainArguments) -> Datasets:
     script, training = arguments.script, arguments.training
     if training.offline is not None:
         if script.dataset_name:
@@ -147,11 +146,11 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
     train = _load(
         arguments,
         script.dataset_name,
-        script.dataset_train_split,
         script.dataset_size,
+        [training.demonstration_column] if training.demonstrations_per_group else [],
+        split=script.dataset_train_split,
         source=script.dataset_source,
         revision=script.dataset_revision,
-        keep=[training.demonstration_column] if training.demonstrations_per_group else [],
     )
     if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
         return train, None
@@ -160,18 +159,11 @@ def _datasets(arguments: TrainArguments) -> tuple[Dataset | None, Dataset | None
             "eval_strategy is set, but dataset_source is for training: give eval_dataset_name too."
         )
     names = script.eval_dataset_name or script.dataset_name
-    split, size = script.eval_dataset_split, script.eval_dataset_size
-    return train, _load(arguments, names, split, size)
+    return train, _load(arguments, names, script.eval_dataset_size, [], split=script.eval_dataset_split)
 
 
 def _load(
-    arguments: TrainArguments,
-    names: list[str],
-    split: str,
-    size: int | None,
-    *,
-    keep: Sequence[str] = (),
-    **own: Any,
+    arguments: TrainArguments, names: list[str], size: int | None, keep: list[str], **own: Any
 ) -> Dataset:
     script, seed = arguments.script, arguments.training.seed
     images = [] if script.image_column is None else [script.image_column]
@@ -179,7 +171,6 @@ def _load(
     parts = [
         load_prompts(
             name,
-            split=split,
             seed=seed,
             size=size if len(names) == 1 else None,
             columns={key: column for key, column in columns.items() if column is not None},
@@ -206,13 +197,9 @@ def _load(
 
 
 def _trainer(
-    arguments: TrainArguments,
-    rewards: list[Any],
-    agents: dict[str, Any],
-    train: Dataset | None,
-    held_out: Dataset | None,
+    arguments: TrainArguments, rewards: list[Any], agents: dict[str, Any], datasets: Datasets
 ) -> GVPOTrainer:
-    training, model = arguments.training, arguments.model
+    training, model, (train, held_out) = arguments.training, arguments.model, datasets
     trust = bool(getattr(training, "trust_remote_code", False))
     assert model.model_name_or_path is not None
     tokenizer = load_tokenizer(
@@ -255,28 +242,22 @@ def _announce(console: Console, arguments: TrainArguments, prompts: int, checkpo
         training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     )
     ahead = f", generated {training.generate_ahead} rollout(s) ahead" * (training.generate_ahead > 0)
-    console.print(
+    lines = [
         f"GVPO on {arguments.model.model_name_or_path}: {prompts:,} prompts, "
         f"{per_step // training.num_generations} groups of {training.num_generations} a step, "
         f"reference={training.reference}{ahead}.",
-        soft_wrap=True,
-    )
-    console.print(
         f"beta={training.beta:g} asks for a log-ratio of {1 / training.beta:.3g} nats between a response of "
         "reward 1 and one of reward 0.",
-        soft_wrap=True,
-    )
+    ]
     if checkpoint is not None:
-        console.print(f"Going on from {checkpoint}.", soft_wrap=True)
+        lines.append(f"Going on from {checkpoint}.")
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def _finish(
     run: RunDirectory, console: Console, arguments: TrainArguments, trainer: GVPOTrainer, seconds: float
 ) -> None:
-    metrics = run.metrics()
-    last: dict[str, Any] = {}
-    for entry in metrics:
-        last.update(entry)
+    last = {key: value for entry in run.metrics() for key, value in entry.items()}
     run.finish(
         {
             "steps": trainer.state.global_step,

@@ -8,6 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -143,7 +144,7 @@ class RunCallback(TrainerCallback):
         self._ticker: Ticker | None = None  # on the main process, while it trains
         self._recorder = Recorder()
         self._step = 0
-        self._shown: Any = None
+        self._shown = ExitStack()
 
     def attach(self, trainer: Any) -> None:
         """Add this callback to a trainer and take its own printing away."""
@@ -163,8 +164,7 @@ class RunCallback(TrainerCallback):
             for entry in self.run.metrics():
                 self._ticker.remember(entry)
             self._ticker.advance(state.global_step)
-            self._shown = self._ticker.running()
-            self._shown.__enter__()
+            self._shown.enter_context(self._ticker.running())
 
     def on_generation(
         self, prompts: list[Any], completions: list[Any], rewards: list[float], training: bool
@@ -200,6 +200,4 @@ class RunCallback(TrainerCallback):
 
     def close(self) -> None:
         """Give the terminal back, also when training was interrupted."""
-        if self._shown is not None:
-            self._shown.__exit__(None, None, None)
-            self._shown = None
+        self._shown.close()
