@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from gvpo.batch import GroupBatch
 from gvpo.images import Images
+from gvpo.run import replaced
 
 _FIELDS = [field.name for field in fields(GroupBatch) if field.name != "images"]  # tensors of a row each
 
@@ -80,12 +80,8 @@ def save_rollouts(path: Path, slices: list[Slice], state: dict[str, Any]) -> Non
             tensors |= {f"{i}.images.{name}": value for name, value in images.tensors().items()}
             state["images"] = [images.token, images.types]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    try:
+    with replaced(path) as aside:
         save_file(tensors, aside, metadata={"state": json.dumps(state)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[str, Any]]:
