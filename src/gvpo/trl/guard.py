@@ -17,12 +17,14 @@ import math
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gvpo.errors import InputError
@@ -68,6 +70,23 @@ class Incidents:
         """Whether so many of this process's `rows` failed that the run stops, whatever the others do."""
         return len(self.rows) > self.tolerated * (rows * self.processes + sum(map(len, self.rounds)))
 
+    def judge(
+        self, failed: Bool[Tensor, "all_rows"], first: tuple[str, str], step: int, folder: Path
+    ) -> None:
+        """Raise an InputError if now more rows of a generation have failed than may, on all processes alike.
+
+        `first` is this process's first failure, `folder` where failures are kept.
+        """
+        self.rounds.append(failed)
+        count, rows = int(torch.cat(self.rounds).sum()), sum(map(len, self.rounds))
+        if count > self.tolerated * rows:
+            raise InputError(
+                f"{first[0] or 'A reward function failed on another process'}: {count} of {rows} "
+                f"completions of step {step}, where reward_error_tolerance={self.tolerated:g}; they are kept "
+                f"in {folder}.",
+                details=first[1],
+            )
+
     def drain(self, path: Path, step: int) -> tuple[set[int], tuple[str, str]]:
         """Append the records to a file; return the rows and the first failure, and start anew."""
         lines = [json.dumps({"step": step, **entry}, default=str) + "\n" for entry in self.entries]
@@ -96,7 +115,6 @@ def guard(
 
     Args:
         reward: a function by TRL's protocol, or a model.
-        incidents: where failures go.
         group: rows that are tried together after a call on all of them failed.
         timeout: seconds for a call, in a worker process.
         worker: use a worker process without a limit of time, too.
@@ -108,59 +126,68 @@ def guard(
     while isinstance(inner, functools.partial):
         inner = inner.func
     called = getattr(inner, "__name__", type(inner).__name__)
-    name, apart = (called, False) if environment is None else (f"{environment}.get_reward", True)
+    name = called if environment is None else f"{environment}.get_reward"
+    guarded = _Guarded(reward, name, incidents, group, apart=environment is not None)
     if inspect.iscoroutinefunction(inner if inspect.isroutine(inner) else type(inner).__call__):
         if worker or timeout:
             raise InputError(
                 f"Reward function {name} is async, which a worker process cannot run: take one away."
             )
-        return _guard_async(reward, name, incidents, apart)
-    guarded = _Guarded(reward, name, incidents, group)
-    guarded.apart = apart
-    if worker or timeout:
-        guarded.worker = RewardWorker(reward, timeout)
 
-    @functools.wraps(reward)
-    def wrapped(*args: Any, **columns: Any) -> list[float | None]:
-        return guarded(**columns)
+        @functools.wraps(reward)
+        async def wrapped(**columns: Any) -> list[float | None]:
+            return await guarded.awaited(columns)
+
+    else:
+        if worker or timeout:
+            guarded.worker = RewardWorker(reward, timeout)
+
+        @functools.wraps(reward)
+        def wrapped(**columns: Any) -> list[float | None]:
+            return guarded.called(columns)
 
     wrapped.__name__ = name
     return wrapped
 
 
+@dataclass
 class _Guarded:
+    reward: Callable[..., Any]
+    name: str
+    incidents: Incidents
+    group: int
+    apart: bool  # each row has a call of its own
     worker: RewardWorker | None = None
-    apart = False
+    hung: float = 0.0  # seconds lost in this generation
+    slowest: float = 0.0  # seconds of the longest call that ended
 
-    def __init__(self, reward: Callable[..., Any], name: str, incidents: Incidents, group: int) -> None:
-        self.reward, self.name, self.incidents, self.group = reward, name, incidents, group
-        self.hung = self.slowest = 0.0  # seconds: lost in this generation, and of the longest call that ended
-
-    def __call__(self, **columns: Any) -> list[float | None]:
-        count = len(columns["completions"])
-        values: list[float | None] = [None] * count
+    def called(self, columns: dict[str, Any]) -> list[float | None]:
+        values: list[float | None] = [None] * len(columns["completions"])
         self.hung = 0.0
-        for rows in _parts(count, self.apart):
+        for rows in self._parts(len(values)):
             self._fill(values, columns, rows)
         return values
 
-    def _call(self, columns: dict[str, Any], part: bool) -> Any:
-        if self.worker is None:
-            return self.reward(**columns)
-        limit = whole = self.worker.timeout or math.inf
-        if part:
-            limit = min(whole, max(_PART * whole, _LEAST_SECONDS, 2 * self.slowest))
-        if self.hung + limit > _LIMITS * whole:
-            raise RewardFailure(f"hung for {self.hung:.3g} s in this generation, and was not tried again")
-        started = time.monotonic()
-        try:
-            columns = {key: value for key, value in columns.items() if key not in _OF_THIS_PROCESS}
-            returned = self.worker(columns, limit if self.worker.timeout else None)
-        except RewardTimeout:
-            self.hung += limit
-            raise
-        self.slowest = max(self.slowest, time.monotonic() - started)
-        return returned
+    async def awaited(self, columns: dict[str, Any]) -> list[float | None]:
+        """Of an async function. A call fails as a whole: parts of it, again, could ask a server for much."""
+        values: list[float | None] = [None] * len(columns["completions"])
+
+        async def fill(rows: range) -> None:
+            try:
+                returned = await self.reward(**_select(columns, rows, len(values)))
+            except InputError:
+                raise
+            except Exception as error:
+                for row in rows:
+                    self._note(row, columns, error)
+            else:
+                self._keep(values, columns, rows, returned)
+
+        await asyncio.gather(*map(fill, self._parts(len(values))))
+        return values
+
+    def _parts(self, count: int) -> list[range]:
+        return [range(i, i + 1) for i in range(count)] if self.apart else [range(count)]
 
     def _fill(self, values: list[float | None], columns: dict[str, Any], rows: range) -> None:
         """Score `rows`, and on failure parts of them, until more have failed than are tolerated."""
@@ -180,31 +207,57 @@ class _Guarded:
             size = unit if lost else unit * math.ceil(len(rows) / unit / 2)
             for start in range(rows.start, rows.stop, size):
                 self._fill(values, columns, range(start, min(start + size, rows.stop)))
-            return
-        for row, value in zip(rows, counted(returned, len(rows), self.name), strict=True):
-            values[row] = self._number(row, value, columns)
+        else:
+            self._keep(values, columns, rows, returned)
 
-    def _number(self, row: int, value: Any, columns: dict[str, Any]) -> float | None:
-        if value is None:
-            return None
+    def _call(self, columns: dict[str, Any], part: bool) -> Any:
+        if self.worker is None:
+            return self.reward(**columns)
+        limit = whole = self.worker.timeout or math.inf
+        if part:
+            limit = min(whole, max(_PART * whole, _LEAST_SECONDS, 2 * self.slowest))
+        if self.hung + limit > _LIMITS * whole:
+            raise RewardFailure(f"hung for {self.hung:.3g} s in this generation, and was not tried again")
+        started = time.monotonic()
         try:
-            number = float(value) if not isinstance(value, str) else None
-        except (TypeError, ValueError):
-            number = None
-        if number is None or math.isinf(number):
-            shown = repr(value)[:80]
-            self._note(row, columns, RewardFailure(f"returned {shown}, which is no finite number"))
-            return None
-        return number
+            columns = {key: value for key, value in columns.items() if key not in _OF_THIS_PROCESS}
+            returned = self.worker(columns, limit if self.worker.timeout else None)
+        except RewardTimeout:
+            self.hung += limit
+            raise
+        self.slowest = max(self.slowest, time.monotonic() - started)
+        return returned
+
+    def _keep(self, values: list[float | None], columns: dict[str, Any], rows: range, returned: Any) -> None:
+        """Put what the function returned for `rows` in their places, if it is one value each."""
+        if isinstance(returned, str | bytes | Real) or not hasattr(returned, "__len__"):
+            raise InputError(
+                f"Reward function {self.name} returned a {type(returned).__name__}: return a list with one "
+                "number (or None) per completion."
+            )
+        if len(returned) != len(rows):
+            raise InputError(
+                f"Reward function {self.name} returned {len(returned)} rewards for {len(rows)} completions: "
+                "return one number (or None) per completion."
+            )
+        for row, value in zip(rows, returned, strict=True):
+            try:
+                number = None if value is None or isinstance(value, str) else float(value)
+            except (TypeError, ValueError):
+                number = None
+            if number is not None and not math.isinf(number):
+                values[row] = number
+            elif value is not None:
+                shown = repr(value)[:80]
+                self._note(row, columns, RewardFailure(f"returned {shown}, which is no finite number"))
 
     def _note(self, row: int, columns: dict[str, Any], error: Exception) -> None:
-        failure = isinstance(error, RewardFailure)
-        why = str(error) if failure else f"raised {type(error).__name__}: {error}"
-        trace = (
-            error.trace if isinstance(error, RewardFailure) else "".join(traceback.format_exception(error))
-        )
+        if not isinstance(error, RewardFailure):
+            trace = "".join(traceback.format_exception(error))
+            error = RewardFailure(f"raised {type(error).__name__}: {error}", trace)
         prompts = columns.get("prompts") or [None] * (row + 1)
-        self.incidents.add(row, _FUNCTION + self.name, why, trace, prompts[row], columns["completions"][row])
+        what, completion = _FUNCTION + self.name, columns["completions"][row]
+        self.incidents.add(row, what, str(error), error.trace, prompts[row], completion)
 
 
 def _select(columns: dict[str, Any], rows: range, count: int) -> dict[str, Any]:
@@ -213,55 +266,3 @@ def _select(columns: dict[str, Any], rows: range, count: int) -> dict[str, Any]:
         key: value[rows.start : rows.stop] if isinstance(value, list) and len(value) == count else value
         for key, value in columns.items()
     }
-
-
-def counted(values: Any, expected: int, name: str) -> Sequence[Any]:
-    """`values`, if they are as many as there are completions.
-
-    Raises:
-        InputError: they are not.
-    """
-    if isinstance(values, str | bytes | Real) or not hasattr(values, "__len__"):
-        raise InputError(
-            f"Reward function {name} returned a {type(values).__name__}: return a list with one number (or "
-            "None) per completion."
-        )
-    if len(values) != expected:
-        raise InputError(
-            f"Reward function {name} returned {len(values)} rewards for {expected} completions: return one "
-            "number (or None) per completion."
-        )
-    return values  # type: ignore[no-any-return]
-
-
-def _parts(count: int, apart: bool) -> list[range]:
-    return [range(i, i + 1) for i in range(count)] if apart else [range(count)]
-
-
-def _guard_async(
-    reward: Callable[..., Any], name: str, incidents: Incidents, apart: bool
-) -> Callable[..., Any]:
-    """A call of an async function fails as a whole: trying parts of it again could ask a server for much."""
-
-    @functools.wraps(reward)
-    async def wrapped(*args: Any, **columns: Any) -> list[float | None]:
-        count = len(columns["completions"])
-        guarded = _Guarded(reward, name, incidents, count)
-
-        async def part(rows: range) -> list[float | None]:
-            try:
-                returned = await reward(*args, **_select(columns, rows, count))
-            except InputError:
-                raise
-            except Exception as error:
-                for row in rows:
-                    guarded._note(row, columns, error)
-                return [None] * len(rows)
-            values = zip(rows, counted(returned, len(rows), name), strict=True)
-            return [guarded._number(row, value, columns) for row, value in values]
-
-        parts = await asyncio.gather(*map(part, _parts(count, apart)))
-        return [value for values in parts for value in values]
-
-    wrapped.__name__ = name
-    return wrapped

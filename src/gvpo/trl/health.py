@@ -3,62 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Bool, Float
 from safetensors import SafetensorError
-from torch import Tensor
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
 from gvpo.trl.rollouts import Slice, save_rollouts
-
-
-def check_failures(
-    failed: Bool[Tensor, "all_rows"], first: tuple[str, str], *, tolerance: float, step: int, folder: Path
-) -> None:
-    """Raise an InputError if reward functions failed on more rows of a generation than may fail.
-
-    Args:
-        failed: the rows of all processes that have no reward to trust, so that all decide alike.
-        first: this process's first failure in words, and its traceback.
-        tolerance: share of the rows that may fail.
-        step: for the message.
-        folder: where the failures are kept.
-    """
-    count = int(failed.sum())
-    if count > tolerance * len(failed):
-        raise InputError(
-            f"{first[0] or 'A reward function failed on another process'}: {count} of {len(failed)} "
-            f"completions of step {step}, where reward_error_tolerance={tolerance:g}; they are kept in "
-            f"{folder}.",
-            details=first[1],
-        )
-
-
-def total_rewards(
-    per_function: Float[Tensor, "all_rows functions"],
-    weights: Float[Tensor, "functions"],
-    names: Sequence[str],
-    step: int,
-    *,
-    may_lack: bool = False,
-) -> tuple[Float[Tensor, "all_rows"], Bool[Tensor, "all_rows"]]:
-    """Weighted sum per row, and which rows some reward function could score.
-
-    Raises:
-        InputError: there are none, which only a part of a generation may lack.
-    """
-    valid = ~per_function.isnan().all(1)
-    if len(valid) and not valid.any() and not may_lack:
-        raise InputError(
-            f"Every reward function ({', '.join(names)}) returned None or NaN for all {len(valid)} "
-            f"completions of a generation at step {step}: nothing can be learnt from them. Check that the "
-            "reward can read the model's answers."
-        )
-    return (per_function * weights.to(per_function.device)).nansum(1), valid
 
 
 class Health:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gvpo.batch import GroupBatch
@@ -21,7 +22,6 @@ from gvpo.trl.config import GVPOConfig, warn_of_small_beta
 from gvpo.trl.dynamic import DynamicSampling, Generation
 from gvpo.trl.episodes import Environments, check_rollout
 from gvpo.trl.guard import Incidents
-from gvpo.trl.health import check_failures, total_rewards
 from gvpo.trl.images import images_of, read
 from gvpo.trl.memory import Portions
 from gvpo.trl.metrics import Share, Timing, gathered, timed
@@ -172,10 +172,21 @@ class SamplingTrainer(ResumableTrainer):
         failed = self._failed_rows = self.accelerator.gather(failed.to(self.accelerator.device))
         if failed.any():
             self._metrics[self._mode]["gvpo/reward_incidents"].append(float(failed.sum()))
-        tolerance, rounds = self.incidents.tolerated, self.incidents.rounds
-        rounds.append(failed)
-        check_failures(torch.cat(rounds), first, tolerance=tolerance, step=step, folder=path.parent)
+        self.incidents.judge(failed, first, step, path.parent)
         return rewards
+
+    def _total_rewards(self) -> tuple[Float[Tensor, "all_rows"], Bool[Tensor, "all_rows"]]:
+        """The weighted sum for each row of all processes, and which rows some reward function could score."""
+        rewards = self._rewards_seen
+        valid = ~rewards.isnan().all(1)
+        # A part of a generation, where rows are asked again, may lack them.
+        if len(valid) and not valid.any() and len(self.incidents.rounds) <= 1:
+            raise InputError(
+                f"Every reward function ({', '.join(self.reward_func_names)}) returned None or NaN for all "
+                f"{len(valid)} completions of a generation at step {self.state.global_step}: nothing can be "
+                "learnt from them. Check that the reward can read the model's answers."
+            )
+        return (rewards * self.reward_weights.to(rewards.device)).nansum(1), valid
 
     # -------------------------------------------------------------------------------------------- groups
 
@@ -201,13 +212,7 @@ class SamplingTrainer(ResumableTrainer):
         if pictures is not None:
             self._refuse_to_store_images()
         mine = slice(first_row, first_row + n)
-        rewards, valid = total_rewards(
-            self._rewards_seen,
-            self.reward_weights,
-            self.reward_func_names,
-            self.state.global_step,
-            may_lack=len(self.incidents.rounds) > 1,
-        )
+        rewards, valid = self._total_rewards()
         if self.on_generation is not None:
             asked, answered = (list(self._logs[n])[-len(rewards) :] for n in ("prompt", "completion"))
             self.on_generation(asked, answered, rewards.masked_fill(~valid, torch.nan).tolist(), training)
