@@ -15,12 +15,10 @@ import copy
 import json
 import os
 import pickle
-import queue
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,15 +33,16 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from trl.trainer.utils import RepeatSampler
 
 from gvpo.errors import InputError, first_line
+from gvpo.replay.group import Group
 from gvpo.replay.store import GroupStore
+from gvpo.run import replaced
 from gvpo.trl.checkpoint import EpochSampler, last_checkpoint
 
 RECIPE = "producer.pt"
-_KEPT = ("processing_class", "quantization_config", "peft_config")
+_KEPT = ("model", "processing_class", "quantization_config", "peft_config")
 # It has neither references nor rewards, and writes nothing of a trainer.
 _OWN: dict[str, Any] = {
     "generate_ahead": 0, "reference": "rollout", "reference_every": None, "gradient_checkpointing": False,
@@ -52,8 +51,10 @@ _OWN: dict[str, Any] = {
     "reward_weights": None,
 }  # fmt: skip
 _SAVED = "gvpo_ahead"  # in a checkpoint: weights by which rollouts in flight are sampled
-_OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_")
+_OF_RANKS = (  # what their variables begin with
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
+    "ACCELERATE_", "FSDP_", "TORCHELASTIC_",
+)  # fmt: skip
 
 
 @dataclass
@@ -103,8 +104,8 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
-def write_recipe(args: Any, model: str | PreTrainedModel, given: Mapping[str, Any]) -> None:
-    """Keep what a trainer was given, for the other process to make its own of: before TRL has it.
+def write_recipe(args: Any, given: Mapping[str, Any]) -> None:
+    """Keep what a trainer was given by name, for the other process to make its own of: before TRL has it.
 
     Raises:
         InputError: something that cannot be given to another process.
@@ -112,12 +113,12 @@ def write_recipe(args: Any, model: str | PreTrainedModel, given: Mapping[str, An
     own = copy.copy(args)
     vars(own).pop("_setup_devices", None)  # of this process
     vars(own).update(_OWN, output_dir=str(folder_of(args)), distributed_state=None)
-    recipe = {"model": model, "args": own, "given": {name: given.get(name) for name in _KEPT}}
-    recipe["capacity"] = (args.generate_ahead + 2) * args.prompts_per_generation
+    kept = {name: given[name] for name in _KEPT if given.get(name) is not None}
+    capacity = (args.generate_ahead + 2) * args.prompts_per_generation
     path = folder_of(args) / RECIPE
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.save(recipe, path)
+        torch.save({"args": own, "given": kept, "capacity": capacity}, path)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         path.unlink(missing_ok=True)
         raise InputError(
@@ -129,9 +130,8 @@ def write_recipe(args: Any, model: str | PreTrainedModel, given: Mapping[str, An
 def publish(model: nn.Module, path: Path) -> None:
     """Write what is trained; the file appears whole."""
     trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    aside = path.with_suffix(".partial")
-    save_file(trained, aside)
-    os.replace(aside, path)
+    with replaced(path) as aside:
+        save_file(trained, aside)
 
 
 @torch.no_grad()
@@ -149,9 +149,7 @@ class Ahead:
     """The trainer's side: asks for rollouts, and has their groups.
 
     Args:
-        args: of the trainer.
-        dataset: its prompts, in the order that TRL's sampler gives them.
-        model: gives the policy, not wrapped.
+        model: the policy, not wrapped.
         total: gives the number of rollouts of the whole run.
         rank: of this process; the first one asks for all.
 
@@ -161,22 +159,16 @@ class Ahead:
     """
 
     def __init__(
-        self,
-        args: Any,
-        dataset: Any,
-        model: Callable[[], nn.Module],
-        total: Callable[[], int],
-        rank: int,
+        self, args: Any, dataset: Any, model: nn.Module, total: Callable[[], int], rank: int
     ) -> None:
         self.args, self.dataset, self.model, self.total, self.rank = args, dataset, model, total, rank
         self.ahead, self.k = args.generate_ahead, args.num_generations
         self.count = args.prompts_per_generation
         self.folder = folder_of(args)
         self.version = 0
-        self._child: subprocess.Popen[str] | None = None
+        self._child: Any = None  # the other process, while it runs
         self._order: tuple[int, list[int]] = (-1, [])  # of an epoch
-        self._completions: list[tuple[list[int], list[list[int]]]] = []
-        self._logps: list[np.ndarray] = []
+        self._groups: list[Group] = []  # of the rollout at hand
         self.begin()
 
     def begin(self) -> None:
@@ -209,29 +201,25 @@ class Ahead:
         first, self.version = outcome[0]
         with GroupStore(self.folder / "groups", memory=0) as store:
             numbers = store.records["number"]
-            groups = store.read(np.flatnonzero((numbers >= first) & (numbers < first + self.count)))
-        self._completions = [
-            (group.prompt_ids.tolist(), [ids.tolist() for ids in group.completions]) for group in groups
-        ]
-        self._logps = [group.reference_logps for group in groups if group.reference_logps is not None]
+            self._groups = store.read(np.flatnonzero((numbers >= first) & (numbers < first + self.count)))
 
     def sample(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
         """The completions of this process's rows of the rollout at hand, as TRL's methods give them."""
         first, found = self.rank * len(prompt_ids), []
         for row, ids in enumerate(prompt_ids, first):
-            prompt, completions = self._completions[row // self.k]
-            if prompt != list(ids):
+            group = self._groups[row // self.k]
+            if group.prompt_ids.tolist() != list(ids):
                 raise InputError(
                     f"Row {row} of a rollout answers another prompt than the data set has there: its order, "
                     "or the chat template, is not what generate_ahead was told."
                 )
-            found.append(completions[row % self.k])
+            found.append(group.completions[row % self.k].tolist())
         return found, None
 
     def reference_logps(self, rows: int) -> Float[Tensor, "rows"]:
         """S' of this process's rows under the policy that sampled them."""
-        logps = torch.from_numpy(np.concatenate(self._logps))
-        return logps[self.rank * rows : (self.rank + 1) * rows]
+        logps = [g.reference_logps for g in self._groups if g.reference_logps is not None]
+        return torch.from_numpy(np.concatenate(logps)[self.rank * rows : (self.rank + 1) * rows])
 
     def _wait(self, number: int, step: int) -> tuple[int, int]:
         """A rollout's first group in the store, and its version."""
@@ -241,13 +229,14 @@ class Ahead:
             if n not in self._requests:
                 if not self._weights(step).exists():
                     self._weights(step).parent.mkdir(parents=True, exist_ok=True)
-                    publish(self.model(), self._weights(step))
+                    publish(self.model, self._weights(step))
                 self._requests[n] = step
                 self._ask(n)
         while number not in self._made:
-            message = self._messages.get()
-            if message is None:
+            line = self._child.stdout.readline()
+            if not line:
                 raise InputError(self._why_ended())
+            message = json.loads(line)
             if "error" in message:
                 raise InputError(message["error"])
             self._made[message["number"]] = message["first"]
@@ -262,12 +251,8 @@ class Ahead:
         epoch, place = divmod(number, len(self.dataset) // self.count)
         if epoch != self._order[0]:
             shuffle, seed = self.args.shuffle_dataset is not False, self.args.seed
-            sampler = EpochSampler(
-                RepeatSampler(
-                    self.dataset, mini_repeat_count=1, batch_size=self.count, shuffle=shuffle, seed=seed
-                ),
-                seed,
-            )
+            order = RepeatSampler(self.dataset, 1, self.count, shuffle=shuffle, seed=seed)
+            sampler = EpochSampler(order, seed)
             sampler.set_epoch(epoch)
             self._order = epoch, list(sampler)
         asked = self._order[1][place * self.count : (place + 1) * self.count]
@@ -277,11 +262,7 @@ class Ahead:
 
     def _start(self) -> None:
         """Start the process that samples, and ask it for what is in flight."""
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in _OF_RANKS and not name.startswith(_PREFIXES)
-        }
+        environment = {k: value for k, value in os.environ.items() if not k.startswith(_OF_RANKS)}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         if self.args.generate_ahead_devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.args.generate_ahead_devices
@@ -297,8 +278,6 @@ class Ahead:
                 start_new_session=True,  # Ctrl-C is for the trainer, which ends this process
             )
         self._made: dict[int, int] = {}  # rollouts, and the numbers of their first groups in the store
-        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=_hear, args=(self._child, self._messages), daemon=True).start()
         self._tell({"keep": list(self._requests.items()), "threads": torch.get_num_threads()})
         for number in self._requests:
             self._ask(number)
@@ -308,14 +287,11 @@ class Ahead:
         self._tell(request | {"weights": str(self._weights(self._requests[number]))})
 
     def _tell(self, message: dict[str, Any]) -> None:
-        assert self._child is not None
-        assert self._child.stdin is not None
         with suppress(OSError):  # it has ended: why, is told where it is waited for
             self._child.stdin.write(json.dumps(message) + "\n")
             self._child.stdin.flush()
 
     def _why_ended(self) -> str:
-        assert self._child is not None
         code = self._child.wait()
         why = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         checkpoint = last_checkpoint(self.args.output_dir)
@@ -332,10 +308,8 @@ class Ahead:
             child.wait(10)
         except subprocess.TimeoutExpired:
             child.kill()
-            child.wait()
-        for pipe in (child.stdin, child.stdout):
-            with suppress(OSError):  # what was left to say is not heard any more
-                pipe.close()  # type: ignore[union-attr]
+        with suppress(OSError), child:  # closes its pipes, though what was left to say is not heard any more
+            pass
 
     # --------------------------------------------------------------------------------------- checkpoints
 
@@ -379,10 +353,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _hear(child: subprocess.Popen[str], messages: queue.Queue[dict[str, Any] | None]) -> None:
-    assert child.stdout is not None
-    for line in child.stdout:
-        messages.put(json.loads(line))
-    messages.put(None)

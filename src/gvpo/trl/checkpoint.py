@@ -27,6 +27,10 @@ _LIST = "gvpo_checkpoint.json"
 class Stateful(Protocol):
     """A part of a trainer with something to remember."""
 
+    def begin(self) -> None:
+        """A new run: what belongs to the last one is forgotten (by default, nothing does)."""
+        return
+
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """JSON values; what is large goes into the checkpoint's `folder`."""
 
@@ -127,10 +131,6 @@ class EpochSampler(Sampler[int]):
 
     TRL draws each epoch's order from where the last epoch left its generator, so that a run resumed in a
     later epoch would see the first epoch's order again.
-
-    Args:
-        sampler: TRL's `RepeatSampler`.
-        seed: of the orders.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:

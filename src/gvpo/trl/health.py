@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError
+from gvpo.trl.checkpoint import Stateful
 from gvpo.trl.rollouts import Slice, save_rollouts
 
 
-class Health:
+class Health(Stateful):
     """Counts optimizer steps whose numbers were not finite, all processes alike.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Callable
@@ -10,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from gvpo.machine import memory, processes_here
 from gvpo.step import is_out_of_memory
+from gvpo.trl.checkpoint import Stateful
 from gvpo.trl.metrics import Share
 
 Sample = Callable[..., tuple[list[list[int]], list[list[float]] | None]]
 
 
-class Ceiling:
+class Ceiling(Stateful):
     """A limit that falls when memory runs out and rises by 1 % with each use.
 
     It rises since one odd batch should not slow down the rest of a run.
@@ -63,9 +64,7 @@ class Portions(Ceiling):
                     raise
             # Out of the except block, so that the traceback no longer holds the failed pass's tensors.
             self.most = len(rows) / 2
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)
             warnings.warn(
                 f"Out of memory in generation: goes on with {int(self.most)} responses at a time.",
                 stacklevel=3,

@@ -86,17 +86,14 @@ def place(
 
 
 def complete(
-    sample: Callable[..., Any],
-    given: Given,
-    prompt_ids: list[list[int]],
-    *others: Any,
-    whole: bool,
-    **kwargs: Any,
+    sample: Callable[..., Any], given: Given, whole: bool, prompts: list[list[int]], *args: Any, **kwargs: Any
 ) -> Any:
     """Completions of all rows: those that are not demonstrations by `sample`; with `whole` it samples all."""
+    if all(shown is None for shown in given):
+        return sample(prompts, *args, **kwargs)
     # At least one row: other processes may wait to share parameters.
     rows = [i for i, shown in enumerate(given) if shown is None or whole] or [0]
-    sampled, _ = sample([prompt_ids[i] for i in rows], *others, **kwargs)
+    sampled, _ = sample([prompts[i] for i in rows], *args, **kwargs)
     completions = dict(zip(rows, sampled, strict=True))
     return [completions[i] if shown is None else list(shown.ids) for i, shown in enumerate(given)], None
 
@@ -152,7 +149,6 @@ class Offline:
     def __init__(self, source: str, args: GVPOConfig, encoder: Encoder) -> None:
         logged = load_offline(source, encoder, longest=args.max_completion_length)
         assert args.num_generations is not None
-        assert args.generation_batch_size is not None
         self.groups, self.k = logged.groups, args.num_generations
         self.scored = logged.scored and args.replay_reference == "stored"
         if logged.group_size > self.k:
@@ -165,11 +161,10 @@ class Offline:
                 f"Offline training on {source} needs reference='initial' or 'moving': there is no rollout "
                 "policy for it, and the file has no reference_logps (or replay_reference is 'current')."
             )
-        per_step = args.generation_batch_size // self.k
-        if len(self.groups) < per_step:
+        if len(self.groups) < args.prompts_per_generation:
             raise InputError(
-                f"{source} has {len(self.groups)} groups, fewer than the {per_step} that a batch takes: "
-                "lower per_device_train_batch_size or steps_per_generation."
+                f"{source} has {len(self.groups)} groups, fewer than the {args.prompts_per_generation} that "
+                "a batch takes: lower per_device_train_batch_size or steps_per_generation."
             )
         if logged.alone:
             warnings.warn(

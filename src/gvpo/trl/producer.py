@@ -30,23 +30,18 @@ from gvpo.trl.trainer import GVPOTrainer
 
 
 class Producer:
-    """Samples rollouts as they are asked for.
-
-    Args:
-        folder: where the trainer and this process meet.
-    """
+    """Samples rollouts as they are asked for, in the folder where the trainer and this process meet."""
 
     def __init__(self, folder: Path) -> None:
         recipe = torch.load(folder / RECIPE, map_location="cpu", weights_only=False)
-        args, given = recipe["args"], recipe["given"]
+        args = recipe["args"]
         args.device  # noqa: B018  (sets up what transformers shares in a process)
         self.k, self.count = args.num_generations, args.prompts_per_generation
         self.trainer = trainer = GVPOTrainer(
-            recipe["model"],
-            [unrewarded],
-            args,
+            reward_funcs=[unrewarded],
+            args=args,
             train_dataset=Offline.dataset(self.count),
-            **{name: value for name, value in given.items() if value is not None},
+            **recipe["given"],
         )
         # As in training: on its device, and cast as it is there.
         trainer.model = trainer.model_wrapped = trainer.accelerator.prepare_model(
@@ -81,30 +76,22 @@ class Producer:
                 self.version = trainer.state.global_step = version  # by which TRL knows what vLLM has
             set_seed(seed_of(trainer.args.seed, number))
             prompts, completions, logps = trainer.sampled(request["prompts"])
-            self._store(number, self._groups(request, prompts, completions, logps))
+            rows = [slice(first, first + self.k) for first in range(0, len(prompts), self.k)]
+            groups = [
+                Group.of(
+                    prompts[its.start],
+                    completions[its],
+                    [0.0] * self.k,  # given by the trainer
+                    reference=f"step {version}",
+                    reference_logps=logps[its].tolist(),
+                    valid=[bool(ids) for ids in completions[its]],
+                    policy_step=version,
+                    metadata={"rollout": number},
+                )
+                for its in rows
+            ]
+            self._store(number, groups)
         return self.made.pop(number)
-
-    def _groups(
-        self,
-        request: dict[str, Any],
-        prompts: list[list[int]],
-        completions: list[list[int]],
-        logps: torch.Tensor,
-    ) -> list[Group]:
-        rows = [slice(first, first + self.k) for first in range(0, len(prompts), self.k)]
-        return [
-            Group.of(
-                prompts[its.start],
-                completions[its],
-                [0.0] * self.k,  # given by the trainer
-                reference=f"step {request['version']}",
-                reference_logps=logps[its].tolist(),
-                valid=[bool(ids) for ids in completions[its]],
-                policy_step=request["version"],
-                metadata={"rollout": request["number"]},
-            )
-            for its in rows
-        ]
 
     def _store(self, number: int, groups: list[Group]) -> None:
         self.made[number] = self.buffer.next_number

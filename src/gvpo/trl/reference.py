@@ -22,12 +22,29 @@ from gvpo.trl.sampling import SamplingTrainer
 class ScoringTrainer(SamplingTrainer):
     """Scores slices under the reference, once; the parts are made by `GVPOTrainer`."""
 
-    _gvpo_step: GVPOStep
-    _reference_scorer: SequenceScorer | None
-    _token_ceiling: Ceiling
-    _start_checked: bool
-    moving: MovingReference | None
     _window: list[Slice]
+
+    def _make_scoring(self) -> None:
+        args = self.args
+        common: dict[str, Any] = {
+            "temperature": self.temperature,
+            "backend": self._backend,
+            "float32_head": args.cast_lm_head_to_fp32,
+            "share_prompts": args.share_prompts,
+        }
+        coefficient = args.router_aux_loss_coef or 0.0
+        self._gvpo_step = GVPOStep(
+            self.model, beta=args.beta, trust=args.trust, router_aux_loss_coef=coefficient, **common
+        )
+        weigh = self.timing.during("scoring")(self._gvpo_step.weigh)
+        self._gvpo_step.weigh = weigh  # type: ignore[method-assign]
+        # None where the policy scores for its reference: itself at rollout, or without its adapters.
+        self._reference_scorer: SequenceScorer | None = None
+        if args.reference == "initial" and self.ref_model is not None:
+            self._reference_scorer = SequenceScorer(self.ref_model, **common)
+        self._start_checked = False
+        self.moving = self._make_moving()
+        self._token_ceiling = self.checkpointed["tokens"] = Ceiling()
 
     def _prepare_reference(self, model: nn.Module) -> nn.Module:
         model.eval().requires_grad_(False)
@@ -96,9 +113,12 @@ class ScoringTrainer(SamplingTrainer):
 
     def _score_policy(self, batch: GroupBatch) -> Tensor:
         """log p of each token under the policy as it is; S' if it is that of the rollout, or bare."""
-        self._gvpo_step.model = self.model_wrapped
+        return self._step_for(batch).token_logps(batch)
+
+    def _step_for(self, batch: GroupBatch, model: nn.Module | None = None) -> GVPOStep:
+        self._gvpo_step.model = self.model_wrapped if model is None else model
         self._gvpo_step.token_budget = self._token_budget(batch)
-        return self._gvpo_step.token_logps(batch)
+        return self._gvpo_step
 
     @timed("reference")
     def _score_reference(self, batch: GroupBatch) -> Tensor:

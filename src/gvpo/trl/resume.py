@@ -59,6 +59,9 @@ class ResumableTrainer(GRPOTrainer):
         self._step, self._buffered_inputs = 0, None
         self._metrics["train"].clear()
         self._last_loaded_step = -1  # vLLM has the weights of that call's last generation
+        if not resume_from_checkpoint:
+            for part in self.checkpointed.values():
+                part.begin()
         if isinstance(resume_from_checkpoint, Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
         if resume_from_checkpoint is True:

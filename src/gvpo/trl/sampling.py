@@ -18,6 +18,7 @@ from gvpo.model.generation import shared_prompts
 from gvpo.model.logprobs import unwrap
 from gvpo.trl import offpolicy
 from gvpo.trl.ahead import Ahead, check_trainer
+from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, warn_of_small_beta
 from gvpo.trl.dynamic import DynamicSampling, Generation
 from gvpo.trl.episodes import Environments, check_rollout
@@ -35,36 +36,29 @@ class SamplingTrainer(ResumableTrainer):
     args: GVPOConfig
     incidents: Incidents
     timing: Timing
+    _backend: AccelerateBackend
     _environments: Environments
-    _portions: Portions
-    _collective: bool
-    on_generation: Callable[[list[Any], list[Any], list[float], bool], None] | None
-    _rewards_seen: Tensor
-    _failed_rows: Tensor
-    _without_tokens: list[int] | None
+    on_generation: Callable[[list[Any], list[Any], list[float], bool], None] | None = None
 
     # ------------------------------------------------------------------------------------------- set-up
 
-    def _check_turns(self) -> None:
-        """Processes make different numbers of turns: none may wait for another in one."""
-        server = self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1)
-        together = server or (self._collective and not self.use_vllm)
-        if getattr(self, "tools", None) and self.accelerator.num_processes > 1 and together:
-            raise InputError(
-                "With tools, processes make different numbers of turns and so must generate each on its own: "
-                "use DDP, or vllm_mode='colocate' with vllm_tensor_parallel_size=1."
-            )
-
-    def _make_off_policy(self) -> None:
-        args = self.args
-        model = self.accelerator.unwrap_model(self.model)
-        template = getattr(self, "chat_template", None)
+    def _make_sampling(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        world, rank = accelerator.num_processes, accelerator.process_index
+        self._portions = self.checkpointed["portions"] = Portions()
+        self._collective = self._backend.collective_forward(self.model)
+        self._rewards_seen = torch.empty(0, 0)
+        self._without_tokens: list[int] | None = None
+        self._given: offpolicy.Given = []  # demonstrations in the rows being generated
+        self._check_turns()
+        model = accelerator.unwrap_model(self.model)
         options = dict(args.chat_template_kwargs or {})
         if getattr(self, "tools", None):  # as in the prompts of a generation
             options["tools"] = self.tools
-        encoder = offpolicy.encoder_for(model, self.processing_class, template, options)
-        self.offline = self.demonstrations = self.replay = None
-        self._given: offpolicy.Given = []  # demonstrations in the rows being generated
+        encoder = offpolicy.encoder_for(
+            model, self.processing_class, getattr(self, "chat_template", None), options
+        )
+        self.offline = self.demonstrations = self.dynamic = self.ahead = self.replay = None
         if args.offline is not None:
             self.offline = offpolicy.Offline(args.offline, args, encoder)
             self.train_dataset = self.offline.dataset(len(self.offline.groups))
@@ -75,20 +69,26 @@ class SamplingTrainer(ResumableTrainer):
                         f"demonstrations_per_group does not go with {name}: completions are single turns."
                     )
             self.demonstrations = offpolicy.demonstrations_of(args, encoder, self.train_dataset)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.dynamic = None
         if args.chooses_prompts:
-            gather = self.accelerator.gather
+            gather = accelerator.gather
             self.dynamic = DynamicSampling(args, self.train_dataset, rank=rank, world=world, gather=gather)
             self.checkpointed["prompts"] = self.dynamic.prompts
-        self.ahead = None
         if args.generate_ahead:
             check_trainer(self)
-            self.ahead = Ahead(args, self.train_dataset, lambda: model, self._rollouts, rank)
+            self.ahead = Ahead(args, self.train_dataset, model, self._rollouts, rank)
             self.checkpointed["ahead"] = self.ahead
         if args.replays:
-            self.replay = self.checkpointed["replay"] = offpolicy.Replay(
-                args, encoder, rank=rank, world=world
+            self.replay = offpolicy.Replay(args, encoder, rank=rank, world=world)
+            self.checkpointed["replay"] = self.replay
+
+    def _check_turns(self) -> None:
+        """Processes make different numbers of turns: none may wait for another in one."""
+        server = self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1)
+        together = server or (self._collective and not self.use_vllm)
+        if getattr(self, "tools", None) and self.accelerator.num_processes > 1 and together:
+            raise InputError(
+                "With tools, processes make different numbers of turns and so must generate each on its own: "
+                "use DDP, or vllm_mode='colocate' with vllm_tensor_parallel_size=1."
             )
 
     def _rollouts(self) -> int:
@@ -118,13 +118,8 @@ class SamplingTrainer(ResumableTrainer):
         if alone:
             sample = functools.partial(self._portions, sample)
         with shared_prompts(unwrap(self.model)) if alone else engine_errors(self.args):
-            if any(ids is not None for ids in self._given):
-                whole = self.use_vllm or ahead is not None  # which have every group whole
-                ids, logps = offpolicy.complete(
-                    sample, self._given, prompt_ids, *others, whole=whole, **kwargs
-                )
-            else:
-                ids, logps = sample(prompt_ids, *others, **kwargs)
+            whole = self.use_vllm or ahead is not None  # which have every group whole
+            ids, logps = offpolicy.complete(sample, self._given, whole, prompt_ids, *others, **kwargs)
         if self._without_tokens is not None:  # a later turn of a conversation with tools
             return ids, logps
         return self._ended(ids), None if logps is None else [row or [0.0] for row in logps]

@@ -16,7 +16,7 @@ import functools
 import inspect
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,7 @@ from trl import GRPOTrainer
 
 from gvpo.batch import GroupBatch
 from gvpo.errors import InputError, NonFiniteError
-from gvpo.step import GVPOStep, SequenceScorer
-from gvpo.trl import (
-    compat,  # noqa: F401  (asserts TRL's private names)
-    offpolicy,
-)
+from gvpo.trl import compat, offpolicy  # noqa: F401  (compat asserts TRL's private names)
 from gvpo.trl.ahead import write_recipe
 from gvpo.trl.backend import AccelerateBackend
 from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings
@@ -41,7 +37,7 @@ from gvpo.trl.episodes import Environments, limited
 from gvpo.trl.guard import Incidents, guard
 from gvpo.trl.health import Health
 from gvpo.trl.images import unread
-from gvpo.trl.memory import Ceiling, Portions, memory_shares
+from gvpo.trl.memory import memory_shares
 from gvpo.trl.metrics import Share, Timing, shares_of, timed
 from gvpo.trl.reference import ScoringTrainer
 from gvpo.trl.resume import temporarily
@@ -97,21 +93,17 @@ class GVPOTrainer(ScoringTrainer):
             raise InputError(f"args is a {type(args).__name__}; GVPOTrainer needs a gvpo.trl.GVPOConfig.")
         tolerated = 0.0 if args.on_reward_error == "error" else args.reward_error_tolerance
         self.incidents = Incidents(tolerated, args.world_size)
-        self.on_generation: Callable[[list[Any], list[Any], list[float], bool], None] | None = None
+        bound = inspect.signature(GRPOTrainer.__init__).bind(
+            self, model, reward_funcs, args, *others, **kwargs
+        )
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
         if reward_funcs is not None:
+            how: dict[str, Any] = {"timeout": args.reward_timeout, "worker": args.reward_worker}
+            group = args.num_generations or 1
             funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [
-                guard(
-                    f,
-                    self.incidents,
-                    group=args.num_generations or 1,
-                    timeout=args.reward_timeout,
-                    worker=args.reward_worker,
-                )
-                for f in funcs
-            ]
+            given["reward_funcs"] = [guard(f, self.incidents, group=group, **how) for f in funcs]
         held = getattr(model, "peft_config", {})
-        adapters = bool(held) or kwargs.get("peft_config") is not None
+        adapters = bool(held) or given.get("peft_config") is not None
         initial = args.reference == "initial"
         if initial and held and "default" not in held:
             raise InputError(
@@ -122,11 +114,9 @@ class GVPOTrainer(ScoringTrainer):
         if initial and not isinstance(model, str) and not adapters:
             # Copied before TRL patches the forward, after which a copy would run the original's weights.
             twin = copy.deepcopy(model)
-        if others:  # the train_dataset and the eval_dataset
-            others = (*(unread(data) for data in others[:2]), *others[2:])
-        for name in {"train_dataset", "eval_dataset"} & kwargs.keys():
-            kwargs[name] = unread(kwargs[name])
-        dataset = kwargs.get("train_dataset", others[0] if others else None)
+        for name in ("train_dataset", "eval_dataset"):
+            given[name] = unread(given.get(name))
+        dataset = given["train_dataset"]
         check_size(dataset, args)
         if args.offline is not None:
             if dataset is not None:
@@ -134,23 +124,24 @@ class GVPOTrainer(ScoringTrainer):
                     f"offline={args.offline} is the training data: give no train_dataset besides."
                 )
             # Until TRL has the tokenizer that logged completions are read with.
-            kwargs["train_dataset"] = offpolicy.Offline.dataset(args.prompts_per_generation)
-            reward_funcs = reward_funcs or [offpolicy.unrewarded]
-        own = len(reward_funcs or [])
+            given["train_dataset"] = offpolicy.Offline.dataset(args.prompts_per_generation)
+            given["reward_funcs"] = given["reward_funcs"] or [offpolicy.unrewarded]
+        own = len(given["reward_funcs"] or [])
         self._environments = Environments(args.tool_timeout)
-        if kwargs.get("environment_factory") is not None:
-            kwargs["environment_factory"] = self._environments.made_by(kwargs["environment_factory"])
-        if kwargs.get("tools"):
-            kwargs["tools"] = [limited(tool, args.tool_timeout) for tool in kwargs["tools"]]
+        if (factory := given.get("environment_factory")) is not None:
+            given["environment_factory"] = self._environments.made_by(factory)
+        if given.get("tools"):
+            given["tools"] = [limited(tool, args.tool_timeout) for tool in given["tools"]]
+        if (rollout := given.get("rollout_func")) is not None:
+            given["rollout_func"] = functools.partial(self._roll_out, rollout)
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
         kept = {"beta": args.beta if initial and twin is None else 0.0, "router_aux_loss_coef": 0.0}
         if args.generate_ahead:
             kept["use_vllm"] = False  # the other process has it
-            names = inspect.signature(GRPOTrainer.__init__).bind(self, model, None, args, *others, **kwargs)
             if args.process_index == 0:
-                write_recipe(args, model, names.arguments)
+                write_recipe(args, given)
         with temporarily(args, **kept), engine_of(args):
-            super().__init__(model, reward_funcs, args, *others, **kwargs)
+            super().__init__(**given)
         self.beta = 0.0  # TRL would score its padded batches under the reference; this class does it exactly
         if twin is not None:
             self.ref_model = self._prepare_reference(twin)
@@ -159,56 +150,17 @@ class GVPOTrainer(ScoringTrainer):
             guard(f, self.incidents, group=1, environment=name)
             for f, name in zip(self.reward_funcs[own:], self.reward_func_names[own:], strict=True)
         ]
-        rollout: Any = getattr(self, "rollout_func", None)
-        if rollout is not None:
-            self.rollout_func = functools.partial(self._roll_out, rollout)
         self.timing = Timing(self._metrics["train"], self.accelerator.device)
-        self._make_step()
-        self._check_turns()
-        self._make_off_policy()
-        self.checkpointed |= {
-            "health": self.health,
-            "portions": self._portions,
-            "tokens": self._token_ceiling,
-        }
+        self._backend = AccelerateBackend(self.accelerator)
+        self._make_scoring()
+        self._make_sampling()
+        self.health = self.checkpointed["health"] = Health(args.max_bad_steps)
+        self._window: list[Slice] = []
+        self._awaits_optimizer: GroupBatch | None = None  # the batch whose gradient is in place
         tolerate_loggers(self.callback_handler.callbacks)
         self.add_callback(self.timing)
         self.add_callback(Watch(args.warn_when, args.stop_when))
         warn_of_settings(args)
-
-    # ------------------------------------------------------------------------------------------- set-up
-
-    def _make_step(self) -> None:
-        backend = AccelerateBackend(self.accelerator)
-        common: dict[str, Any] = {
-            "temperature": self.temperature,
-            "backend": backend,
-            "float32_head": self.args.cast_lm_head_to_fp32,
-            "share_prompts": self.args.share_prompts,
-        }
-        coefficient = self.args.router_aux_loss_coef or 0.0
-        self._gvpo_step = GVPOStep(
-            self.model,
-            beta=self.args.beta,
-            trust=self.args.trust,
-            router_aux_loss_coef=coefficient,
-            **common,
-        )
-        weigh = self.timing.during("scoring")(self._gvpo_step.weigh)
-        self._gvpo_step.weigh = weigh  # type: ignore[method-assign]
-        # None where the policy scores for its reference: itself at rollout, or without its adapters.
-        self._reference_scorer: SequenceScorer | None = None
-        if self.args.reference == "initial" and self.ref_model is not None:
-            self._reference_scorer = SequenceScorer(self.ref_model, **common)
-        self.moving = self._make_moving()
-        self._collective = backend.collective_forward(self.model)
-        self._portions, self._token_ceiling = Portions(), Ceiling()
-        self.health = Health(self.args.max_bad_steps)
-        self._start_checked = False
-        self._window: list[Slice] = []
-        self._awaits_optimizer: GroupBatch | None = None  # the batch whose gradient is in place
-        self._rewards_seen = torch.empty(0, 0)
-        self._without_tokens: list[int] | None = None
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The slice of the current call in training (generating when due); a whole batch in evaluation."""
@@ -249,14 +201,6 @@ class GVPOTrainer(ScoringTrainer):
         self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         self._window, self._awaits_optimizer = [], None  # of an earlier call that was interrupted
-        if not resume_from_checkpoint and self.replay is not None:
-            self.replay.begin()
-        if not resume_from_checkpoint and self.dynamic is not None:
-            self.dynamic.prompts.begin()
-        if not resume_from_checkpoint and self.moving is not None:
-            self.moving.begin()
-        if not resume_from_checkpoint and self.ahead is not None:
-            self.ahead.begin()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -281,11 +225,9 @@ class GVPOTrainer(ScoringTrainer):
         if self.replay is not None:
             batch = self._with_replay(self.replay, batch)
         self._awaits_optimizer = None
-        self._gvpo_step.model = model
-        self._gvpo_step.token_budget = self._token_budget(batch)
         try:
             with self.timing.during("update"):
-                report = self._gvpo_step(batch)
+                report = self._step_for(batch, model)(batch)
         except NonFiniteError as error:  # on all processes alike
             self._skip_step(batch, str(error))
             return torch.zeros((), device=self.accelerator.device)
@@ -366,9 +308,7 @@ class GVPOTrainer(ScoringTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: GroupBatch) -> Tensor:
         """The evaluation loss: the formula's value on fresh responses (in training, see `training_step`)."""
-        self._gvpo_step.model = self.model_wrapped
-        self._gvpo_step.token_budget = self._token_budget(inputs)
-        result, _ = self._gvpo_step.weigh(inputs)
+        result, _ = self._step_for(inputs).weigh(inputs)
         self._log_objective(result.metrics)
         return result.loss.to(self.accelerator.device, torch.float32)
 
