@@ -41,9 +41,9 @@ def split(batch: GroupBatch, count: int) -> list[GroupBatch]:
 
 def select(batch: GroupBatch, rows: Any) -> GroupBatch:
     """The batch of some rows: a slice, a mask or indices."""
-    given: dict[str, Any] = {name: getattr(batch, name) for name in _FIELDS}
-    picked: dict[str, Any] = {name: None if v is None else v[rows] for name, v in given.items()}
-    return GroupBatch(**picked, images=None if batch.images is None else batch.images.select(rows))
+    given = {name: value for name in _FIELDS if (value := getattr(batch, name)) is not None}
+    images = None if batch.images is None else batch.images.select(rows)
+    return GroupBatch(**{name: value[rows] for name, value in given.items()}, images=images)
 
 
 def window_batch(slices: list[Slice], *, on_policy: bool) -> GroupBatch:
@@ -88,19 +88,16 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[list[Slice], dict[s
     """What `save_rollouts` wrote."""
     with safe_open(path, framework="pt", device="cpu") as file:
         state = json.loads(file.metadata()["state"])
-        names = set(file.keys())
-        slices = []
-        for i, steps in enumerate(state.get("steps", ())):
-            values: dict[str, Any] = {
-                name: file.get_tensor(f"{i}.{name}").to(device) for name in _FIELDS if f"{i}.{name}" in names
-            }
-            mark = f"{i}.images."
-            stored = {
-                name.removeprefix(mark): file.get_tensor(name).to(device)
-                for name in names
-                if name.startswith(mark)
-            }
-            if stored:
-                values["images"] = Images.from_tensors(stored, *state["images"])
-            slices.append(Slice(GroupBatch(**values), *steps))
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+    slices = []
+    for i, steps in enumerate(state.get("steps", ())):
+        own: dict[str, Any] = _under(f"{i}.", tensors)
+        images = _under("images.", own)
+        values = {name: own[name] for name in _FIELDS if name in own}
+        held = Images.from_tensors(images, *state["images"]) if images else None
+        slices.append(Slice(GroupBatch(**values, images=held), *steps))
     return slices, state
+
+
+def _under(mark: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(mark): value for name, value in values.items() if name.startswith(mark)}
