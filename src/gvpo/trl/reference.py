@@ -20,7 +20,7 @@ from gvpo.trl.sampling import SamplingTrainer
 
 
 class ScoringTrainer(SamplingTrainer):
-    """Scores slices under the reference, once; the parts are made by `GVPOTrainer`."""
+    """Scores slices under the reference, once."""
 
     _window: list[Slice]
 

@@ -19,11 +19,11 @@ from gvpo.model.logprobs import unwrap
 from gvpo.trl import offpolicy
 from gvpo.trl.ahead import Ahead, check_trainer
 from gvpo.trl.backend import AccelerateBackend
-from gvpo.trl.config import GVPOConfig, warn_of_small_beta
+from gvpo.trl.config import GVPOConfig, check_size, warn_of_small_beta
 from gvpo.trl.dynamic import DynamicSampling, Generation
-from gvpo.trl.episodes import Environments, check_rollout
-from gvpo.trl.guard import Incidents
-from gvpo.trl.images import images_of, read
+from gvpo.trl.episodes import Environments, check_rollout, limited
+from gvpo.trl.guard import Incidents, guard
+from gvpo.trl.images import images_of, read, unread
 from gvpo.trl.memory import Portions
 from gvpo.trl.metrics import Share, Timing, gathered, timed
 from gvpo.trl.resume import ResumableTrainer, temporarily
@@ -31,16 +31,43 @@ from gvpo.trl.vllm import engine_errors
 
 
 class SamplingTrainer(ResumableTrainer):
-    """The methods stand in the order in which a response meets them; the parts are made by `GVPOTrainer`."""
+    """The methods stand in the order in which a response meets them."""
 
     args: GVPOConfig
-    incidents: Incidents
     timing: Timing
     _backend: AccelerateBackend
-    _environments: Environments
     on_generation: Callable[[list[Any], list[Any], list[float], bool], None] | None = None
 
     # ------------------------------------------------------------------------------------------- set-up
+
+    def _look_after(self, given: dict[str, Any], args: GVPOConfig) -> None:
+        """Of TRL's arguments: functions guarded, images read in their turn, rows for logged completions."""
+        tolerated = 0.0 if args.on_reward_error == "error" else args.reward_error_tolerance
+        self.incidents = Incidents(tolerated, args.world_size)
+        if (funcs := given["reward_funcs"]) is not None:
+            how: dict[str, Any] = {"timeout": args.reward_timeout, "worker": args.reward_worker}
+            group = args.num_generations or 1
+            funcs = funcs if isinstance(funcs, list) else [funcs]
+            given["reward_funcs"] = [guard(f, self.incidents, group=group, **how) for f in funcs]
+        for name in ("train_dataset", "eval_dataset"):
+            given[name] = unread(given.get(name))
+        dataset = given["train_dataset"]
+        check_size(dataset, args)
+        if args.offline is not None:
+            if dataset is not None:
+                raise InputError(
+                    f"offline={args.offline} is the training data: give no train_dataset besides."
+                )
+            # Until TRL has the tokenizer that logged completions are read with.
+            given["train_dataset"] = offpolicy.Offline.dataset(args.prompts_per_generation)
+            given["reward_funcs"] = given["reward_funcs"] or [offpolicy.unrewarded]
+        self._environments = Environments(args.tool_timeout)
+        if (factory := given.get("environment_factory")) is not None:
+            given["environment_factory"] = self._environments.made_by(factory)
+        if given.get("tools"):
+            given["tools"] = [limited(tool, args.tool_timeout) for tool in given["tools"]]
+        if (rollout := given.get("rollout_func")) is not None:
+            given["rollout_func"] = functools.partial(self._roll_out, rollout)
 
     def _make_sampling(self) -> None:
         args, accelerator = self.args, self.accelerator

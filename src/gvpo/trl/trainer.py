@@ -12,7 +12,6 @@ parts that they call take values and give values.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import textwrap
 import warnings
@@ -32,11 +31,9 @@ from gvpo.errors import InputError, NonFiniteError
 from gvpo.trl import compat, offpolicy  # noqa: F401  (compat asserts TRL's private names)
 from gvpo.trl.ahead import write_recipe
 from gvpo.trl.backend import AccelerateBackend
-from gvpo.trl.config import GVPOConfig, check_size, warn_of_settings
-from gvpo.trl.episodes import Environments, limited
-from gvpo.trl.guard import Incidents, guard
+from gvpo.trl.config import GVPOConfig, warn_of_settings
+from gvpo.trl.guard import guard
 from gvpo.trl.health import Health
-from gvpo.trl.images import unread
 from gvpo.trl.memory import memory_shares
 from gvpo.trl.metrics import Share, Timing, shares_of, timed
 from gvpo.trl.reference import ScoringTrainer
@@ -91,17 +88,10 @@ class GVPOTrainer(ScoringTrainer):
             args = GVPOConfig(f"{name.split('/')[-1]}-GVPO")
         if not isinstance(args, GVPOConfig):
             raise InputError(f"args is a {type(args).__name__}; GVPOTrainer needs a gvpo.trl.GVPOConfig.")
-        tolerated = 0.0 if args.on_reward_error == "error" else args.reward_error_tolerance
-        self.incidents = Incidents(tolerated, args.world_size)
         bound = inspect.signature(GRPOTrainer.__init__).bind(
             self, model, reward_funcs, args, *others, **kwargs
         )
         given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        if reward_funcs is not None:
-            how: dict[str, Any] = {"timeout": args.reward_timeout, "worker": args.reward_worker}
-            group = args.num_generations or 1
-            funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            given["reward_funcs"] = [guard(f, self.incidents, group=group, **how) for f in funcs]
         held = getattr(model, "peft_config", {})
         adapters = bool(held) or given.get("peft_config") is not None
         initial = args.reference == "initial"
@@ -114,26 +104,8 @@ class GVPOTrainer(ScoringTrainer):
         if initial and not isinstance(model, str) and not adapters:
             # Copied before TRL patches the forward, after which a copy would run the original's weights.
             twin = copy.deepcopy(model)
-        for name in ("train_dataset", "eval_dataset"):
-            given[name] = unread(given.get(name))
-        dataset = given["train_dataset"]
-        check_size(dataset, args)
-        if args.offline is not None:
-            if dataset is not None:
-                raise InputError(
-                    f"offline={args.offline} is the training data: give no train_dataset besides."
-                )
-            # Until TRL has the tokenizer that logged completions are read with.
-            given["train_dataset"] = offpolicy.Offline.dataset(args.prompts_per_generation)
-            given["reward_funcs"] = given["reward_funcs"] or [offpolicy.unrewarded]
+        self._look_after(given, args)
         own = len(given["reward_funcs"] or [])
-        self._environments = Environments(args.tool_timeout)
-        if (factory := given.get("environment_factory")) is not None:
-            given["environment_factory"] = self._environments.made_by(factory)
-        if given.get("tools"):
-            given["tools"] = [limited(tool, args.tool_timeout) for tool in given["tools"]]
-        if (rollout := given.get("rollout_func")) is not None:
-            given["rollout_func"] = functools.partial(self._roll_out, rollout)
         # TRL's beta is a KL coefficient; above 0 it makes TRL load a reference model, or keep the adapter's.
         kept = {"beta": args.beta if initial and twin is None else 0.0, "router_aux_loss_coef": 0.0}
         if args.generate_ahead:
