@@ -215,8 +215,10 @@ def test_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_finished_run_makes_no_further_step(tmp_path: Path) -> None:
     """docs/upstream/transformers-finished-run.md."""
     done = checkpoints(tmp_path, optim="adamw_torch")
-    again = trainer(output_dir=str(tmp_path), optim="adamw_torch")
+    (tmp_path / ".checkpoint-in-progress" / "replaced").mkdir(parents=True)  # killed in its last moments
+    again = trainer(output_dir=str(tmp_path), optim="adamw_torch", save_total_limit=2)
     again.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.glob("*check*")) == ["checkpoint-2", "checkpoint-3"]
     assert again.state.global_step == 3
     assert all(value.equal(parameters(again)[name]) for name, value in parameters(done).items())
     assert {float(state["step"]) for state in again.optimizer.state.values()} == {3.0}

@@ -88,6 +88,10 @@ class ResumableTrainer(GRPOTrainer):
         self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
         self.create_optimizer_and_scheduler(self.state.max_steps)
         self._load_optimizer_and_scheduler(folder)
+        if self.args.should_save:  # what a kill in the last moments of the last checkpoint left
+            home = Path(self._get_output_dir(None))
+            shutil.rmtree(home / checkpoint.ASIDE, ignore_errors=True)
+            checkpoint.rotate(home, self.args.save_total_limit, self.state.best_model_checkpoint)
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def _get_train_sampler(self, *args: Any) -> Any:
