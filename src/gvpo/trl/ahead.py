@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl.trainer.utils import RepeatSampler
 
-from gvpo.errors import InputError, first_line
+from gvpo.errors import InputError, first_line, refused
 from gvpo.replay.group import Group
 from gvpo.replay.store import GroupStore
 from gvpo.run import replaced
@@ -117,14 +117,11 @@ def write_recipe(args: Any, given: Mapping[str, Any]) -> None:
     capacity = (args.generate_ahead + 2) * args.prompts_per_generation
     path = folder_of(args) / RECIPE
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.save({"args": own, "given": kept, "capacity": capacity}, path)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        path.unlink(missing_ok=True)
-        raise InputError(
-            f"generate_ahead gives model and tokenizer to another process, which cannot be done here "
-            f"({first_line(error)}): give the model's name, or a class that a module has."
-        ) from error
+    path.unlink(missing_ok=True)  # an earlier run's
+    what = "generate_ahead gives model and tokenizer to another process, which cannot be done here"
+    advice = "give the model's name, or a class that a module has"
+    with refused(what, advice, (pickle.PicklingError, AttributeError, TypeError)), replaced(path) as aside:
+        torch.save({"args": own, "given": kept, "capacity": capacity}, aside)
 
 
 def publish(model: nn.Module, path: Path) -> None:

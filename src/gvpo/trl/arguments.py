@@ -16,7 +16,7 @@ import torch
 import yaml
 from trl import ModelConfig, TrlParser
 
-from gvpo.errors import InputError
+from gvpo.errors import InputError, refused
 from gvpo.trl.config import REFUSED, GVPOConfig
 
 
@@ -159,9 +159,8 @@ def _recipe(path: str | None, known: dict[str, Any]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The recipe {path} cannot be read ({error.strerror}): check --config.") from error
+        with refused(f"The recipe {path} cannot be read", "check --config", OSError):
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""

@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid
 
-from gvpo.errors import InputError, first_line
+from gvpo.errors import InputError, refused
 from gvpo.images import Images, ImageSet
 
 COLUMNS = ("image", "images")
@@ -63,16 +63,12 @@ def _read(value: Any, row: Mapping[str, Any]) -> Any:
     local = isinstance(path, str | Path) and not str(path).startswith(("http://", "https://", "data:"))
     if stored is None and not local:
         return value  # an image already, or what the processor fetches
-    try:
+    what = f"The image {path or 'in the data set'} of the prompt {str(row.get('prompt'))[:80]!r}"
+    kinds = (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError)
+    with refused(f"{what} cannot be read", "repair it, or leave the row out", kinds):
         image = Pillow.open(str(path) if stored is None else BytesIO(stored))
         image.load()
         return image
-    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
-        where = path or "in the data set"
-        raise InputError(
-            f"The image {where} of the prompt {str(row.get('prompt'))[:80]!r} cannot be read "
-            f"({first_line(error)}): repair it, or leave the row out."
-        ) from error
 
 
 def images_of(out: Mapping[str, Any], model: Any) -> Images | None:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
-from gvpo.errors import InputError, first_line
+from gvpo.errors import refused
 from gvpo.model.determinism import without_noise
 from gvpo.model.fused_head import tile_bytes
 from gvpo.trl.arguments import TrainArguments
@@ -68,10 +68,9 @@ def make_plan(arguments: TrainArguments) -> Plan:
     training, options = arguments.training, arguments.model
     name = options.model_name_or_path
     trust = bool(getattr(training, "trust_remote_code", False))
-    try:
+    what, advice = f"The configuration of {name} cannot be loaded", "check model_name_or_path"
+    with refused(what, advice, (OSError, ValueError)):
         config = AutoConfig.from_pretrained(name, revision=options.model_revision, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The configuration of {name} cannot be loaded: {first_line(error)}") from error
     wanted = None if options.dtype in (None, "auto") else getattr(torch, options.dtype)
     dtype = wanted or config.dtype or torch.float32
     peft = get_peft_config(options)

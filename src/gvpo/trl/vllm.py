@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
-from gvpo.errors import InputError, first_line
+from gvpo.errors import InputError, first_line, refused
 from gvpo.trl.checkpoint import last_checkpoint
 from gvpo.trl.config import GVPOConfig
 from gvpo.trl.resume import temporarily
@@ -46,10 +46,8 @@ def engine_of(args: GVPOConfig) -> Iterator[None]:
     own: Any = args.vllm_engine_kwargs or {}
 
     def engine(**kwargs: Any) -> Any:
-        try:
+        with refused(f"vllm_engine_kwargs={own} does not suit vLLM", "leave out what it names", TypeError):
             return make(**kwargs | own)
-        except TypeError as error:
-            raise InputError(f"vllm_engine_kwargs={own} does not suit vLLM ({first_line(error)}).") from error
 
     client = FileClient if args.device.type == "cpu" else VLLMClient
     with temporarily(vllm_generation, LLM=engine, VLLMClient=client):
