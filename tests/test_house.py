@@ -10,7 +10,7 @@ import pytest
 from benchmarks.house import PAGE, SOURCES, circles, imports, lines, redrawn, rooms, upwards
 from tests.trl.common import trainer
 
-MOST_LINES = 19_300  # 11,000 is the aim
+MOST_LINES = 18_400  # 11,000 is the aim
 PACKAGE = SOURCES / "gvpo"
 
 

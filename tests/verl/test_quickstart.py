@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 @pytest.mark.parametrize("mode", TRAINERS)
 def test_the_laptop_run_gains_forty_points(tmp_path, mode):
     output = tmp_path / "run"
-    words = ["verl", "quickstart", "--output", str(output), "--trainer-mode", mode]
+    # Old responses take longer, and which are old is the machine's pace.
+    steps = 10 if mode == "sync" else 16
+    words = ["verl", "quickstart", "--output", str(output), "--trainer-mode", mode, "--steps", str(steps)]
     subprocess.run([sys.executable, "-m", "gvpo", *words], check=True)
     summary = json.loads((output / "summary.json").read_text())
     assert summary["accuracy_after"] - summary["accuracy_before"] >= 0.4
