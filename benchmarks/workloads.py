@@ -138,8 +138,8 @@ class _KeptReport(GVPOStep):
 
 
 class CannedGVPO(_Canned, GVPOTrainer):
-    def _make_step(self) -> None:
-        super()._make_step()
+    def _make_scoring(self) -> None:
+        super()._make_scoring()
         self._gvpo_step.__class__ = _KeptReport
 
     @property
