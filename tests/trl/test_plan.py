@@ -70,6 +70,10 @@ def test_weights_copies_and_states(model: Path) -> None:
     )
     assert lora.reference == 0
     assert lora.gradients == lora.parameters - plan.parameters  # the adapters and nothing else
+    half = [*common, "--dtype", "bfloat16", "--optim", "adamw_torch"]
+    base, adapted = (make_plan(parse_arguments([*half, *peft])) for peft in ([], LORA))
+    assert adapted.gradients == lora.gradients == adapted.parameters - base.parameters  # float32 all the same
+    assert adapted.optimizer == 2 * adapted.gradients
     assert plan.largest_budget > 0
     odd = make_plan(parse_arguments([*common, "--optim", "ademamix"]))
     assert odd.optimizer is None

@@ -79,9 +79,9 @@ def make_plan(arguments: TrainArguments) -> Plan:
     activation = _activation_bytes(
         _skeleton(config, inside, trust, peft), bool(training.gradient_checkpointing)
     )
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = dtype.itemsize
+    weights = sum(map(_bytes, model.parameters()))
+    trained = [p for p in model.parameters() if p.requires_grad]  # adapters are float32 on any base
+    count, size = (sum(f(p) for p in trained) for f in (torch.Tensor.numel, _bytes))
     second = weights if peft is None else 0
     relative, absolute = _STATES.get(str(getattr(training.optim, "value", training.optim)), (None, 0))
     text = config.get_text_config()
@@ -91,16 +91,20 @@ def make_plan(arguments: TrainArguments) -> Plan:
     sums = 0 if peft is not None else 1 if model.config.tie_word_embeddings else 2
     return Plan(
         parameters=weights,
-        reference={"initial": second, "moving": trained * size, "rollout": 0}[training.reference],
+        reference={"initial": second, "moving": size, "rollout": 0}[training.reference],
         copies=weights // 2 if training.bf16 and dtype == torch.float32 else 0,
-        gradients=trained * size,
-        optimizer=None if relative is None else int(trained * (relative * size + absolute)),
+        gradients=size,
+        optimizer=None if relative is None else int(relative * size + absolute * count),
         head=2 * tile_bytes(device) + 4 * text.vocab_size * text.hidden_size * sums,
         cache=0 if training.use_vllm or training.offline is not None else _cache_bytes(text, training, dtype),
         ahead=weights if training.generate_ahead and training.generate_ahead_devices is None else 0,
         activation=activation,
         available=torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available,
     )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _skeleton(config: Any, dtype: torch.dtype, trust: bool, peft: Any) -> Any:
