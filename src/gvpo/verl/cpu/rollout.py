@@ -204,12 +204,15 @@ class RayCheckpointEngine(CheckpointEngine):
     async def send_weights(self, weights: Weights, global_steps: int | None = None) -> None:
         whole = await _whole(weights)
         for _ in range(self.receivers if self.is_master else 0):
-            await self.queue.put_async(whole)
+            await self.queue.put_async((global_steps, whole))
 
     async def receive_weights(
         self, global_steps: int | None = None
     ) -> AsyncIterator[tuple[str, torch.Tensor]]:
-        for item in (await self.queue.get_async()).items():
+        version, whole = await self.queue.get_async()
+        while version != global_steps:  # left by a receiver that is gone
+            version, whole = await self.queue.get_async()
+        for item in whole.items():
             yield item
 
 
