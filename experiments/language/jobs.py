@@ -83,7 +83,12 @@ def plan(options: Options) -> list[Job]:
             for i, strength in enumerate(METHODS[name].strengths)
         ]
         arms.sort(key=lambda arm: arm[0])
-        jobs += [Job(task, name, strength, seed) for _, name, strength in arms for task in options.tasks]
+        jobs += [
+            Job(task, name, strength, seed)
+            for i, name, strength in arms
+            for task in options.tasks
+            if i == 0 or TASKS[task].strengths
+        ]
     return jobs
 
 
@@ -137,7 +142,8 @@ class Worker:
         transformers_logging.disable_progress_bar()
         if options.device == "cuda":
             _prepare_cuda(options.jobs)
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+        self.tokenizers = {name: TASKS[name].tokenizer(tokenizer) for name in options.tasks}
         self.start = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(
             options.device
         )
@@ -187,24 +193,30 @@ class Worker:
     def evaluate(self, policy: Any, task: str) -> dict[str, float]:
         """With random numbers of its own, so that evaluating changes nothing in the training."""
         devices = [torch.cuda.current_device()] if self.options.device == "cuda" else []
-        with torch.random.fork_rng(devices):
-            return evaluate(policy, self.start, self.tokenizer, TASKS[task], each=self.options.samples)
+        with torch.random.fork_rng(devices), self._precision():
+            return evaluate(policy, self.start, self.tokenizers[task], TASKS[task], each=self.options.samples)
+
+    def _precision(self) -> Any:
+        """That of the training."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.options.device == "cpu")
 
     def run(self, job: Job) -> dict[str, Any]:
         """A job's outcome: `points` along the training, or the `answers` of the start."""
         set_seed(job.seed)
         if job.method == "start":
-            return self._run_start(job)
+            with self._precision():
+                return self._run_start(job)
         rate = self._rate(job)
         assert rate is not None
         begun = time.perf_counter()
         updates = self.options.updates
-        callback = _Points(self, job.task, {max(updates // 2, 1), updates})
+        at = {updates} if job.seed == TUNING_SEED else {max(updates // 2, 1), updates}
+        callback = _Points(self, job.task, at)
         model = copy.deepcopy(self.start).requires_grad_(True)
         task, seen = TASKS[job.task], []
         scratch = self.options.output / "jobs" / f"{job.name}.scratch"
         trainer = make_trainer(
-            METHODS[job.method], model, self.tokenizer, task, strength=job.strength, rate=rate, seed=job.seed,
+            METHODS[job.method], model, self.tokenizers[job.task], task, strength=job.strength, rate=rate, seed=job.seed,
             updates=updates, rows=self.options.rows, output=scratch, callbacks=[callback],
             on_rewards=lambda rewards: seen.append(sum(rewards) / len(rewards)),
         )  # fmt: skip
@@ -228,7 +240,7 @@ class Worker:
         rounds = self.options.start_rounds
         return {
             "points": [point],
-            **optimum(self.start, self.tokenizer, task, self.options.samples, rounds, strengths),
+            **optimum(self.start, self.tokenizers[job.task], task, self.options.samples, rounds, strengths),
         }
 
 

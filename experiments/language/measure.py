@@ -12,11 +12,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from experiments.language.tasks import Task, canonical
 from gvpo.evaluate.statistics import pass_at_k
+from gvpo.model.generation import shared_prompts
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 SAMPLES = 64  # of each held-out prompt
+_EVERY = 4  # sample of a line is scored: KL and entropy vary less than rewards
 _SAMPLED, _SCORED = 768, 128  # rows at once: few launches, and yet a tenth of a large device
 
 
@@ -35,6 +37,9 @@ class Samples:
     width: int
     texts: list[str]
 
+    def every(self, step: int) -> Samples:
+        return Samples(self.ids[::step], self.mask[::step], self.width, self.texts[::step])
+
 
 def sample_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, keys: Sequence[str], each: int
@@ -48,21 +53,27 @@ def sample_all(
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], each: int, tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    each: int,
+    tokens: int,
+    temperature: float = 1.0,
 ) -> Samples:
-    """`each` completions of every prompt at temperature 1, from the global random state."""
+    """`each` completions of every prompt, from the global random state."""
     end = tokenizer.eos_token_id
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(
         model.device
     )
-    out = model.generate(
-        encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        generation_config=GenerationConfig(
-            max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=each,
-            eos_token_id=end, pad_token_id=tokenizer.pad_token_id, disable_compile=True,
-        ),
-    )  # fmt: skip
+    with shared_prompts(model):
+        out = model.generate(
+            input_ids=encoded["input_ids"].repeat_interleave(each, 0),
+            attention_mask=encoded["attention_mask"].repeat_interleave(each, 0),
+            generation_config=GenerationConfig(
+                max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, temperature=temperature,
+                eos_token_id=end, pad_token_id=tokenizer.pad_token_id, disable_compile=True,
+            ),
+        )  # fmt: skip
     width = out.shape[1] - encoded["input_ids"].shape[1]
     completions = out[:, -width:]
     ended = completions == end
@@ -119,7 +130,8 @@ def evaluate(
     lengths: list[Tensor] = []
     for samples in sample_all(policy, tokenizer, task, keys, each):
         texts += samples.texts
-        for into, found in zip((kl, entropy), divergence(policy, start, samples), strict=True):
+        scored = samples.every(_EVERY) if task.line else samples
+        for into, found in zip((kl, entropy), divergence(policy, start, scored), strict=True):
             into.append(found)
         lengths.append(samples.mask[:, -samples.width :].sum(1).float())
     policy.train(training)

@@ -1,7 +1,11 @@
-"""Two tasks with verified rewards: one with one right answer, one with very many."""
+"""Tasks with verified rewards, two with one right answer and two with very many.
+
+*times* and *sentence* are conversations; *product* and *word* are lines to go on with, which cost a third.
+"""
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Callable
@@ -24,6 +28,9 @@ class Task:
         turns: of the conversation that asks a question: user, assistant, …, user.
         right: whether an answer is right for a key.
         tokens: where completions are cut off.
+        line: the one turn is text to go on with, no conversation, and the answer ends with its line.
+        strengths: whether every method is run with all its strengths, not with its first alone.
+        demonstrations: right answers to a question that no model gave; with them a task has runs off policy.
     """
 
     name: str
@@ -32,9 +39,27 @@ class Task:
     turns: Callable[[str], list[str]]
     right: Callable[[str, str], bool]
     tokens: int
+    line: bool = False
+    strengths: bool = True
+    demonstrations: Callable[[PreTrainedTokenizerBase, str], list[str]] | None = None
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The keys of the questions that are trained on."""
+        return self.keys[self.held_out :]
+
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """One whose end of sequence is the end of an answer."""
+        if not self.line:
+            return tokenizer
+        own = copy.deepcopy(tokenizer)
+        own.eos_token = own.convert_ids_to_tokens(own.encode("\n", add_special_tokens=False)[0])
+        return own
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, key: str) -> str:
-        """As the model reads it, chat template applied, without a system message's text."""
+        """As the model reads it: chat template applied, without a system message's text."""
+        if self.line:
+            return self.turns(key)[0]
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(self.turns(key))]
         system = [{"role": "system", "content": ""}]
@@ -70,6 +95,31 @@ def _ask_for_six_words(word: str) -> str:
     return f"Write a sentence of exactly six words with the word {word}."
 
 
+def _stated_product(text: str, key: str) -> bool:
+    """The answer is the product and nothing else."""
+    a, b = key.split(" x ")
+    return text.strip() == str(int(a) * int(b))
+
+
+def _word(text: str, key: str) -> bool:
+    """One word that begins with the letters."""
+    return re.fullmatch(r"[a-z]+", text.strip().lower()) is not None and text.strip().lower().startswith(key)
+
+
+def common_words(tokenizer: PreTrainedTokenizerBase, key: str) -> list[str]:
+    """The eight words of five letters and more that the tokenizer has learnt first, of those with this beginning."""
+    found = {
+        i: tokenizer.decode([i]) for token, i in tokenizer.get_vocab().items() if token[1:].startswith(key)
+    }
+    words = [found[i] for i in sorted(found) if re.fullmatch(r" [a-z]{5,}", found[i])]
+    return [f"{word}\n" for word in words[:8]]
+
+
+_BEGINNINGS = (
+    "ba be bl bo br bu ca ch cl co cr da de di do dr fa fe fi fl fo fr ga ge gl go gr ha he ho hu in la le li "
+    "lo ma me mi mo mu na ne no pa pe pi pl po pr pu ra re ri ro sa sc se sh si sk sl sm sn so sp st su sw ta "
+    "te th ti to tr tu un va ve vi wa we wh wi wo"
+)
 _NOUNS = (
     "river dog moon garden train book winter bread window horse music island child storm coffee bridge "
     "tree fire road school mountain ocean bird city kitchen clock letter market summer teacher door "
@@ -104,6 +154,26 @@ TASKS = {
             lambda key: [_ask_for_six_words("sun"), "The sun came up too late.", _ask_for_six_words(key)],
             _six_words,
             tokens=16,
+        ),
+        Task(
+            "product",
+            _shuffled([f"{a} x {b}" for a in range(2, 13) for b in range(2, 20)]),
+            12,
+            lambda key: [f"3 x 5 = 15\n{key} ="],
+            _stated_product,
+            tokens=6,
+            line=True,
+            strengths=False,
+        ),
+        Task(
+            "word",
+            _shuffled(_BEGINNINGS.split()),
+            12,
+            lambda key: [f"st: stone\nmu: music\n{key}:"],
+            _word,
+            tokens=5,
+            line=True,
+            demonstrations=common_words,
         ),
     )
 }
