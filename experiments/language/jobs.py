@@ -14,19 +14,26 @@ import shutil
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers import logging as transformers_logging
 from transformers.trainer_utils import set_seed
 
 from experiments.comparison import FIRST_SEED, TUNING_SEED
 from experiments.language.measure import SAMPLES, evaluate
-from experiments.language.methods import METHODS, RATES, UPDATES_PER_ROLLOUT, make_trainer
+from experiments.language.methods import METHODS, RATES, make_trainer
 from experiments.language.optimum import optimum
+from experiments.language.sources import UPDATES_PER_ROLLOUT, Logs, logged
 from experiments.language.tasks import TASKS
 from gvpo.run import replaced
 
@@ -52,48 +59,64 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, at the tuned rate if it says none; or (method "start") samples of the start."""
+    """One training run, at the tuned rate if it says none; or samples of the start (method "start"), or the
+    logs of another model ("logger") that runs off policy are trained on."""
 
     task: str
     method: str
     strength: float
     seed: int
     rate: float | None = None
+    source: str = "policy"
 
     @property
     def name(self) -> str:
         rate = "" if self.rate is None else f"-lr{self.rate:g}"
-        return f"{self.task}-{self.method}-{self.strength:g}-seed{self.seed}{rate}"
+        source = "" if self.source == "policy" else f"-{self.source}"
+        return f"{self.task}-{self.method}-{self.strength:g}{source}-seed{self.seed}{rate}"
 
 
 def plan(options: Options) -> list[Job]:
     """All jobs, most worth first."""
-    jobs = [Job(task, "start", 0.0, TUNING_SEED, 0.0) for task in options.tasks]
-    jobs += [
-        _tuning(task, name, rate)
-        for name in options.methods
-        for rate in options.rates
-        for task in options.tasks
-    ]
+    tasks = options.tasks
+    jobs = [Job(task, "start", 0.0, TUNING_SEED, 0.0) for task in tasks]
+    jobs += [_logger(task, options) for task in tasks if TASKS[task].demonstrations]
+    on_policy, off_policy = _arms(options)
+    jobs += [_tuning(arm, rate) for arm in on_policy if _is_first(arm) for rate in options.rates]
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
-        # Every method once before any method's second strength.
-        arms = [
-            (i, name, strength)
-            for name in options.methods
-            for i, strength in enumerate(METHODS[name].strengths)
-        ]
-        arms.sort(key=lambda arm: arm[0])
-        jobs += [
-            Job(task, name, strength, seed)
-            for i, name, strength in arms
-            for task in options.tasks
-            if i == 0 or TASKS[task].strengths
-        ]
+        jobs += [replace(arm, seed=seed) for arm in (*on_policy, *off_policy)]
     return jobs
 
 
-def _tuning(task: str, method: str, rate: float) -> Job:
-    return Job(task, method, METHODS[method].strengths[0], TUNING_SEED, rate)
+def _arms(options: Options) -> tuple[list[Job], list[Job]]:
+    """On the policy's own completions, each method's first strength first; and on others."""
+    arms = [
+        (i, Job(task, name, strength, TUNING_SEED, source=source))
+        for name in options.methods
+        for i, strength in enumerate(METHODS[name].strengths)
+        for task in options.tasks
+        for source in METHODS[name].sources
+        if i == 0 or (TASKS[task].thorough and source == "policy")
+        if source == "policy" or TASKS[task].demonstrations
+    ]
+    arms.sort(key=lambda arm: arm[0])
+    own = [arm for _, arm in arms if arm.source == "policy"]
+    return own, [arm for _, arm in arms if arm.source != "policy"]
+
+
+def _is_first(arm: Job) -> bool:
+    return arm.strength == METHODS[arm.method].strengths[0]
+
+
+def _logger(task: str, options: Options) -> Job:
+    """Half of a rejection-sampling run: another model than the start, and not a good one."""
+    return Job(task, "logger", 0.0, TUNING_SEED, options.rates[0])
+
+
+def _tuning(job: Job, rate: float) -> Job:
+    """On the policy's own completions: off policy the same rate is taken."""
+    method = METHODS[job.method].tuned_as or job.method
+    return Job(job.task, method, METHODS[method].strengths[0], TUNING_SEED, rate)
 
 
 def result(options: Options, job: Job) -> dict[str, Any] | None:
@@ -104,7 +127,7 @@ def result(options: Options, job: Job) -> dict[str, Any] | None:
 
 def tuned_rate(options: Options, job: Job) -> float | None:
     """The rate whose run on the tuning seed ended with the highest reward; None while they are running."""
-    found = {rate: result(options, _tuning(job.task, job.method, rate)) for rate in options.rates}
+    found = {rate: result(options, _tuning(job, rate)) for rate in options.rates}
     if any(done is None for done in found.values()):
         return None
     scores = {
@@ -154,8 +177,8 @@ class Worker:
         """Take jobs until none is left, or the next would not be ready in time."""
         left = plan(self.options)
         while left:
-            # The first whose learning rate is known.
-            ready = next((job for job in left if self._rate(job) is not None), None)
+            # The first whose learning rate is known, and logs are there.
+            ready = next((job for job in left if self._is_ready(job)), None)
             if time.time() + self.longest > self.deadline:
                 return
             if ready is None:
@@ -166,6 +189,13 @@ class Worker:
                 begun = time.time()
                 self._write(ready, self._attempt(ready))
                 self.longest = max(self.longest, time.time() - begun)
+
+    def _is_ready(self, job: Job) -> bool:
+        return self._rate(job) is not None and (job.source != "logs" or self._logs(job) is not None)
+
+    def _logs(self, job: Job) -> Logs | None:
+        found = result(self.options, _logger(job.task, self.options))
+        return found and found.get("logs")
 
     def _rate(self, job: Job) -> float | None:
         return tuned_rate(self.options, job) if job.rate is None else job.rate
@@ -206,32 +236,52 @@ class Worker:
         if job.method == "start":
             with self._precision():
                 return self._run_start(job)
-        rate = self._rate(job)
-        assert rate is not None
+        if job.method == "logger":
+            return self._run_logger(job)
+        updates, seen = self.options.updates, []
+        half_way = {max(updates // 2, 1)} if TASKS[job.task].thorough and job.seed != TUNING_SEED else set()
+        callback = _Points(self, job.task, half_way | {updates})
         begun = time.perf_counter()
-        updates = self.options.updates
-        at = {updates} if job.seed == TUNING_SEED else {max(updates // 2, 1), updates}
-        callback = _Points(self, job.task, at)
-        model = copy.deepcopy(self.start).requires_grad_(True)
-        task, seen = TASKS[job.task], []
-        scratch = self.options.output / "jobs" / f"{job.name}.scratch"
-        trainer = make_trainer(
-            METHODS[job.method], model, self.tokenizers[job.task], task, strength=job.strength, rate=rate, seed=job.seed,
-            updates=updates, rows=self.options.rows, output=scratch, callbacks=[callback],
-            on_rewards=lambda rewards: seen.append(sum(rewards) / len(rewards)),
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        shutil.rmtree(scratch, ignore_errors=True)
+        self._train(job, updates, [callback], lambda rewards: seen.append(sum(rewards) / len(rewards)))
         return {
-            "rate": rate,
+            "rate": self._rate(job),
             "points": callback.points,
             "rewards": seen,
-            "samples": len(seen) * self.options.rows * UPDATES_PER_ROLLOUT,
+            "samples": len(seen) * self.options.rows * UPDATES_PER_ROLLOUT[job.source],
             "seconds": time.perf_counter() - begun - callback.seconds,
             "seconds_evaluation": callback.seconds,
             "peak_memory": torch.cuda.max_memory_allocated() if self.options.device == "cuda" else 0,
         } | ({"error": "cut: time was up"} if callback.cut else {})
+
+    def _train(
+        self, job: Job, updates: int, callbacks: Sequence[TrainerCallback], on_rewards: Any = lambda _: None
+    ) -> PreTrainedModel:
+        rate = self._rate(job)
+        assert rate is not None
+        model = copy.deepcopy(self.start).requires_grad_(True)
+        scratch = self.options.output / "jobs" / f"{job.name}.scratch"
+        trainer = make_trainer(
+            METHODS[job.method], model, self.tokenizers[job.task], TASKS[job.task],
+            strength=job.strength, rate=rate, seed=job.seed, updates=updates, rows=self.options.rows,
+            output=scratch, callbacks=callbacks, on_rewards=on_rewards, source=job.source,
+            logs=self._logs(job) if job.source == "logs" else None,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        shutil.rmtree(scratch, ignore_errors=True)
+        return model
+
+    def _run_logger(self, job: Job) -> dict[str, Any]:
+        model = self._train(replace(job, method="rft"), max(self.options.updates // 2, 1), [])
+        task = TASKS[job.task]
+        with self._precision():
+            logs = logged(model, self.tokenizers[job.task], task)
+        texts = {
+            key: self.tokenizers[job.task].batch_decode([one["ids"] for one in found])
+            for key, found in logs.items()
+        }
+        right = [task.right(text, key) for key, found in texts.items() for text in found]
+        return {"logs": logs, "reward": sum(right) / len(right)}
 
     def _run_start(self, job: Job) -> dict[str, Any]:
         point = {"updates": 0, **self.evaluate(self.start, job.task)}

@@ -42,13 +42,18 @@ class Samples:
 
 
 def sample_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, keys: Sequence[str], each: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    keys: Sequence[str],
+    each: int,
+    temperature: float = 1.0,
 ) -> Iterator[Samples]:
     """`each` answers to the question of every key, a few questions at once."""
     many = max(_SAMPLED // each, 1)
     for first in range(0, len(keys), many):
         prompts = [task.prompt(tokenizer, key) for key in keys[first : first + many]]
-        yield sample(model, tokenizer, prompts, each, task.tokens)
+        yield sample(model, tokenizer, prompts, each, task.tokens, temperature)
 
 
 @torch.no_grad()
@@ -89,6 +94,16 @@ def _token_logps(model: PreTrainedModel, part: Samples) -> Float[Tensor, "rows t
         input_ids=part.ids, attention_mask=part.mask.long(), position_ids=positions, use_cache=False
     ).last_hidden_state[:, -part.width - 1 : -1]
     return model.get_output_embeddings()(states).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: PreTrainedModel, samples: Samples, temperature: float
+) -> Float[Tensor, "rows tokens"]:
+    """Of the completions' tokens, in nats, as they were sampled."""
+    logits = _token_logps(model, samples) / temperature
+    ids = samples.ids[:, -samples.width :, None]
+    return logits.log_softmax(-1).gather(-1, ids)[..., 0]
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from experiments.language.sources import UPDATES_PER_ROLLOUT, Logs, rollout
 from experiments.language.tasks import Task
 from gvpo.trl import GVPOConfig, GVPOTrainer
 
 K = 8  # completions a prompt
-UPDATES_PER_ROLLOUT = 2
 
 
 class RejectionSampling(GRPOTrainer):
@@ -40,6 +40,17 @@ class RejectionSampling(GRPOTrainer):
         return -(logps * learnt).sum() / learnt.sum().clamp(min=1)
 
 
+class Weighted(GRPOTrainer):
+    """GRPO whose clipped ratio is to the log-probabilities that the completions were sampled with.
+
+    TRL's own is to the policy at the time of the rollout, whoever sampled.
+    """
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        out = super()._generate_and_score_completions(inputs)
+        return out | {"old_per_token_logps": out["sampling_per_token_logps"]}
+
+
 @dataclass(frozen=True)
 class Method:
     """A trainer and its settings.
@@ -48,27 +59,33 @@ class Method:
         trainer, config: their classes.
         strengths: values of `beta` to run; the first is the one that learning rates are tuned with.
         settings: of the config, beside what all have in common.
+        sources: of completions that it is run with; see `sources.py`.
+        tuned_as: the method whose learning rate it takes, if not its own.
     """
 
     trainer: type[GRPOTrainer | RLOOTrainer]
     config: type[GRPOConfig | RLOOConfig]
     strengths: Sequence[float]
     settings: dict[str, Any] = field(default_factory=dict)
+    sources: Sequence[str] = ("policy",)
+    tuned_as: str = ""
 
 
 _DR_GRPO = {"loss_type": "dr_grpo", "scale_rewards": "none"}
 _GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
 # A pass that shares prompts this short launches five times as many operations, and it is those that cost.
 _ALONE = {"share_prompts": False}
+_ALL = tuple(UPDATES_PER_ROLLOUT)
 METHODS = {
-    "gvpo": Method(GVPOTrainer, GVPOConfig, (0.1, 0.25, 0.5), {"reference": "initial"} | _ALONE),
+    "gvpo": Method(GVPOTrainer, GVPOConfig, (0.1, 0.25, 0.5), {"reference": "initial"} | _ALONE, _ALL),
     "gvpo_rollout": Method(GVPOTrainer, GVPOConfig, (0.1,), _ALONE),
     "rloo": Method(RLOOTrainer, RLOOConfig, (0.05, 0.25, 0.5)),
     "grpo_k3": Method(GRPOTrainer, GRPOConfig, (0.04, 0.3, 1.0)),
-    "grpo": Method(GRPOTrainer, GRPOConfig, (0.0,)),
+    "grpo": Method(GRPOTrainer, GRPOConfig, (0.0,), sources=_ALL),
     "dr_grpo": Method(GRPOTrainer, GRPOConfig, (0.0,), _DR_GRPO),
     "gspo": Method(GRPOTrainer, GRPOConfig, (0.0,), _GSPO),
-    "rft": Method(RejectionSampling, GRPOConfig, (0.0,)),
+    "rft": Method(RejectionSampling, GRPOConfig, (0.0,), sources=_ALL),
+    "grpo_weighted": Method(Weighted, GRPOConfig, (0.0,), sources=("logs",), tuned_as="grpo"),
 }
 RATES = (1e-5, 2e-5, 4e-5)
 
@@ -87,8 +104,14 @@ def make_trainer(
     rows: int,
     callbacks: Sequence[Any] = (),
     on_rewards: Callable[[list[float]], None] = lambda rewards: None,
+    source: str = "policy",
+    logs: Logs | None = None,
 ) -> GRPOTrainer | RLOOTrainer:
-    """The trainer of one job. All have the same prompts, numbers of samples and updates, and optimizer."""
+    """The trainer of one job. All have the same prompts, numbers of samples and updates, and optimizer.
+
+    Args:
+        source: where completions come from; `logs`, if from there.
+    """
     keys = task.trained
     data = Dataset.from_dict({"prompt": [task.prompt(tokenizer, key) for key in keys], "key": list(keys)})
     on_cpu = model.device.type == "cpu"
@@ -99,7 +122,7 @@ def make_trainer(
         seed=seed,
         max_steps=updates,
         per_device_train_batch_size=rows,
-        steps_per_generation=UPDATES_PER_ROLLOUT,
+        steps_per_generation=UPDATES_PER_ROLLOUT[source],
         num_generations=K,
         max_completion_length=task.tokens,
         lr_scheduler_type="constant",
@@ -119,6 +142,8 @@ def make_trainer(
         on_rewards(rewards)
         return rewards
 
+    given = rollout(source, task, tokenizer, logs)
     return method.trainer(
-        model, reward, args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks)
-    )
+        model, reward, args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks),
+        **({"rollout_func": given} if given else {}),
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.comparison import TUNING_SEED, Interval, Record
-from experiments.report import COLOURS, by_metric, legend_below, save
+from experiments.report import COLOURS, by_condition, by_metric, legend_below, save
 
 # Labels of arms, in tables and pictures; {} stands for the strength.
 LABELS = {
@@ -21,6 +21,13 @@ LABELS = {
     "dr_grpo": "Dr. GRPO",
     "gspo": "GSPO",
     "rft": "rejection-sampling SFT",
+    "grpo_weighted": "GRPO, ratio to the sampler",
+}
+SOURCES = {
+    "policy": "own",
+    "stale": "own, stale",
+    "logs": "another model's logs",
+    "demonstrations": "a quarter demonstrations",
 }
 
 
@@ -29,6 +36,7 @@ def records(outcomes: Sequence[Mapping[str, Any]]) -> list[Record]:
     found = []
     for outcome in outcomes:
         job, points = outcome["job"], outcome.get("points", [])
+        source = job.get("source", "policy")
         if job["method"] == "start":
             found.append(Record("start", job["task"], {"updates": 0}, job["seed"], points[0]))
             found += [
@@ -37,7 +45,12 @@ def records(outcomes: Sequence[Mapping[str, Any]]) -> list[Record]:
             ]
             continue
         for point in map(dict, points):
-            setting = {"beta": job["strength"], "lr": outcome["rate"], "updates": point.pop("updates")}
+            setting = {
+                "beta": job["strength"],
+                "lr": outcome["rate"],
+                "updates": point.pop("updates"),
+                "source": source,
+            }
             spent = {"seconds": outcome["seconds"]}
             found.append(Record(job["method"], job["task"], setting, job["seed"], point | spent))
     return found
@@ -47,7 +60,8 @@ def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
     """For each task whose start is known: the start, π* for each β, a row for each arm, and its curve.
 
     Besides what was measured, rows say `gap`, by how much their reward is below that of π* at their KL, and
-    `kept`, their number of different right answers as a share of that of π* at their reward.
+    `kept`, their number of different right answers as a share of that of π* at their reward. `off_policy`, if
+    there was any: rows for each source of completions, and those of the same arms on their own.
     """
     seeds = list(seeds) or [TUNING_SEED]
     tasks = [record.condition for record in found if record.arm == "start"]
@@ -57,7 +71,28 @@ def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
 def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
     best = [{**r.setting, **r.metrics} for r in found if r.arm == "optimum"]
     start = next(dict(r.metrics) for r in found if r.arm == "start")
-    shown = [r for r in found if r.seed in seeds and r.arm in LABELS]
+    by_source = {
+        source: [r for r in found if r.arm in LABELS and r.setting["source"] == source] for source in SOURCES
+    }
+    rows = {source: _rows(runs, seeds, best) for source, runs in by_source.items()}
+    betas = {row["setting"]["beta"] for row in rows["policy"] if row["arm"].startswith("gvpo ")}
+    targets = [{"label": f"π* of β {p['beta']:g}", "condition": "", **p} for p in best if p["beta"] in betas]
+    arms = {row["arm"] for source in SOURCES if source != "policy" for row in rows[source]}
+    off_policy = [
+        {**row, "condition": label}
+        for source, label in SOURCES.items()
+        for row in rows[source]
+        if row["arm"] in arms
+    ]
+    return {"start": start, "optimum": best, "targets": targets, "rows": rows["policy"]} | (
+        {"off_policy": off_policy} if arms else {}
+    )
+
+
+def _rows(
+    found: Sequence[Record], seeds: Sequence[int], best: Sequence[Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    shown = [r for r in found if r.seed in seeds]
     rates = {
         arm: {r.setting["lr"] for r in found if r.arm == arm and r.seed == TUNING_SEED} for arm in LABELS
     }
@@ -85,9 +120,7 @@ def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
                 "course": course,
             }
         )
-    betas = {row["setting"]["beta"] for row in rows if row["arm"].startswith("gvpo ")}
-    targets = [{"label": f"π* of β {p['beta']:g}", "condition": "", **p} for p in best if p["beta"] in betas]
-    return {"start": start, "optimum": best, "targets": targets, "rows": rows}
+    return rows
 
 
 def _intervals(runs: Sequence[Record], best: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -128,6 +161,10 @@ def tables(found: Mapping[str, Any]) -> list[Any]:
         rows = found[task]["rows"]
         columns = {name: label for name, label in _COLUMNS.items() if name in rows[0]}
         made.append(by_metric(rows, columns, f"{task}: held out, at the end"))
+        for name in ("reward", "kl", "distinct"):
+            if rows := found[task].get("off_policy"):
+                title = f"{task}, by whose completions are trained on: {_COLUMNS[name]}"
+                made += by_condition(rows, name, title, columns=4)
     return made
 
 

@@ -90,7 +90,13 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
     found = {
         "experiment": "language",
         "command": "gvpo lab language "
-        + " ".join(f"--{name} {options[name]}" for name in ("device", "jobs", "updates", "rows", "minutes"))
+        + " ".join(
+            f"--{name} {options[name]}"
+            for name in ("device", "jobs", "updates", "rows", "minutes")
+            if options[name]
+        )
+        + " --tasks "
+        + ",".join(options["tasks"])
         + " --rates "
         + ",".join(f"{rate:g}" for rate in options["rates"]),
         "made": made,

@@ -29,7 +29,8 @@ class Task:
         right: whether an answer is right for a key.
         tokens: where completions are cut off.
         line: the one turn is text to go on with, no conversation, and the answer ends with its line.
-        strengths: whether every method is run with all its strengths, not with its first alone.
+        thorough: whether methods are run with all their strengths, not with the first alone, and evaluated
+            half-way too.
         demonstrations: right answers to a question that no model gave; with them a task has runs off policy.
     """
 
@@ -40,7 +41,7 @@ class Task:
     right: Callable[[str, str], bool]
     tokens: int
     line: bool = False
-    strengths: bool = True
+    thorough: bool = True
     demonstrations: Callable[[PreTrainedTokenizerBase, str], list[str]] | None = None
 
     @property
@@ -107,7 +108,7 @@ def _word(text: str, key: str) -> bool:
 
 
 def common_words(tokenizer: PreTrainedTokenizerBase, key: str) -> list[str]:
-    """The eight words of five letters and more that the tokenizer has learnt first, of those with this beginning."""
+    """Eight words, or their beginnings: of five letters and more, those that the tokenizer learnt first."""
     found = {
         i: tokenizer.decode([i]) for token, i in tokenizer.get_vocab().items() if token[1:].startswith(key)
     }
@@ -116,9 +117,9 @@ def common_words(tokenizer: PreTrainedTokenizerBase, key: str) -> list[str]:
 
 
 _BEGINNINGS = (
-    "ba be bl bo br bu ca ch cl co cr da de di do dr fa fe fi fl fo fr ga ge gl go gr ha he ho hu in la le li "
-    "lo ma me mi mo mu na ne no pa pe pi pl po pr pu ra re ri ro sa sc se sh si sk sl sm sn so sp st su sw ta "
-    "te th ti to tr tu un va ve vi wa we wh wi wo"
+    "ba be bl bo br bu ca ch cl co cr da de di do dr fa fe fi fl fo fr ga ge gl go gr ha he ho hu in la le "
+    "li lo ma me mi mo mu na ne no pa pe pi pl po pr pu ra re ri ro sa sc se sh si sk sl sm sn so sp st su "
+    "sw ta te th ti to tr tu un va ve vi wa we wh wi wo"
 )
 _NOUNS = (
     "river dog moon garden train book winter bread window horse music island child storm coffee bridge "
@@ -163,7 +164,7 @@ TASKS = {
             _stated_product,
             tokens=6,
             line=True,
-            strengths=False,
+            thorough=False,
         ),
         Task(
             "word",

@@ -39,6 +39,13 @@ def two_models() -> tuple[PreTrainedModel, PreTrainedModel]:
         ("sentence", "the river runs to the sea.", "river", False),
         ("sentence", "The river runs to the sea. Oh", "river", False),
         ("sentence", "", "river", False),
+        ("product", " 56", "7 x 8", True),
+        ("product", " 54 or 56", "7 x 8", False),
+        ("product", "", "7 x 8", False),
+        ("word", " River\n", "ri", True),
+        ("word", " a river", "ri", False),
+        ("word", " sea", "ri", False),
+        ("word", "", "ri", False),
     ],
 )
 def test_answers_are_checked(task: str, text: str, key: str, right: bool) -> None:
@@ -97,12 +104,18 @@ def test_rows_say_how_far_they_are_from_the_optimum() -> None:
 
     setting = {"beta": 0.1, "lr": 1e-5}
     found = [
-        of("start", 900, {"updates": 0}, reward=0.2, kl=0.0, distinct=2.0),
+        of("start", 900, {"updates": 0, "source": "policy"}, reward=0.2, kl=0.0, distinct=2.0),
         of("optimum", 900, {"beta": 10.0}, reward=0.2, kl=0.0, distinct=2.0),
         of("optimum", 900, {"beta": 0.1}, reward=1.0, kl=1.6, distinct=10.0),
-        *(of("gvpo", seed, setting | {"updates": 10}, reward=0.3, kl=0.4, distinct=3.0) for seed in (20, 21)),
-        *(of("gvpo", seed, setting | {"updates": 20}, reward=0.6, kl=1.2, distinct=4.5) for seed in (20, 21)),
-        of("gvpo", 900, setting | {"updates": 20}, reward=0.0, kl=9.0, distinct=0.0),
+        *(
+            of("gvpo", seed, setting | {"updates": 10, "source": "policy"}, reward=0.3, kl=0.4, distinct=3.0)
+            for seed in (20, 21)
+        ),
+        *(
+            of("gvpo", seed, setting | {"updates": 20, "source": "policy"}, reward=0.6, kl=1.2, distinct=4.5)
+            for seed in (20, 21)
+        ),
+        of("gvpo", 900, setting | {"updates": 20, "source": "policy"}, reward=0.0, kl=9.0, distinct=0.0),
     ]
     here = summary(found, [20, 21])["times"]
     (row,) = here["rows"]
