@@ -84,7 +84,8 @@ def plan(options: Options) -> list[Job]:
     on_policy, off_policy = _arms(options)
     jobs += [_tuning(arm, rate) for arm in on_policy if _is_first(arm) for rate in options.rates]
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
-        jobs += [replace(arm, seed=seed) for arm in (*on_policy, *off_policy)]
+        arms = sorted([*on_policy, *off_policy], key=lambda arm: not TASKS[arm.task].thorough)
+        jobs += [replace(arm, seed=seed) for arm in arms]
     return jobs
 
 
@@ -239,7 +240,8 @@ class Worker:
         if job.method == "logger":
             return self._run_logger(job)
         updates, seen = self.options.updates, []
-        half_way = {max(updates // 2, 1)} if TASKS[job.task].thorough and job.seed != TUNING_SEED else set()
+        on_the_way = TASKS[job.task].thorough and job.seed != TUNING_SEED and job.source == "policy"
+        half_way = {max(updates // 2, 1)} if on_the_way else set()
         callback = _Points(self, job.task, half_way | {updates})
         begun = time.perf_counter()
         self._train(job, updates, [callback], lambda rewards: seen.append(sum(rewards) / len(rewards)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ def optimum(
 
     Returns:
         "answers": for each prompt how often each right answer was given, and "sampled", of how many samples;
-        "optimum": for each β reward, kl, distinct (among `each`).
+        "optimum": for each β reward, kl, distinct (among `each`), pass@8 and pass@64.
     """
     keys = task.keys[: task.held_out]
     counts: dict[str, Counter[str]] = {key: Counter() for key in keys}
@@ -40,24 +40,27 @@ def optimum(
         texts = [text for part in sample_all(start, tokenizer, task, keys, each) for text in part.texts]
         for i, key in enumerate(keys):
             counts[key].update(right_answers(task, key, texts[i * each : (i + 1) * each]))
-    betas = sorted({*BETAS, *strengths}, reverse=True)
+    sampled = rounds * each
+    return {"answers": counts, "sampled": sampled, "optimum": targets(counts, sampled, each, strengths)}
+
+
+def targets(
+    counts: Mapping[str, Mapping[str, int]], sampled: int, each: int, strengths: Sequence[float]
+) -> list[dict[str, float]]:
+    """π* for many β and those of `strengths`: means over prompts, whose right answers were so often given."""
     found = []
-    for beta in betas:
-        targets = [binary_target(sum(count.values()) / (rounds * each), beta) for count in counts.values()]
-        distinct = [
-            expected_distinct(list(count.values()), each, target["right"])
-            for count, target in zip(counts.values(), targets, strict=True)
-        ]
-        mean = {name: sum(target[name] for target in targets) / len(targets) for name in ("right", "kl")}
-        found.append(
-            {
-                "beta": beta,
-                "reward": mean["right"],
-                "kl": mean["kl"],
-                "distinct": sum(distinct) / len(distinct),
-            }
-        )
-    return {"answers": counts, "sampled": rounds * each, "optimum": found}
+    for beta in sorted({*BETAS, *strengths}, reverse=True):
+        by_prompt = []
+        for count in counts.values():
+            target = binary_target(sum(count.values()) / sampled, beta)
+            right = target["right"]
+            passed = {f"pass@{k}": 1 - (1 - right) ** k for k in (8, 64) if k <= each}
+            distinct = expected_distinct(list(count.values()), each, right)
+            by_prompt.append({"reward": right, "kl": target["kl"], "distinct": distinct, **passed})
+        names = by_prompt[0]
+        mean = {name: sum(one[name] for one in by_prompt) / len(by_prompt) for name in names}
+        found.append({"beta": beta, **mean})
+    return found
 
 
 def expected_distinct(counts: Sequence[int], samples: int, right: float) -> float:

@@ -37,6 +37,8 @@ def records(outcomes: Sequence[Mapping[str, Any]]) -> list[Record]:
     for outcome in outcomes:
         job, points = outcome["job"], outcome.get("points", [])
         source = job.get("source", "policy")
+        if job["method"] == "logger":
+            continue
         if job["method"] == "start":
             found.append(Record("start", job["task"], {"updates": 0}, job["seed"], points[0]))
             found += [
@@ -169,15 +171,19 @@ def tables(found: Mapping[str, Any]) -> list[Any]:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """For each task reward against KL, and different right answers against reward, along the training."""
+    """For each task reward against KL, and what is kept at a reward: along the training, and by strength."""
     from matplotlib.figure import Figure
 
-    tasks = found["tasks"]
-    figure = Figure(figsize=(9.2, 3.6 * len(tasks) + 0.9), dpi=160, layout="constrained")
+    tasks, many = found["tasks"], found["problem"]["samples"]
+    figure = Figure(figsize=(9.2, 3.6 * len(tasks) + 1.1), dpi=160, layout="constrained")
     grid = figure.subplots(len(tasks), 2, squeeze=False)
     for task, (left, right) in zip(tasks, grid, strict=True):
         here = found[task]
-        for axis, x, y in ((left, "kl", "reward"), (right, "reward", "distinct")):
+        kept, label = "distinct", f"different right answers among {many}"
+        if max(point["distinct"] for point in here["optimum"]) <= 1:  # one right answer: is it still found?
+            kept = f"pass@{8 if many < 64 else 64}"
+            label = kept
+        for axis, x, y in ((left, "kl", "reward"), (right, "reward", kept)):
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
             axis.plot(*_points(here["optimum"], x, y), color="black", linewidth=1, label="π* for each β")
@@ -186,8 +192,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         left.set(
             xlabel=r"KL(π‖start), nats a completion", ylabel="reward", title=f"{task}: reward against KL"
         )
-        right.set(xlabel="reward", ylabel=f"different right answers among {found['problem']['samples']}",
-                  title=f"{task}: what is kept")  # fmt: skip
+        right.set(xlabel="reward", ylabel=label, title=f"{task}: what is kept")
     legend_below(figure, grid[0, 0], columns=3)
     save(figure, path, found)
 

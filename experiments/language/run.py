@@ -78,7 +78,8 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
     outcomes = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "jobs").glob("*.json"))
     ]
-    records = report.records([outcome for outcome in outcomes if "error" not in outcome])
+    outcomes = [outcome for outcome in outcomes if "error" not in outcome]
+    records = report.records(outcomes)
     arms = {record.arm for record in records}
     if "start" not in arms or arms <= {"start", "optimum"}:
         raise InputError(f"{output / 'jobs'} has no finished training, or none of the start.")
@@ -87,6 +88,9 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
     run.start({"command": "lab language", **options})
     run.write_lines("metrics.jsonl", map(vars, records))
     by_task = report.summary(records, seeds)
+    if options["device"] == "cpu":  # a thread a run
+        spent = (outcome.get(name, 0) for outcome in outcomes for name in ("seconds", "seconds_evaluation"))
+        made["cpu_seconds"] = round(sum(spent))
     found = {
         "experiment": "language",
         "command": "gvpo lab language "
