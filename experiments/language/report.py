@@ -59,7 +59,7 @@ def records(outcomes: Sequence[Mapping[str, Any]]) -> list[Record]:
 
 
 def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
-    """For each task whose start is known: the start, π* for each β, a row for each arm, and its curve.
+    """For each task with its start and runs of these seeds: the start, π* for each β, and a row for each arm.
 
     Besides what was measured, rows say `gap`, by how much their reward is below that of π* at their KL, and
     `kept`, their number of different right answers as a share of that of π* at their reward. `off_policy`, if
@@ -67,7 +67,8 @@ def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
     """
     seeds = list(seeds) or [TUNING_SEED]
     tasks = [record.condition for record in found if record.arm == "start"]
-    return {task: _summary([r for r in found if r.condition == task], seeds) for task in tasks}
+    by_task = {task: _summary([r for r in found if r.condition == task], seeds) for task in tasks}
+    return {task: found for task, found in by_task.items() if found["rows"]}
 
 
 def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
@@ -204,7 +205,8 @@ def _points(points: Sequence[Mapping[str, Any]], *names: str) -> list[list[float
 def _draw_arms(axis: Any, here: Mapping[str, Any], x: str, y: str) -> None:
     """Arms of several strengths: their ends joined. The others: their courses from the start."""
     families = dict.fromkeys(row["arm"].split()[0] for row in here["rows"])
-    for colour, family in zip(COLOURS, families, strict=False):
+    colours = [colour for colour in COLOURS if colour != "#000000"]  # π* is black
+    for colour, family in zip(colours, families, strict=False):
         rows = [row for row in here["rows"] if row["arm"].split()[0] == family]
         label = LABELS[family].removesuffix(", β {}")
         if len({row["setting"]["beta"] for row in rows}) > 1:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from experiments.comparison import Record
 from experiments.language.measure import Samples, divergence
-from experiments.language.optimum import expected_distinct
+from experiments.language.optimum import expected_distinct, targets
 from experiments.language.report import summary
 from experiments.language.tasks import TASKS, canonical
 from tests.models import VOCAB, tiny_model
@@ -98,6 +98,20 @@ def test_expected_distinct_agrees_with_drawing() -> None:
     assert expected_distinct([], 8, 0.0) == 0
 
 
+def test_the_optimum_is_the_start_weighed_by_its_rewards() -> None:
+    """Of a question that the start gets right once in ten, and of one that it never does."""
+    counts: dict[str, dict[str, int]] = {"a": {"stone": 60, "stair": 40}, "b": {}}
+    by_beta = {found["beta"]: found for found in targets(counts, 1000, 64, (0.5,))}
+    right = 0.1 * math.exp(2) / (0.9 + 0.1 * math.exp(2))
+    found = by_beta[0.5]
+    assert found["reward"] == pytest.approx(right / 2)
+    kl = right * math.log(right / 0.1) + (1 - right) * math.log((1 - right) / 0.9)
+    assert found["kl"] == pytest.approx(kl / 2)
+    assert found["pass@8"] == pytest.approx((1 - (1 - right) ** 8) / 2)
+    assert found["pass@64"] > found["pass@8"]
+    assert found["distinct"] == pytest.approx(1.0, abs=1e-3)  # both words, and none
+
+
 def test_rows_say_how_far_they_are_from_the_optimum() -> None:
     def of(arm: str, seed: int, setting: dict, **metrics: float) -> Record:
         return Record(arm, "times", setting, seed, metrics)
@@ -117,6 +131,8 @@ def test_rows_say_how_far_they_are_from_the_optimum() -> None:
         ),
         of("gvpo", 900, setting | {"updates": 20, "source": "policy"}, reward=0.0, kl=9.0, distinct=0.0),
     ]
+    found.append(Record("start", "without runs", {"updates": 0, "source": "policy"}, 900, found[0].metrics))
+    assert list(summary(found, [20, 21])) == ["times"]
     here = summary(found, [20, 21])["times"]
     (row,) = here["rows"]
     assert (row["reward"]["mean"], row["tried"]) == (0.6, 1)
