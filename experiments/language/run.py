@@ -95,8 +95,8 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
         "experiment": "language",
         "command": "gvpo lab language "
         + " ".join(
-            f"--{name} {options[name]}"
-            for name in ("device", "jobs", "updates", "rows", "minutes")
+            f"--{name.replace('_', '-')} {options[name]}"
+            for name in ("device", "jobs", "updates", "rows", "start_rounds", "minutes")
             if options[name]
         )
         + " --tasks "
