@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -81,18 +82,19 @@ def plan(options: Options) -> list[Job]:
     tasks = options.tasks
     jobs = [Job(task, "start", 0.0, TUNING_SEED, 0.0) for task in tasks]
     jobs += [_logger(task, options) for task in tasks if TASKS[task].demonstrations]
-    on_policy, off_policy = _arms(options)
-    jobs += [_tuning(arm, rate) for arm in on_policy if _is_first(arm) for rate in options.rates]
+    arms = _arms(options)
+    jobs += dict.fromkeys(_tuning(arm, rate) for arm in arms for rate in options.rates)
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
-        arms = sorted([*on_policy, *off_policy], key=lambda arm: not TASKS[arm.task].thorough)
-        jobs += [replace(arm, seed=seed) for arm in arms]
+        jobs += [
+            replace(arm, seed=seed) for arm in sorted(arms, key=lambda arm: not TASKS[arm.task].thorough)
+        ]
     return jobs
 
 
-def _arms(options: Options) -> tuple[list[Job], list[Job]]:
-    """On the policy's own completions, each method's first strength first; and on others."""
+def _arms(options: Options) -> list[Job]:
+    """First on the policy's own completions, each method's first strength first; then on others."""
     arms = [
-        (i, Job(task, name, strength, TUNING_SEED, source=source))
+        (source != "policy", i, Job(task, name, strength, TUNING_SEED, source=source))
         for name in options.methods
         for i, strength in enumerate(METHODS[name].strengths)
         for task in options.tasks
@@ -100,13 +102,7 @@ def _arms(options: Options) -> tuple[list[Job], list[Job]]:
         if i == 0 or (TASKS[task].thorough and source == "policy")
         if source == "policy" or TASKS[task].demonstrations
     ]
-    arms.sort(key=lambda arm: arm[0])
-    own = [arm for _, arm in arms if arm.source == "policy"]
-    return own, [arm for _, arm in arms if arm.source != "policy"]
-
-
-def _is_first(arm: Job) -> bool:
-    return arm.strength == METHODS[arm.method].strengths[0]
+    return [arm for *_, arm in sorted(arms, key=lambda arm: arm[:2])]
 
 
 def _logger(task: str, options: Options) -> Job:
@@ -261,16 +257,15 @@ class Worker:
         rate = self._rate(job)
         assert rate is not None
         model = copy.deepcopy(self.start).requires_grad_(True)
-        scratch = self.options.output / "jobs" / f"{job.name}.scratch"
-        trainer = make_trainer(
-            METHODS[job.method], model, self.tokenizers[job.task], TASKS[job.task],
-            strength=job.strength, rate=rate, seed=job.seed, updates=updates, rows=self.options.rows,
-            output=scratch, callbacks=callbacks, on_rewards=on_rewards, source=job.source,
-            logs=self._logs(job) if job.source == "logs" else None,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        shutil.rmtree(scratch, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = make_trainer(
+                METHODS[job.method], model, self.tokenizers[job.task], TASKS[job.task],
+                strength=job.strength, rate=rate, seed=job.seed, updates=updates, rows=self.options.rows,
+                output=Path(scratch), callbacks=callbacks, on_rewards=on_rewards, source=job.source,
+                logs=self._logs(job) if job.source == "logs" else None,
+            )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
         return model
 
     def _run_logger(self, job: Job) -> dict[str, Any]:

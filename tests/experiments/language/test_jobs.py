@@ -164,6 +164,13 @@ def test_a_task_that_is_not_thorough_and_has_no_demonstrations_is_run_once_a_met
     assert arms == [(name, method.strengths[0], "policy") for name, method in own.items()]
 
 
+def test_what_takes_anothers_rate_brings_its_tuning(options: Options) -> None:
+    """Else its runs would wait for ever."""
+    jobs = plan(replace(options, methods=("grpo_weighted",)))
+    tuning = [job for job in jobs if job.rate in options.rates and job.method == "grpo"]
+    assert [(job.seed, job.source) for job in tuning] == [(900, "policy")]
+
+
 def test_runs_on_logs_wait_for_them(options: Options) -> None:
     worker = Worker(options, time.time() + 600)
     job = Job("letters", "gvpo", 0.1, 3, 1e-3, "logs")
