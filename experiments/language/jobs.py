@@ -83,7 +83,7 @@ def plan(options: Options) -> list[Job]:
     jobs = [Job(task, "start", 0.0, TUNING_SEED, 0.0) for task in tasks]
     jobs += [_logger(task, options) for task in tasks if TASKS[task].demonstrations]
     arms = _arms(options)
-    jobs += dict.fromkeys(_tuning(arm, rate) for arm in arms for rate in options.rates)
+    jobs += [replace(arm, rate=rate) for arm in arms for rate in options.rates]
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
         jobs += [
             replace(arm, seed=seed) for arm in sorted(arms, key=lambda arm: not TASKS[arm.task].thorough)
@@ -110,12 +110,6 @@ def _logger(task: str, options: Options) -> Job:
     return Job(task, "logger", 0.0, TUNING_SEED, options.rates[0])
 
 
-def _tuning(job: Job, rate: float) -> Job:
-    """On the policy's own completions: off policy the same rate is taken."""
-    method = METHODS[job.method].tuned_as or job.method
-    return Job(job.task, method, METHODS[method].strengths[0], TUNING_SEED, rate)
-
-
 def result(options: Options, job: Job) -> dict[str, Any] | None:
     """What a job left, if it is done (or failed, or was cut short: it says so)."""
     path = options.output / "jobs" / f"{job.name}.json"
@@ -124,7 +118,7 @@ def result(options: Options, job: Job) -> dict[str, Any] | None:
 
 def tuned_rate(options: Options, job: Job) -> float | None:
     """The rate whose run on the tuning seed ended with the highest reward; None while they are running."""
-    found = {rate: result(options, _tuning(job, rate)) for rate in options.rates}
+    found = {rate: result(options, replace(job, seed=TUNING_SEED, rate=rate)) for rate in options.rates}
     if any(done is None for done in found.values()):
         return None
     scores = {

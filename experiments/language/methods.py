@@ -57,10 +57,9 @@ class Method:
 
     Attributes:
         trainer, config: their classes.
-        strengths: values of `beta` to run; the first is the one that learning rates are tuned with.
+        strengths: values of `beta` to run, each with a learning rate of its own; the first is run most.
         settings: of the config, beside what all have in common.
         sources: of completions that it is run with; see `sources.py`.
-        tuned_as: the method whose learning rate it takes, if not its own.
     """
 
     trainer: type[GRPOTrainer | RLOOTrainer]
@@ -68,7 +67,6 @@ class Method:
     strengths: Sequence[float]
     settings: dict[str, Any] = field(default_factory=dict)
     sources: Sequence[str] = ("policy",)
-    tuned_as: str = ""
 
 
 _DR_GRPO = {"loss_type": "dr_grpo", "scale_rewards": "none"}
@@ -85,7 +83,7 @@ METHODS = {
     "dr_grpo": Method(GRPOTrainer, GRPOConfig, (0.0,), _DR_GRPO),
     "gspo": Method(GRPOTrainer, GRPOConfig, (0.0,), _GSPO),
     "rft": Method(RejectionSampling, GRPOConfig, (0.0,), sources=_ALL),
-    "grpo_weighted": Method(Weighted, GRPOConfig, (0.0,), sources=("logs",), tuned_as="grpo"),
+    "grpo_weighted": Method(Weighted, GRPOConfig, (0.0,), sources=("logs",)),
 }
 RATES = (1e-5, 2e-5, 4e-5)
 

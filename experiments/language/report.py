@@ -119,6 +119,7 @@ def _rows(
                 "condition": mine[0].condition,
                 "setting": {"lr": rate, "beta": beta},
                 "tried": len(rates[arm]),
+                "rate": rate,
                 **course[-1],
                 "course": course,
             }
@@ -154,6 +155,7 @@ _COLUMNS = {
     "kept": "of π*'s",
     "pass@8": "pass@8",
     "seconds": "seconds",
+    "rate": "rate",
 }
 
 

@@ -74,7 +74,7 @@ def test_a_run_that_was_cut_goes_on_and_is_reported(
     monkeypatch.setattr(jobs, "METHODS", {name: METHODS[name] for name in ("gvpo", "rft")})
     options = replace(options, methods=("gvpo", "rft"), updates=2)
     everything = plan(options)
-    assert len({job.name for job in everything}) == len(everything) == 2 + 2 + 2 * (3 + 1 + 6)
+    assert len({job.name for job in everything}) == len(everything) == 2 + 3 * (3 + 1 + 6)
     Worker(options, 0.0).work()  # no time at all
     assert all(result(options, job) is None for job in everything)
     Worker(options, time.time() + 600).work()
@@ -110,8 +110,8 @@ def test_what_was_cut_before_any_seed_shows_all_of_the_tuning(options: Options) 
     )
     found = collect(options.output)
     assert (found["seeds"], found["tasks"]) == ([], ["letters"])
-    assert [row["label"] for row in found["letters"]["rows"]][:2] == [
-        "GVPO, initial reference, β 0.1, rate 0.003",
+    assert [row["label"] for row in found["letters"]["rows"]][:4] == [
+        *(f"GVPO, initial reference, β {beta}, rate 0.003" for beta in (0.1, 0.25, 0.5)),
         "GVPO, rollout reference, rate 0.003",
     ]
     shutil.rmtree(options.output / "jobs")
@@ -136,6 +136,7 @@ def test_a_deadline_cuts_a_job_short(options: Options) -> None:
 
 
 def test_learning_rates_are_chosen_on_the_tuning_seed(options: Options) -> None:
+    """For each strength and source of completions."""
     options = replace(options, rates=(1.0, 2.0, 3.0))
     worker = Worker(options, time.time() + 600)
     reported = Job("letters", "gvpo", 0.5, 20)
@@ -145,9 +146,10 @@ def test_learning_rates_are_chosen_on_the_tuning_seed(options: Options) -> None:
         (3.0, {"error": "diverged"}),
     ):
         assert tuned_rate(options, reported) is None
-        worker._write(Job("letters", "gvpo", 0.1, 900, rate), found)
+        worker._write(Job("letters", "gvpo", 0.5, 900, rate), found)
     assert tuned_rate(options, reported) == 2.0
-    assert tuned_rate(options, replace(reported, source="stale")) == 2.0
+    for other in ({"strength": 0.1}, {"source": "stale"}, {"method": "grpo"}):
+        assert tuned_rate(options, replace(reported, **other)) is None
 
 
 def test_the_plan_has_all_of_a_seed_before_the_next(options: Options) -> None:
@@ -164,11 +166,12 @@ def test_a_task_that_is_not_thorough_and_has_no_demonstrations_is_run_once_a_met
     assert arms == [(name, method.strengths[0], "policy") for name, method in own.items()]
 
 
-def test_what_takes_anothers_rate_brings_its_tuning(options: Options) -> None:
-    """Else its runs would wait for ever."""
-    jobs = plan(replace(options, methods=("grpo_weighted",)))
-    tuning = [job for job in jobs if job.rate in options.rates and job.method == "grpo"]
-    assert [(job.seed, job.source) for job in tuning] == [(900, "policy")]
+def test_what_waits_for_a_rate_has_its_tuning_in_the_plan(options: Options) -> None:
+    everything = {job.name for job in plan(options)}
+    waiting = [job for job in plan(options) if job.rate is None]
+    assert waiting
+    for job in waiting:
+        assert {replace(job, seed=900, rate=rate).name for rate in options.rates} <= everything
 
 
 def test_runs_on_logs_wait_for_them(options: Options) -> None:
