@@ -201,7 +201,7 @@ def main(documentation: Path, results: Path, *, write: bool = False) -> None:
         for page in marked:
             page.write_text(renew(texts[page], found), encoding="utf-8")
         for name in pictures:
-            module = importlib.import_module(f"experiments.{name}")
+            module = importlib.import_module(f"experiments.{found[name]['experiment']}")
             module.draw(found[name], _picture(documentation, name))
     wrong = problems(marked, found) + [
         f"{_picture(documentation, name)} was not drawn from {results / name / 'summary.json'}."

@@ -1,6 +1,7 @@
 """The documentation's numbers are the results', and the check would notice if they were not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,14 @@ def test_a_picture_of_other_results_is_noticed(site: Path) -> None:
     summary.write_text(json.dumps(found | {"problem": {"steps": 321}}))
     with pytest.raises(InputError, match=r"offline\.png was not drawn from"):
         main(site / "docs", site / "results")
+
+
+def test_results_of_another_run_are_drawn_by_their_experiment(site: Path) -> None:
+    shutil.copytree(ROOT / "results" / "language", site / "results" / "language_again")
+    (site / "docs" / "assets" / "lab").mkdir(parents=True)
+    write(site, "![Reward](assets/lab/language_again.png)")
+    main(site / "docs", site / "results", write=True)
+    assert (site / "docs" / "assets" / "lab" / "language_again.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
