@@ -1,5 +1,6 @@
 """No network, no telemetry, quiet libraries: before any of them is imported. And nothing is left behind."""
 
+import gc
 import multiprocessing.util
 import os
 import shutil
@@ -20,6 +21,12 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 # For whatever is made without a name, by the libraries and by other processes too. Short, for Ray's sockets.
 TEMPORARY = tempfile.mkdtemp(prefix="gvpo-")
 os.environ["TMPDIR"] = tempfile.tempdir = TEMPORARY
+
+
+def pytest_collection_finish() -> None:
+    """Every `train` collects garbage: most of its time here, if it looks through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
