@@ -65,7 +65,7 @@ def language(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="Processes side by side on the device.")] = 1,
     minutes: Annotated[float, typer.Option(min=0, help="Stop by then with what is done; 0: no limit.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds to report over.")] = 3,
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds to report over; 0: the tuning alone.")] = 3,
     updates: Annotated[int, typer.Option(min=1, help="Updates of a run, two to a rollout.")] = 20,
     rows: Annotated[int, typer.Option(min=8, help="Completions of an update, in groups of 8.")] = 128,
     samples: Annotated[int, typer.Option(min=1, help="Of each held-out prompt in an evaluation.")] = 64,

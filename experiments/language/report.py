@@ -64,6 +64,7 @@ def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
     Besides what was measured, rows say `gap`, by how much their reward is below that of π* at their KL, and
     `kept`, their number of different right answers as a share of that of π* at their reward. `off_policy`, if
     there was any: rows for each source of completions, and those of the same arms on their own.
+    `tuning`: what each rate came to on the tuning seed, on the policy's own completions.
     """
     seeds = list(seeds) or [TUNING_SEED]
     tasks = [record.condition for record in found if record.arm == "start"]
@@ -87,9 +88,27 @@ def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
         for row in rows[source]
         if row["arm"] in arms
     ]
-    return {"start": start, "optimum": best, "targets": targets, "rows": rows["policy"]} | (
-        {"off_policy": off_policy} if arms else {}
-    )
+    tuning = [
+        {
+            "arm": f"{run.arm} {run.setting['beta']:g}",
+            "label": LABELS[run.arm].format(f"{run.setting['beta']:g}"),
+            "condition": f"rate {run.setting['lr']:g}",
+            **run.metrics,
+        }
+        for run in sorted(by_source["policy"], key=_place)
+        if run.seed == TUNING_SEED
+    ]
+    return {
+        "start": start,
+        "optimum": best,
+        "targets": targets,
+        "rows": rows["policy"],
+        "tuning": tuning,
+    } | ({"off_policy": off_policy} if arms else {})
+
+
+def _place(run: Record) -> tuple[int, float, float]:
+    return list(LABELS).index(run.arm), run.setting["beta"], run.setting["lr"]
 
 
 def _rows(

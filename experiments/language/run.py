@@ -102,7 +102,8 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
         + " --tasks "
         + ",".join(options["tasks"])
         + " --rates "
-        + ",".join(f"{rate:g}" for rate in options["rates"]),
+        + ",".join(f"{rate:g}" for rate in options["rates"])
+        + ("" if options["seeds"] else " --seeds 0"),
         "made": made,
         "seeds": seeds,
         "tuning_seed": TUNING_SEED,

@@ -155,6 +155,7 @@ def test_learning_rates_are_chosen_on_the_tuning_seed(options: Options) -> None:
 def test_the_plan_has_all_of_a_seed_before_the_next(options: Options) -> None:
     seeds = [job.seed for job in plan(options)]
     assert seeds == sorted(seeds, key=[900, 20, 21].index)
+    assert {job.seed for job in plan(replace(options, seeds=0))} == {900}
 
 
 def test_a_task_that_is_not_thorough_and_has_no_demonstrations_is_run_once_a_method(

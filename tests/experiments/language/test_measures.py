@@ -139,3 +139,5 @@ def test_rows_say_how_far_they_are_from_the_optimum() -> None:
     assert row["gap"]["mean"] == pytest.approx(0.2)  # 0.8 is the best at 1.2 nats
     assert row["kept"]["mean"] == pytest.approx(0.75)  # 6 of which the optimum gives at 0.6
     assert [point["updates"] for point in row["course"]] == [10, 20]
+    (tried,) = here["tuning"]
+    assert (tried["arm"], tried["condition"], tried["kl"]) == (row["arm"], f"rate {setting['lr']:g}", 9.0)
