@@ -46,6 +46,7 @@ def test_bad_usage_exits_with_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_the_engines() -> None:
     code = "import sys; import gvpo.cli; print('transformers' in sys.modules or 'trl' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

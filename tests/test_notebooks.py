@@ -56,6 +56,7 @@ def test_a_page_shows_its_notebook(notebook: Path) -> None:
     assert all((ROOT / "docs" / "notebooks" / picture).is_file() for picture in pictures)
 
 
+@pytest.mark.slow
 def test_the_formula_in_60_lines() -> None:
     source = "\n".join(text for code, text in cells(NOTEBOOKS[0].with_name("formula.py")) if code)
     assert len([line for line in source.splitlines() if line and not line.startswith("#")]) <= 60

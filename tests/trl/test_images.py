@@ -65,6 +65,7 @@ def logps(model: Any, prepare: Any, seen: Seen) -> torch.Tensor:
     return torch.stack(sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "changes",

@@ -60,6 +60,7 @@ def test_published_scale_is_micro_batch_over_n_and_initial_reference_switches_th
     assert given.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 16
 
 
+@pytest.mark.slow  # verl's whole configuration is composed for each
 @pytest.mark.parametrize(
     ("override", "word"),
     [
