@@ -64,7 +64,7 @@ def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
     Besides what was measured, rows say `gap`, by how much their reward is below that of π* at their KL, and
     `kept`, their number of different right answers as a share of that of π* at their reward. `off_policy`, if
     there was any: rows for each source of completions, and those of the same arms on their own.
-    `tuning`: what each rate came to on the tuning seed, on the policy's own completions.
+    `tuning`, and `off_policy_tuning`: what each rate came to on the tuning seed.
     """
     seeds = list(seeds) or [TUNING_SEED]
     tasks = [record.condition for record in found if record.arm == "start"]
@@ -75,9 +75,8 @@ def summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
 def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
     best = [{**r.setting, **r.metrics} for r in found if r.arm == "optimum"]
     start = next(dict(r.metrics) for r in found if r.arm == "start")
-    by_source = {
-        source: [r for r in found if r.arm in LABELS and r.setting["source"] == source] for source in SOURCES
-    }
+    runs = sorted((r for r in found if r.arm in LABELS), key=_place)
+    by_source = {source: [r for r in runs if r.setting["source"] == source] for source in SOURCES}
     rows = {source: _rows(runs, seeds, best) for source, runs in by_source.items()}
     betas = {row["setting"]["beta"] for row in rows["policy"] if row["arm"].startswith("gvpo ")}
     targets = [{"label": f"π* of β {p['beta']:g}", "condition": "", **p} for p in best if p["beta"] in betas]
@@ -88,23 +87,35 @@ def _summary(found: Sequence[Record], seeds: Sequence[int]) -> dict[str, Any]:
         for row in rows[source]
         if row["arm"] in arms
     ]
-    tuning = [
+    found_off_policy = {
+        "off_policy": off_policy,
+        "off_policy_tuning": [
+            {**row, "condition": f"{label}, {row['condition']}"}
+            for source, label in SOURCES.items()
+            if source != "policy"
+            for row in _tuning(by_source[source])
+        ],
+    }
+    return {
+        "start": start,
+        "optimum": best,
+        "targets": targets,
+        "rows": rows["policy"],
+        "tuning": _tuning(by_source["policy"]),
+    } | (found_off_policy if arms else {})
+
+
+def _tuning(runs: Sequence[Record]) -> list[dict[str, Any]]:
+    return [
         {
             "arm": f"{run.arm} {run.setting['beta']:g}",
             "label": LABELS[run.arm].format(f"{run.setting['beta']:g}"),
             "condition": f"rate {run.setting['lr']:g}",
             **run.metrics,
         }
-        for run in sorted(by_source["policy"], key=_place)
+        for run in runs
         if run.seed == TUNING_SEED
     ]
-    return {
-        "start": start,
-        "optimum": best,
-        "targets": targets,
-        "rows": rows["policy"],
-        "tuning": tuning,
-    } | ({"off_policy": off_policy} if arms else {})
 
 
 def _place(run: Record) -> tuple[int, float, float]:
@@ -119,10 +130,7 @@ def _rows(
         arm: {r.setting["lr"] for r in found if r.arm == arm and r.seed == TUNING_SEED} for arm in LABELS
     }
     rows = []
-    for arm, beta, rate in sorted(
-        {(r.arm, r.setting["beta"], r.setting["lr"]) for r in shown},
-        key=lambda key: (list(LABELS).index(key[0]), *key[1:]),
-    ):
+    for arm, beta, rate in dict.fromkeys((r.arm, r.setting["beta"], r.setting["lr"]) for r in shown):
         mine = [r for r in shown if (r.arm, r.setting["beta"], r.setting["lr"]) == (arm, beta, rate)]
         updates = sorted({r.setting["updates"] for r in mine})
         course = [
@@ -179,12 +187,13 @@ _COLUMNS = {
 
 
 def tables(found: Mapping[str, Any]) -> list[Any]:
-    """A table for each task."""
+    """Of each task, in pieces that a terminal can show."""
     made = []
     for task in found["tasks"]:
         rows = found[task]["rows"]
-        columns = {name: label for name, label in _COLUMNS.items() if name in rows[0]}
-        made.append(by_metric(rows, columns, f"{task}: held out, at the end"))
+        columns = [(name, label) for name, label in _COLUMNS.items() if name in rows[0]]
+        for at in range(0, len(columns), 5):
+            made.append(by_metric(rows, dict(columns[at : at + 5]), f"{task}: held out, at the end"))
         for name in ("reward", "kl", "distinct"):
             if rows := found[task].get("off_policy"):
                 title = f"{task}, by whose completions are trained on: {_COLUMNS[name]}"

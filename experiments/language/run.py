@@ -103,7 +103,7 @@ def collect(output: Path, *, console: Console | None = None) -> dict[str, Any]:
         + ",".join(options["tasks"])
         + " --rates "
         + ",".join(f"{rate:g}" for rate in options["rates"])
-        + ("" if options["seeds"] else " --seeds 0"),
+        + (f" --seeds {options['seeds']}" if options["seeds"] != Options.seeds else ""),
         "made": made,
         "seeds": seeds,
         "tuning_seed": TUNING_SEED,

@@ -87,6 +87,9 @@ def test_a_run_that_was_cut_goes_on_and_is_reported(
     assert found["letters"]["rows"][0]["reward"]["seeds"].__len__() == 2
     off_policy = {(row["arm"], row["condition"]) for row in found["letters"]["off_policy"]}
     assert off_policy == {(arm, label) for arm in ("gvpo 0.1", "rft 0") for label in SOURCES.values()}
+    tuned = {row["condition"] for row in found["letters"]["off_policy_tuning"]}
+    assert tuned == {f"{label}, rate 0.003" for name, label in SOURCES.items() if name != "policy"}
+    assert found["command"].endswith("--rates 0.003 --seeds 2")
     rewards = [point["reward"] for point in found["letters"]["optimum"]]
     assert rewards == sorted(rewards)
     assert (options.output / "language.png").stat().st_size > 0
